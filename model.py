@@ -180,7 +180,7 @@ def rope_tables(config: Config, positions: Tensor, lengths: Tensor) -> tuple[Ten
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (T, heads, hd), pairing dimension i with i + hd/2 as Hugging Face's weights expect."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, hd/2)
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, hd/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -200,29 +200,43 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, wi
     return attend_each(q, k, v, cu_seqlens, window)
 
 
+SHORT = 512  # tokens; below, a dense product beats the CPU's flash kernel 2 to 3 times and costs little memory
+
+
 @torch.compiler.disable  # a Python loop whose length changes with every batch: left out of compiled graphs
 def attend_each(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-    """`attend` as a loop of scaled_dot_product_attention over the documents."""
+    """`attend` as a loop over the documents: a dense product for short ones, scaled_dot_product_attention for long."""
     lengths = cu_seqlens.diff().tolist()
+    G, R = k.shape[1], q.shape[1] // k.shape[1]  # R query heads share a key/value head, which is never repeated
+    scale = q.shape[2] ** -0.5
     out = []
     for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        n, G, R = len(q1), k.shape[1], q.shape[1] // k.shape[1]
-        # Key/value heads are shared by R query heads as stride-0 views: never repeated in memory.
+        n = len(q1)
         q1 = q1.unflatten(1, (G, R)).permute(1, 2, 0, 3)  # (G, R, n, hd)
-        k1, v1 = (x.permute(1, 0, 2).unsqueeze(1).expand(G, R, n, -1) for x in (k1, v1))
-        if window is None or n <= window:
-            o = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True)
-        else:  # blocks of queries, each against the keys its window reaches: cost grows with n, not n * n
-            blocks = []
-            for a in range(0, n, window):
-                first, b = max(0, a - window + 1), min(a + window, n)
-                behind = torch.arange(a, b, device=q.device)[:, None] - torch.arange(first, b, device=q.device)
-                mask = (behind >= 0) & (behind < window)
-                blocks.append(F.scaled_dot_product_attention(
-                    q1[:, :, a:b], k1[:, :, first:b], v1[:, :, first:b], attn_mask=mask))
-            o = torch.cat(blocks, dim=2)
+        k1, v1 = k1.transpose(0, 1), v1.transpose(0, 1)  # (G, n, hd)
+        if n <= SHORT:
+            hidden = torch.zeros(n, n, dtype=q.dtype, device=q.device).masked_fill(~visible(0, n, 0, window, q.device), -math.inf)
+            scores = torch.baddbmm(hidden.repeat(R, 1), q1.flatten(1, 2) * scale, k1.mT)  # (G, R n, n)
+            o = (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v1).unflatten(1, (R, n))
+        else:
+            k1, v1 = (x.unsqueeze(1).expand(G, R, n, -1) for x in (k1, v1))  # stride 0
+            if window is None or n <= window:
+                o = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True)
+            else:  # blocks of queries, each against the keys its window reaches: cost grows with n, not n * n
+                blocks = []
+                for a in range(0, n, window):
+                    b, first = min(a + window, n), max(0, a - window + 1)
+                    blocks.append(F.scaled_dot_product_attention(
+                        q1[:, :, a:b], k1[:, :, first:b], v1[:, :, first:b], attn_mask=visible(a, b, first, window, q.device)))
+                o = torch.cat(blocks, dim=2)
         out.append(o.permute(2, 0, 1, 3).flatten(1, 2))  # (n, H, hd)
     return torch.cat(out)
+
+
+def visible(a: int, b: int, first: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys first..b the queries a..b may see: (b - a, b - first) bool."""
+    behind = torch.arange(a, b, device=device)[:, None] - torch.arange(first, b, device=device)
+    return (behind >= 0) & (behind < (window or b))
 
 
 class Attention(nn.Module):
@@ -253,23 +267,12 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
 class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.attention_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attention_norm = nn.RMSNorm(c.dim, c.norm_eps)
         self.attention = Attention(c)
-        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
+        self.mlp_norm = nn.RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
         self.checkpointed = False  # keep only the block's input for the backward pass, compute the rest again
 
@@ -291,7 +294,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, targets: Tensor | None = None,
@@ -304,6 +307,7 @@ class Transformer(nn.Module):
         longest = int(lengths.max())
         cos, sin = rope_tables(self.config, positions, lengths)
         x = F.embedding(tokens, self.embed.weight)  # (T, C)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, cu_seqlens, longest)
         weight = self.embed.weight if self.head is None else self.head.weight

@@ -7,6 +7,7 @@ Without arguments it trains the bundled demo. `phased_training` below is the alg
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -222,6 +223,7 @@ class Machine:
 
 def join_machine(args: argparse.Namespace) -> Machine:
     """Join torchrun's process group; on its own, a group of one."""
+    keep_memory()
     local = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -242,6 +244,17 @@ def join_machine(args: argparse.Namespace) -> Machine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return Machine(dist.get_rank(), world, device, mesh, compute_dtype(args.dtype))
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory for the next step: mapping it anew costs a CPU run a third of its time."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            for option, value in ((-4, 0), (-1, -1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD off, M_TOP_PAD
+                libc.mallopt(option, value)
+        except (OSError, AttributeError):
+            pass  # another libc
 
 
 def compute_dtype(choice: str) -> torch.dtype:
