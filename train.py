@@ -30,8 +30,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import data
@@ -306,7 +304,7 @@ def to_device(documents: Documents, chosen: np.ndarray, device: torch.device) ->
 
 
 def train_step(model: Transformer, machine: Machine, documents: Documents, batch: np.ndarray, micro_tokens: int,
-               clip: float) -> tuple[Tensor, Tensor]:
+               clip: float) -> tuple[Tensor, float]:
     """Gradients of the mean loss over the supervised tokens of the whole batch, clipped; no optimizer step yet.
 
     Returns this rank's sum of losses and the norm of the gradient before clipping. The result does not depend on how
@@ -318,12 +316,22 @@ def train_step(model: Transformer, machine: Machine, documents: Documents, batch
         loss = model(*to_device(documents, part, machine.device))  # summed over tokens
         (loss * (machine.world / supervised)).backward()  # FSDP takes the mean over ranks
         total += loss.detach()
-    gradients = [p.grad for p in model.parameters()]
-    norm = get_total_norm(gradients)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if clip:
-        clip_grads_with_norm_(model.parameters(), clip, norm)
+    gradients = [p.grad.to_local() for p in model.parameters()]
+    norm = gradient_norm(gradients, machine)
+    if clip and norm > clip:
+        torch._foreach_mul_(gradients, clip / norm)
     return total, norm
+
+
+def gradient_norm(gradients: list[Tensor], machine: Machine) -> float:
+    """The norm over all parameters and ranks. In pieces and fp64: torch's own norm of a large fp32 tensor on a CPU is
+    wrong in the third digit, and differs with the number of ranks."""
+    square = torch.zeros((), device=machine.device, dtype=torch.float64)
+    for g in gradients:
+        for piece in g.flatten().split(2**20):
+            square += piece.square().sum()
+    dist.all_reduce(square, group=machine.mesh.get_group("shard"))
+    return square.sqrt().item()
 
 
 @torch.no_grad()
@@ -633,7 +641,7 @@ def phased_training(args, machine, model, stages, held_out, log) -> None:
             optimizer.zero_grad()
             position.step += 1
             position.global_step += 1
-            log.step(stage, position, epoch, batch, loss, lr, float(norm), time.perf_counter() - started)
+            log.step(stage, position, epoch, batch, loss, lr, norm, time.perf_counter() - started)
             if args.eval_every and position.global_step % args.eval_every == 0 and position.step < stage.steps:
                 measure(stage.name)
             if stopping or due or args.save_every and position.global_step % args.save_every == 0:
@@ -677,10 +685,10 @@ def share_object(value):
     return box[0]
 
 
-def not_finite(stage: Stage, position: Position, batch: np.ndarray, loss: float, norm: Tensor, out: Path) -> TrainingError:
+def not_finite(stage: Stage, position: Position, batch: np.ndarray, loss: float, norm: float, out: Path) -> TrainingError:
     rows = [f"{stage.documents.ids[d]} ({stage.documents.where[d]})" for d in batch]
     return TrainingError(
-        f"{stage.name}, step {position.step + 1}: the loss is {loss}, the gradient's norm {float(norm)}. The weights "
+        f"{stage.name}, step {position.step + 1}: the loss is {loss}, the gradient's norm {norm}. The weights "
         f"before this step are kept in {out / 'resume'}. The rows of this batch:\n  " + "\n  ".join(rows)
         + "\nLook at these rows and at the learning rate; --skip-nonfinite N goes on, skipping up to N such steps.")
 
