@@ -736,12 +736,14 @@ def tokenize_file(path: Path, folder: Path, template: str, max_len: int, progres
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     try:
         with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest() if sys.version_info >= (3, 11) else (
-                hashlib.sha256(f.read()).hexdigest())
+            while block := f.read(2**20):
+                digest.update(block)
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
+    return digest.hexdigest()
 
 
 def load_documents(path: Path, folder: Path, template: str, max_len: int, cache: Path, progress: bool = True) -> Documents:
