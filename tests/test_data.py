@@ -1,0 +1,497 @@
+"""data.py against sentencepiece, tiktoken, tokenizers and transformers, and against rows as people really have them."""
+
+import base64
+import io
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import sentencepiece
+import tiktoken
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+
+import data
+from data import TEMPLATES, DataError, SentencePieceTokenizer, load_tokenizer, read_rows, read_tiktoken, render
+
+relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+UGLY = ["", " ", "  ", "\n", "\r\n", "\t", "a\u0301", "👩‍👩‍👧‍👦", "🇩🇪", "日本語", "שלום", "مرحبا", "\u202e", "\x00", "\x1c", "\x7f",
+        "\ufeff", "\u2028", "\u0085", "\u00a0", "ſ", "K", "İ", "'S", "'ſ", "½", "²", "\U000323af", "\U0001e4f0", "</s>", "<s>",
+        "<0x0A>", "<|eot_id|>", "<|begin_of_text|>", "[INST]", "▁", "▁▁", "\ue000", "don't", "I'LL", "1234567", "x" * 60]
+texts = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(UGLY)), max_size=12).map("".join)
+
+
+def real_texts(shared):
+    lines = (shared / "alpaca_scored_stage3.jsonl").read_text(encoding="utf-8").splitlines()
+    return [text for line in lines for text in json.loads(line)["data"]]
+
+
+# ---------------------------------------------------------------- SentencePiece
+
+
+@pytest.fixture(params=["llama2.model", "mistral_v1.model"])
+def piece_pair(request, shared):
+    path = shared / "tokenizers" / request.param
+    return SentencePieceTokenizer(path, {}), sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def test_sentencepiece_ids_are_those_of_the_library_on_real_rows(piece_pair, shared):
+    ours, theirs = piece_pair
+    for text in real_texts(shared):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+@relaxed
+@given(text=texts)
+def test_sentencepiece_text_never_becomes_a_special_token(piece_pair, text):
+    ours, theirs = piece_pair
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    assert not set(ids) & set(ours.specials.values())
+
+
+@pytest.fixture(scope="module")
+def symbol_folder(tmp_path_factory):
+    """A SentencePiece model that holds a template's special token as a user-defined symbol, as Yi's does."""
+    folder = tmp_path_factory.mktemp("symbols")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the im_start mat <|>"] * 20), model_prefix=str(folder / "tokenizer"),
+        vocab_size=330, hard_vocab_limit=False, byte_fallback=True, minloglevel=2, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, user_defined_symbols=["<|im_start|>", "<|im_end|>", "QQ"])
+    symbols = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    decoder = {str(symbols.piece_to_id(t)): {"content": t, "special": True} for t in ("<|im_start|>", "<|im_end|>")}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder | {"400": {"content": "<pad>"}}}))
+    return folder
+
+
+@relaxed
+@given(parts=st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "the", " cat", "QQ", "<", "|im_end|>", " ", "é", "\n"])))
+def test_user_defined_symbols_that_are_special_cannot_come_from_text(symbol_folder, parts):
+    tokenizer, text = load_tokenizer(symbol_folder), "".join(parts)
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.specials.values())
+    assert tokenizer.decode(ids) == text
+    start = tokenizer.specials["<|im_start|>"]
+    assert start in render([("user", text)], TEMPLATES["chatml"], tokenizer)[0]
+    assert tokenizer.decode([start, 400, *ids]) == text
+
+
+# ---------------------------------------------------------------- byte-level BPE
+
+
+@pytest.fixture(scope="module")
+def llama3(request):
+    from conftest import SHARED
+    if not SHARED.is_dir():
+        pytest.skip("needs the real tokenizers and rows of ../shared/data, which are not here")
+    path = SHARED / "tokenizers" / "llama3.tiktoken"
+    ranks = {base64.b64decode(a): int(b) for a, b in (line.split() for line in path.read_text().splitlines())}
+    return read_tiktoken(path), tiktoken.Encoding("l3", pat_str=data.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def test_llama3_ids_are_those_of_tiktoken_on_real_rows(llama3, shared):
+    ours, theirs = llama3
+    for text in real_texts(shared):
+        assert ours.encode(text) == theirs.encode_ordinary(text)
+
+
+@relaxed
+@given(text=texts)
+def test_llama3_ids_are_those_of_tiktoken_on_any_text(llama3, text):
+    ours, theirs = llama3
+    assert ours.encode(text) == theirs.encode_ordinary(text)
+    assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["L", "N"])
+def test_unicode_classes_are_those_of_tiktoken_at_every_code_point(name):
+    everything = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+    theirs = tiktoken.Encoding("x", pat_str=rf"\p{{{name}}}", mergeable_ranks={bytes([i]): i for i in range(256)},
+                               special_tokens={})
+    expected = set(bytes(theirs.encode_ordinary(everything)).decode())
+    ours = set(re.findall(data.compile_pattern(rf"\p{{{name}}}"), everything))
+    assert {f"{ord(c):x}" for c in ours ^ expected} == set()
+    assert re.findall(data.compile_pattern(rf"[^\p{{{name}}}]"), "aé1½ ٣") == re.findall(data.compile_pattern(rf"\P{{{name}}}"), "aé1½ ٣")
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "é", "1", "ab", "👩"])
+def test_a_long_run_of_one_letter_takes_no_quadratic_time(llama3, unit):
+    ours, theirs = llama3
+    text = unit * (100_000 // len(unit))
+    operations = {}
+    for size in (len(text) // 4, len(text)):
+        asked = [0]
+
+        class Counting(dict):
+            def get(self, *key):
+                asked[0] += 1
+                return dict.get(self, *key)
+
+        counted = data.BytePairTokenizer(Counting(ours.vocab), None, ours.steps, {})
+        assert counted.encode(text[:size]) == theirs.encode_ordinary(text[:size])
+        operations[size] = asked[0]
+    assert operations[len(text)] < 4.5 * operations[len(text) // 4] + 100
+
+
+ByteLevel, Split, Sequence, Digits = (getattr(pre_tokenizers, n) for n in ("ByteLevel", "Split", "Sequence", "Digits"))
+PRE_TOKENIZERS = {
+    "gpt2": (ByteLevel(add_prefix_space=False), None, []),
+    "prefix space": (ByteLevel(add_prefix_space=True), None, []),
+    "smollm": (Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]), None, []),
+    "llama3": (Sequence([Split(Regex(data.LLAMA3_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
+               None, []),
+    "nfc, added text tokens": (ByteLevel(add_prefix_space=False), normalizers.NFC(), ["  ", "QQ", "<tool>"]),
+    "deepseek": (Sequence([Split(Regex("[\r\n]"), "isolated"), Split(Regex(r"\s?\p{L}+"), "isolated"),
+                           Split(Regex(r"\s?\p{P}+"), "isolated"), Digits(individual_digits=False),
+                           ByteLevel(add_prefix_space=False, use_regex=False)]), None, []),
+    "removed, inverted": (Sequence([Split(Regex(data.LLAMA3_PATTERN), "removed", invert=True),
+                                    ByteLevel(add_prefix_space=False, use_regex=False)]), None, []),
+}
+
+
+@pytest.fixture(scope="module", params=PRE_TOKENIZERS)
+def json_pair(request, tmp_path_factory):
+    pre, normalizer, added = PRE_TOKENIZERS[request.param]
+    theirs = tokenizers.Tokenizer(models.BPE(ignore_merges=request.param == "llama3"))
+    theirs.pre_tokenizer = pre
+    if normalizer:
+        theirs.normalizer = normalizer
+    corpus = [open(os.path.join(os.path.dirname(data.__file__), f), encoding="utf-8").read() for f in ("data.py", "model.py")]
+    theirs.train_from_iterator(corpus * 2 + ["日本語 שלום don't 12 345"] * 5, trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=ByteLevel.alphabet()))
+    theirs.add_tokens(added)
+    theirs.encode_special_tokens = True  # text that looks like a special token stays text
+    folder = tmp_path_factory.mktemp("json")
+    theirs.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder), theirs
+
+
+def test_tokenizer_json_ids_are_those_of_tokenizers_on_real_rows(json_pair, shared):
+    ours, theirs = json_pair
+    for text in real_texts(shared)[::4]:
+        assert ours.encode(text) == theirs.encode(text).ids
+
+
+@relaxed
+@given(text=st.one_of(texts, st.lists(st.sampled_from(["QQ", " ", "   ", "<tool>", "a", "<|endoftext|>", "1"])).map("".join)))
+def test_tokenizer_json_ids_are_those_of_tokenizers_on_any_text(json_pair, text):
+    ours, theirs = json_pair
+    assert ours.encode(text) == theirs.encode(text).ids
+    assert not set(ours.encode(text)) & set(ours.specials.values())
+
+
+def test_real_llama3_as_tokenizer_json_gives_the_same_ids(llama3, shared, tmp_path):
+    ours, theirs = llama3
+    letters = {b: c for c, b in data.byte_letters().items()}
+    text = lambda piece: "".join(letters[b] for b in piece)
+    merges = []
+    for piece, rank in sorted(theirs._mergeable_ranks.items(), key=lambda x: x[1]):
+        if len(piece) > 1:  # the last merge that makes it: what its bytes become with lower ranks only
+            parts = [bytes([b]) for b in piece]
+            while len(parts) > 2:
+                ranks = [theirs._mergeable_ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+                i = min(range(len(ranks)), key=ranks.__getitem__)
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            merges.append([text(parts[0]), text(parts[1])])
+    spec = {"added_tokens": [{"id": 128009, "content": "<|eot_id|>", "special": True}], "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": data.LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+            "model": {"type": "BPE", "ignore_merges": True, "merges": merges,
+                      "vocab": {text(p): r for p, r in theirs._mergeable_ranks.items()}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    again = load_tokenizer(tmp_path)
+    for row in real_texts(shared)[::10]:
+        assert again.encode(row) == ours.encode(row)
+    assert again.specials == {"<|eot_id|>": 128009}
+
+
+@pytest.mark.parametrize("spec, word", [
+    ({}, "model"), ([], "byte-level"), ({"model": {"vocab": {"▁a": 0}, "merges": []}}, "tokenizer.model"),
+    ({"model": {"vocab": {c: i for i, c in enumerate(data.byte_letters())}, "merges": []}}, "not supported"),
+    ({"model": {"vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+    ({"model": {"vocab": {}, "merges": [], "dropout": 0.1}}, "dropout"),
+    ({"model": {"vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, "byte 0"),
+])
+def test_a_tokenizer_json_that_would_tokenize_differently_is_refused(spec, word, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match=word):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizers_are_picked_by_what_is_there(shared, tmp_path):
+    with pytest.raises(DataError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    ranks = (shared / "tokenizers" / "llama3.tiktoken").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(ranks)  # Meta ships the ranks under this name
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, 128008, 128009]}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id == 128000 and tokenizer.eos_ids == [128001, 128008, 128009]
+    assert tokenizer.specials["<|eot_id|>"] == 128009 and tokenizer.specials["<|start_header_id|>"] == 128006
+    assert len(tokenizer.specials) == 256 and sorted(tokenizer.specials.values()) == list(range(128000, 128256))
+    (tmp_path / "tokenizer.model").write_bytes((shared / "tokenizers" / "llama2.model").read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids[0], tokenizer.vocab_size) == (1, 2, 32000)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x00garbage")
+    with pytest.raises(DataError, match="SentencePiece"):
+        load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------- templates
+
+TURNS = [("user", "What is 2 + 2?"), ("assistant", "Four.</s>"), ("user", "{} and ‹eos›?"), ("assistant", "\n Five {}")]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """256 bytes, no merges, and the special tokens of every template."""
+    specials = {t: 300 + i for i, t in enumerate(["<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+                                                  "<|im_start|>", "<|im_end|>"])}
+    tokenizer = data.BytePairTokenizer({bytes([i]): i for i in range(256)}, {}, [], specials)
+    tokenizer.bos_id, tokenizer.eos_ids = 300, [301]
+    return tokenizer
+
+
+def spell(tokenizer, ids):
+    names = {i: t for t, i in tokenizer.specials.items()}
+    return b"".join(names[i].encode() if i in names else bytes([i]) for i in ids).decode()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [[], [("system", "Be brief.")]])
+def test_a_prompt_is_the_prefix_of_the_document_it_was_trained_in(name, system, byte_tokenizer):
+    turns = system + TURNS
+    document, supervised = render(turns, TEMPLATES[name], byte_tokenizer)
+    for end in range(len(system) + 1, len(turns), 2):
+        prompt, _ = render(turns[:end], TEMPLATES[name], byte_tokenizer)
+        assert document[:len(prompt)] == prompt
+        assert supervised[len(prompt)] and not supervised[len(prompt) - 1]
+    answers = [text for role, text in turns if role == "assistant"]
+    learnt = spell(byte_tokenizer, [t for t, s in zip(document, supervised) if s])
+    end_of_turn = TEMPLATES[name].answer[-1].strip("‹›").replace("eos", "</s>")
+    pad = " " if name == "llama2" else ""
+    assert learnt == "".join(a + pad + end_of_turn for a in answers)
+    assert data.stop_ids(TEMPLATES[name], byte_tokenizer)[0] == document[-1]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("turns", [TURNS, TURNS[:3], [("system", "Be brief."), *TURNS], [("system", "{'"), TURNS[0]]])
+def test_the_exported_chat_template_renders_what_we_render(name, turns, byte_tokenizer):
+    import jinja2
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers compiles it
+    text = environment.from_string(data.chat_template(TEMPLATES[name])).render(
+        messages=[{"role": r, "content": t} for r, t in turns], bos_token="<s>", eos_token="</s>",
+        add_generation_prompt=turns[-1][0] == "user")
+    assert text == spell(byte_tokenizer, render(turns, TEMPLATES[name], byte_tokenizer)[0])
+
+
+def test_phased_template_is_the_papers_token_for_token(piece_pair):
+    ours, theirs = piece_pair
+    tokens, supervised = render([("user", "Hi there"), ("assistant", "Hello!")], TEMPLATES["phased"], ours)
+    pieces = [[1], theirs.encode("User: Hi there"), [2], theirs.encode("\nAssistant: "), theirs.encode("Hello!"), [2]]
+    assert tokens == sum(pieces, [])
+    assert supervised == [False] * (len(tokens) - len(pieces[4]) - 1) + [True] * (len(pieces[4]) + 1)
+
+
+def test_plain_text_is_supervised_from_its_first_token(piece_pair):
+    ours, theirs = piece_pair
+    tokens, supervised = render([("text", "Once upon")], TEMPLATES["phased"], ours)
+    assert tokens == [1, *theirs.encode("Once upon"), 2] and supervised == [False] + [True] * (len(tokens) - 1)
+
+
+def test_a_template_whose_token_is_missing_says_so(piece_pair):
+    with pytest.raises(DataError, match="start_header_id"):
+        render([("user", "x")], TEMPLATES["llama3"], piece_pair[0])
+
+
+# ---------------------------------------------------------------- rows
+
+GOOD_ROWS = {
+    "phased": {"id": 5, "score": "3.5\n\n", "data": ["q", "a"]},
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+}
+
+
+@pytest.mark.parametrize("form", GOOD_ROWS)
+@pytest.mark.parametrize("as_array", [False, True])
+def test_every_row_format_becomes_the_same_turns(form, as_array, tmp_path):
+    rows = [GOOD_ROWS[form]] * 3
+    text = json.dumps(rows, indent=2) if as_array else "\n".join(map(json.dumps, rows)) + "\n\n"
+    (tmp_path / "f.json").write_text("\ufeff" + text, encoding="utf-8")
+    got, bad = read_rows(tmp_path / "f.json")
+    assert bad == [] and [r.turns for r in got] == [[("user", "q"), ("assistant", "a")]] * 3
+    assert got[0].score == (3.5 if form == "phased" else None) and got[0].raw == rows[0]
+    lines = text.split("\n")
+    for row in got:
+        line = int(row.where.rsplit(":", 1)[1])
+        assert lines[line - 1].strip().startswith("{")
+
+
+def test_input_is_joined_to_the_instruction_and_text_is_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Add.", "input": "1 2", "output": "3"}))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "once"}))
+    assert read_rows(tmp_path / "a.jsonl")[0][0].turns[0] == ("user", "Add.\n1 2")
+    assert read_rows(tmp_path / "t.jsonl")[0][0].turns == [("text", "once")]
+
+
+@pytest.mark.parametrize("line, what", [
+    ("{", "not JSON"), ("[1", "not JSON"), ("3", "JSON object"), ("null", "JSON object"), ("{}", "no known row format"),
+    ('{"data": "q"}', "list"), ('{"data": []}', "turns must"), ('{"data": ["q"]}', "turns must"), ('{"data": ["q", 3]}', "string"),
+    ('{"data": ["q", " \\n"]}', "white space"), ('{"data": ["q", "a", "q"]}', "turns must"),
+    ('{"data": ["q", "\\ud800"]}', "surrogate"), ('{"data": ["q", "a"], "score": "hard"}', "not a number"),
+    ('{"data": ["q", "a"], "score": NaN}', "finite"), ('{"data": ["q", "a"], "score": [4]}', "not a number"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', "tool"), ('{"messages": [3]}', "list of objects"),
+    ('{"messages": [{"role": [], "content": "x"}]}', "not known"), ('{"text": ""}', "empty"), ("[" * 100_000, "not JSON"),
+    ('{"data": ["q", "a"], "score": ' + "9" * 5000 + "}", ""),
+])
+def test_bad_rows_are_named_by_file_and_line(line, what, tmp_path):
+    path = tmp_path / "f.jsonl"
+    form = next((f for f in ("messages", "text") if f'"{f}"' in line), "phased")
+    filler = json.dumps(GOOD_ROWS.get(form, {"text": "once"})) + "\n"
+    path.write_text(filler + "\n" + line + "\n" + filler)
+    rows, bad = read_rows(path)
+    assert len(rows) == 2 and len(bad) == 1 and bad[0].startswith(f"{path}:3: ") and what in bad[0], bad
+
+
+def test_formats_are_not_mixed_in_a_file_and_a_broken_array_says_where(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n".join(map(json.dumps, GOOD_ROWS.values())))
+    rows, bad = read_rows(path)
+    assert len(rows) == 1 and len(bad) == 3 and bad[0].startswith(f"{path}:2: a row of the format 'alpaca'")
+    path.write_text('[\n{"text": "a"},\n{"text": "b"}\n{"text": "c"}]')
+    rows, bad = read_rows(path)
+    assert len(rows) == 2 and bad[0].startswith(f"{path}:4: ") and "comma" in bad[0]
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=":2: not UTF-8"):
+        read_rows(path)
+
+
+values = st.recursive(st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text(max_size=5)),
+                      lambda v: st.lists(v, max_size=4) | st.dictionaries(st.sampled_from(
+                          ["data", "messages", "conversations", "instruction", "input", "output", "text", "role", "content",
+                           "from", "value", "score", "id"]), v, max_size=6), max_leaves=12)
+
+
+@relaxed
+@given(values=st.lists(values, max_size=4))
+def test_no_json_row_ends_in_a_traceback(values, tmp_path_factory):
+    path = tmp_path_factory.mktemp("r") / "f.jsonl"
+    path.write_text("\n".join(map(json.dumps, values)))
+    rows, bad = read_rows(path)
+    assert len(rows) + len(bad) == len(values) or (values and isinstance(values[0], list))
+
+
+# ---------------------------------------------------------------- documents
+
+
+def write_rows(path, answers):
+    path.write_text("".join(json.dumps({"id": f"r{i}", "data": ["Say it.", a]}) + "\n" for i, a in enumerate(answers)))
+
+
+@pytest.fixture
+def folder(shared, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "tokenizer.model").write_bytes((shared / "tokenizers" / "llama2.model").read_bytes())
+    return tmp_path / "m"
+
+
+def load(path, folder, max_len=64, **kw):
+    return data.load_documents(path, folder, "phased", max_len, folder.parent / "cache", progress=False, **kw)
+
+
+def test_documents_of_many_rows_are_those_of_each_row(folder, shared):
+    path = shared / "alpaca_scored_stage3.jsonl"  # 4,000 rows: more than one process is used where there are cores
+    documents, tokenizer = load(path, folder, max_len=2048), load_tokenizer(folder)
+    rows, _ = read_rows(path)
+    assert len(documents) == len(rows) == 3995 and len(documents.bad) == 5 and "white space" in documents.bad[0]
+    for d in range(0, len(rows), 97):
+        tokens, supervised = render(rows[d].turns, TEMPLATES["phased"], tokenizer)
+        span = slice(documents.starts[d], documents.starts[d + 1])
+        assert documents.tokens[span].tolist() == tokens and documents.supervised[span].tolist() == supervised
+        assert documents.ids[d] == rows[d].id and documents.where[d] == rows[d].where
+
+
+def test_long_rows_are_cut_at_the_end_and_counted(folder):
+    write_rows(folder.parent / "r.jsonl", ["short", "one two three four five " * 30, "x"])
+    whole, cut = load(folder.parent / "r.jsonl", folder, 2048), load(folder.parent / "r.jsonl", folder, 40)
+    assert cut.truncated == 1 and cut.lost_tokens == whole.lengths[1] - 40 and cut.lengths[1] == 40
+    assert cut.tokens[cut.starts[1]:cut.starts[2]].tolist() == whole.tokens[whole.starts[1]:whole.starts[1] + 40].tolist()
+    nothing = load(folder.parent / "r.jsonl", folder, 5)
+    assert len(nothing) == 0 and len(nothing.bad) == 3 and "r.jsonl:1: nothing supervised" in nothing.bad[0]
+
+
+def test_a_second_start_does_not_tokenize_again_unless_something_changed(folder, monkeypatch):
+    path, done = folder.parent / "r.jsonl", []
+    real = data.tokenize_file
+    monkeypatch.setattr(data, "tokenize_file", lambda *a: done.append(a) or real(*a))
+    data.cached_tokenizer.cache_clear()
+    write_rows(path, ["one", "two", " "])
+    first, second = load(path, folder), load(path, folder)
+    assert len(done) == 1 and second.ids == first.ids == ["r0", "r1"] and second.bad == first.bad != []
+    assert np.array_equal(first.tokens, second.tokens) and np.array_equal(first.starts, second.starts)
+    load(path, folder, max_len=20)
+    write_rows(path, ["one", "three"])
+    load(path, folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    load(path, folder)
+    assert len(done) == 4
+    for cached in (folder.parent / "cache").iterdir():
+        cached.write_bytes(cached.read_bytes()[:200])
+    assert load(path, folder).ids == ["r0", "r1"] and len(done) == 5
+
+
+@st.composite
+def some_documents(draw):
+    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=20))
+    n = sum(lengths)
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    return data.Documents(rng.integers(0, 50, n).astype(np.int32), rng.random(n) < 0.5, np.cumsum([0, *lengths]),
+                          [f"r{i}" for i in range(len(lengths))], [f"f:{i}" for i in range(len(lengths))], [])
+
+
+@relaxed
+@given(documents=some_documents(), seed=st.integers(0, 9))
+def test_targets_are_the_next_supervised_token_of_the_same_document(documents, seed):
+    chosen = np.random.default_rng(seed).permutation(len(documents))[:7]
+    tokens, targets, positions, cu_seqlens = documents.flat(chosen)
+    expected = []
+    for d in chosen:
+        t, s = (a[documents.starts[d]:documents.starts[d + 1]].tolist() for a in (documents.tokens, documents.supervised))
+        expected += [(t[i], t[i + 1] if i + 1 < len(t) and s[i + 1] else -100, i) for i in range(len(t))]
+    assert list(zip(tokens.tolist(), targets.tolist(), positions.tolist())) == expected
+    assert cu_seqlens.tolist() == [0, *np.cumsum(documents.lengths[chosen])] and cu_seqlens.dtype == np.int32
+    assert documents.targets_in(chosen) == (targets != -100).sum()
+    again = data.join([data.select(documents, chosen), documents])
+    assert again.flat(np.arange(len(chosen)))[1].tolist() == targets.tolist() and len(again) == len(chosen) + len(documents)
+    assert again.ids[:len(chosen)] == [f"r{d}" for d in chosen]
+
+
+@relaxed
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60), ranks=st.integers(1, 9), budget=st.integers(1, 800))
+def test_micro_batches_deal_every_document_once_within_the_budget(lengths, ranks, budget):
+    lengths = np.array(lengths)
+    chosen = np.flatnonzero(lengths % 3 > 0) if (lengths % 3 > 0).any() else np.arange(len(lengths))
+    dealt = data.micro_batches(chosen, lengths, ranks, budget)
+    assert len(dealt) == ranks and len({len(r) for r in dealt}) == 1
+    assert sorted(d for r in dealt for m in r for d in m) == sorted(chosen)
+    loads = [int(lengths[m].sum()) for r in dealt for m in r if len(m)]
+    assert max(loads) <= max(budget, lengths[chosen].max())
+    per_rank = [sum(int(lengths[m].sum()) for m in r) for r in dealt]
+    assert max(per_rank) - min(per_rank) <= len(dealt[0]) * lengths[chosen].max()
+
+
+def test_an_epoch_takes_every_document_once_in_an_order_of_its_own():
+    orders = [np.concatenate(data.epoch_batches(50, 7, seed, stage, epoch)) for seed in (0, 1) for stage in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(o) == list(range(50)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 8
+    assert [len(b) for b in data.epoch_batches(50, 7, 0, 0, 0)] == [7] * 7 + [1]
+    assert np.array_equal(orders[0], np.concatenate(data.epoch_batches(50, 7, 0, 0, 0)))
