@@ -128,7 +128,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text-rows", type=int, default=100_000)
+    parser.add_argument("--text-rows", type=int, default=45_000)
     parser.add_argument("--rows", type=int, nargs=5, default=[2000, 1000, 1000, 800, 800], help="instructions a level")
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts a level")
     parser.add_argument("--seed", type=int, default=0)
