@@ -69,6 +69,10 @@ def read_config(folder: str | Path) -> Config:
         raise CheckpointError(f"{path}: {e}") from None
 
 
+ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
 def parse_config(raw: dict) -> Config:
     """A Config from the dictionary of a config.json, with transformers' defaults for keys that are absent.
 
@@ -112,18 +116,15 @@ def parse_config(raw: dict) -> Config:
             wrong.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
 
     # Newer files keep theta and scaling together under rope_parameters, older ones apart.
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        wrong.append(f"rope_scaling must be an object, is {scaling!r}")
-        scaling = {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope_type not in needed:
-        wrong.append(f"rope scaling {rope_type!r} is not supported (only {', '.join(needed)})")
-    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
-        wrong.append(f"partial_rotary_factor = {scaling['partial_rotary_factor']!r} is not supported (only 1)")
-    rope_scaling = {key: number(scaling, key) for key in needed.get(rope_type, ())}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"rope_scaling must be an object, is {rope!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+        raise CheckpointError(f"rope scaling {rope_type!r} is not supported (only {', '.join(ROPE_TYPES)})")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        wrong.append(f"partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported (only 1)")
+    scaling = {key: number(rope, key) for key in ROPE_TYPES[rope_type]}
 
     config = Config(
         dim=dim,
@@ -135,8 +136,8 @@ def parse_config(raw: dict) -> Config:
         vocab_size=integer("vocab_size", high=2**24),
         norm_eps=number(raw, "rms_norm_eps", 1e-6),
         max_positions=integer("max_position_embeddings", 2048 if llama else 131072, high=2**40),
-        rope_theta=number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0),
-        rope_scaling={"rope_type": rope_type, **rope_scaling} if rope_scaling else None,
+        rope_theta=number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0),
+        rope_scaling={"rope_type": rope_type, **scaling} if scaling else None,
         window=None if llama or raw.get("sliding_window", 4096) is None else integer("sliding_window", 4096, high=2**40),
         tied=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=llama and bool(raw.get("attention_bias", False)),
@@ -539,6 +540,7 @@ def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None
         if writer:
             aside = folder / (file + ".tmp")
             save_file(tensors, aside, metadata={"format": "pt"})
+            aside.chmod(0o644)  # safetensors makes files that only their owner reads
             os.replace(aside, folder / file)
     if writer:
         if len(shards) > 1:

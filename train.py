@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Exit codes: 0 done, 1 the work failed, 2 wrong arguments or input, 130 interrupted (state saved).")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--stages", nargs="+", default=["s1", "s2", "s3"], metavar="F",
+    group.add_argument("--stages", nargs="+", default=[str(DEMO / f"s{k}.jsonl") for k in (1, 2, 3)], metavar="F",
                        help="one data file, or folder of *.jsonl files, a stage; s1 finds s1.jsonl "
                             "(without --model also in demo/)")
     group.add_argument("--eval", nargs="+", default=[], metavar="F", help="held-out data: the loss on it is measured")
@@ -224,6 +224,9 @@ def join_machine(args: argparse.Namespace) -> Machine:
     keep_memory()
     local = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -238,9 +241,6 @@ def join_machine(args: argparse.Namespace) -> Machine:
     shape, names = ((world,), ("shard",)) if args.replicas == 1 else (
         (args.replicas, world // args.replicas), ("replicate", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     return Machine(dist.get_rank(), world, device, mesh, compute_dtype(args.dtype))
 
 
@@ -767,8 +767,8 @@ class Log:
               f"-> {self.path.parent / stage.name}", flush=True)
 
 
-def print_plan(args: argparse.Namespace, config: Config, model: Transformer, stages: list[Stage], skipped: int) -> None:
-    """What will be done, stage by stage, and the memory it takes."""
+def print_plan(args: argparse.Namespace, model: Transformer, stages: list[Stage], bad: list[str]) -> None:
+    """What will be done, stage by stage."""
     header = ("stage", "rows", "replayed", "tokens", "supervised", "longest", "truncated", "tokens cut", "epochs", "batch",
               "steps", "lr")
     rows = [(f"{s.name} {s.source}", f"{len(s.documents):,}", f"{s.replayed:,}", f"{s.documents.lengths.sum():,}",
@@ -776,8 +776,8 @@ def print_plan(args: argparse.Namespace, config: Config, model: Transformer, sta
              f"{s.documents.truncated:,}", f"{s.documents.lost_tokens:,}", str(s.epochs), str(s.batch_size),
              f"{s.steps:,}", f"{s.lr:g}") for s in stages]
     print_table(header, rows)
-    if skipped:
-        print(f"Left out: {skipped} rows that cannot be used (run.json lists them).")
+    if bad:
+        print("\n  ".join([f"Left out: {len(bad)} rows that cannot be used (run.json lists them all):", *bad[:5]]))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {parameters:,} parameters, {compute_dtype(args.dtype)} computation, template {args.template}.")
 
@@ -813,7 +813,7 @@ def run(args: argparse.Namespace) -> None:
         bad = [line for s in stages for line in s.documents.bad] + [b for d in held_out.values() for b in d.bad]
         description = describe_run(args, hashes) | {"skipped_rows": bad}
         check_same_run(args.out / "run.json", description)
-        print_plan(args, config, skeleton, stages, len(bad))
+        print_plan(args, skeleton, stages, bad)
         if args.dry_run:
             print_memory(args, config, skeleton, stages)
             return

@@ -3,8 +3,9 @@
     python demo/make.py --out demo/build
 
 An instruction asks for 1 to 5 operations in a row on a word, a number or a list; its level is their number, its answer
-every intermediate result. The text states single operations in other words ("kamot backwards is tomak."), so that a
-model pre-trained on it knows the operations but not what an instruction is. demo/build.sh runs the whole recipe.
+every intermediate result. The text first states single operations ("kamot backwards is tomak."), then tells of one to
+three in a row ("if you take the word kamot, reverse it, then repeat it, you get tomak and tomaktomak."), so that a model
+pre-trained on it knows operations and words but not what an instruction is. demo/build.sh runs the whole recipe.
 """
 
 import argparse
@@ -110,15 +111,24 @@ def text_row(rng: random.Random) -> str:
     return " ".join(facts)
 
 
-def instruction(rng: random.Random, level: int) -> tuple[str, str]:
-    """An instruction of `level` steps and its answer: the result of every step."""
+def task(rng: random.Random, level: int) -> tuple[str, list[str]]:
+    """`level` operations asked for in a row, and the result of each."""
     links = []
     while not links:
         kind, value = start(rng)
         links = chain(rng, kind, value, level)
     asked = [rng.choice(operation[1]) for _, operation, _ in links]
     opening = rng.choice(OPENINGS[kind]).format(show(value))
-    return f"{opening}, {', then '.join(asked)}.", "; ".join(after for _, _, after in links)
+    return f"{opening}, {', then '.join(asked)}", [after for _, _, after in links]
+
+
+def story_row(rng: random.Random) -> str:
+    """About 250 letters that tell of tasks and what comes of them."""
+    sentences = []
+    while sum(map(len, sentences)) < 200:
+        asked, results = task(rng, rng.choice((1, 1, 2, 2, 3)))
+        sentences.append(f"if you {asked[0].lower()}{asked[1:]}, you get {' and '.join(results)}.")
+    return " ".join(sentences)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -141,10 +151,10 @@ def main() -> None:
 
     def fresh(level: int) -> tuple[str, str]:
         while True:
-            asked, answer = instruction(rng, level)
+            asked, results = task(rng, level)
             if asked not in seen:
                 seen.add(asked)
-                return asked, answer
+                return asked + ".", "; ".join(results)
 
     for level in range(1, 6):
         for i in range(args.prompts):
@@ -157,7 +167,8 @@ def main() -> None:
     write_rows(out / "prompts.jsonl", held_out)
 
     text = [text_row(rng) for _ in range(args.text_rows)]
-    write_rows(out / "text.jsonl", [{"text": t} for t in text])
+    write_rows(out / "text1.jsonl", [{"text": t} for t in text])
+    write_rows(out / "text2.jsonl", [{"text": story_row(rng) if i % 4 else text_row(rng)} for i in range(args.text_rows // 2)])
     write_rows(out / "text_eval.jsonl", [{"text": text_row(rng)} for _ in range(200)])
 
     folder = out / "init"
