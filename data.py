@@ -14,8 +14,8 @@ import sys
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -644,9 +644,13 @@ class Documents:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def lengths(self) -> np.ndarray:
+    @cached_property
+    def lengths(self) -> np.ndarray:  # (D,) in tokens
         return np.diff(self.starts)
+
+    @cached_property
+    def target_counts(self) -> np.ndarray:  # (D,) how many tokens of each are predicted: all supervised ones but the first
+        return np.add.reduceat(self.supervised, self.starts[:-1], dtype=np.int64) - self.supervised[self.starts[:-1]]
 
     def flat(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """tokens, targets, positions (T,) int64 and cu_seqlens (D+1,) int32 of the chosen documents, end to end.
@@ -661,11 +665,6 @@ class Documents:
         targets = np.append(np.where(supervised, tokens, -100)[1:], -100)
         positions = np.concatenate([np.arange(s.stop - s.start) for s in spans])
         return tokens, targets, positions, cu_seqlens
-
-    def targets_in(self, chosen: np.ndarray) -> int:
-        """How many targets the chosen documents hold."""
-        counts = np.add.reduceat(self.supervised, self.starts[:-1], dtype=np.int64) - self.supervised[self.starts[:-1]]
-        return int(counts[chosen].sum())
 
 
 def join(parts: list[Documents]) -> Documents:
@@ -761,8 +760,9 @@ def load_documents(path: Path, folder: Path, template: str, max_len: int, cache:
     documents = tokenize_file(path, folder, template, max_len, progress)
     cache.mkdir(parents=True, exist_ok=True)
     aside = kept.with_name(f"{kept.stem}.{os.getpid()}.tmp")
-    arrays = {key: value for key, value in vars(documents).items() if isinstance(value, np.ndarray)}
-    rest = {key: value for key, value in vars(documents).items() if key not in arrays}
+    content = {f.name: getattr(documents, f.name) for f in fields(documents)}
+    arrays = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
+    rest = {key: value for key, value in content.items() if key not in arrays}
     with open(aside, "wb") as f:
         np.savez(f, **arrays, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8))
     os.replace(aside, kept)

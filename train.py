@@ -310,7 +310,7 @@ def train_step(model: Transformer, machine: Machine, documents: Documents, batch
     Returns this rank's sum of losses and the norm of the gradient before clipping. The result does not depend on how
     the batch is cut into micro-batches or dealt to ranks, up to floating-point order.
     """
-    supervised = documents.targets_in(batch)
+    supervised = int(documents.target_counts[batch].sum())
     total = torch.zeros((), device=machine.device)
     for part in data.micro_batches(batch, documents.lengths, machine.world, micro_tokens)[machine.rank]:
         loss = model(*to_device(documents, part, machine.device))  # summed over tokens
@@ -344,7 +344,7 @@ def held_out_loss(model: Transformer, machine: Machine, documents: Documents, mi
     for part in [*model.layers, model]:
         part.reshard()  # else what was gathered stays until a backward pass, and stands in for the parameters
     dist.all_reduce(total)
-    return total.item() / documents.targets_in(everything)
+    return total.item() / int(documents.target_counts.sum())
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
@@ -626,7 +626,7 @@ def phased_training(args, machine, model, stages, held_out, log) -> None:
             loss, norm = train_step(model, machine, stage.documents, batch, args.micro_tokens, args.clip)
             due = args.save_every is None and time.monotonic() - last_saved > 600
             loss, stopping, due = agree(loss, stop["signal"], due)
-            loss /= stage.documents.targets_in(batch)
+            loss /= int(stage.documents.target_counts[batch].sum())
             finite = math.isfinite(loss) and math.isfinite(norm)
             if not finite and position.skipped >= args.skip_nonfinite:
                 save()
@@ -732,7 +732,7 @@ class Log:
 
     def step(self, stage: Stage, position: Position, epoch: int, batch: np.ndarray, loss: float, lr: float, norm: float,
              seconds: float) -> None:
-        lengths, supervised = stage.documents.lengths[batch], stage.documents.targets_in(batch)
+        lengths, supervised = stage.documents.lengths[batch], int(stage.documents.target_counts[batch].sum())
         flops = batch_flops(self.config, self.layer_matrices, lengths, supervised)
         tokens = int(lengths.sum())
         self.write({
@@ -772,7 +772,7 @@ def print_plan(args: argparse.Namespace, model: Transformer, stages: list[Stage]
     header = ("stage", "rows", "replayed", "tokens", "supervised", "longest", "truncated", "tokens cut", "epochs", "batch",
               "steps", "lr")
     rows = [(f"{s.name} {s.source}", f"{len(s.documents):,}", f"{s.replayed:,}", f"{s.documents.lengths.sum():,}",
-             f"{s.documents.targets_in(np.arange(len(s.documents))):,}", f"{s.documents.lengths.max():,}",
+             f"{s.documents.target_counts.sum():,}", f"{s.documents.lengths.max():,}",
              f"{s.documents.truncated:,}", f"{s.documents.lost_tokens:,}", str(s.epochs), str(s.batch_size),
              f"{s.steps:,}", f"{s.lr:g}") for s in stages]
     print_table(header, rows)

@@ -62,9 +62,9 @@ def ours(folder: Path, dtype: str, steps: int) -> dict:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         if len(seconds) > 1:  # the first one warms up
-            supervised += documents.targets_in(batch)
+            supervised += int(documents.target_counts[batch].sum())
             tokens += int(documents.lengths[batch].sum())
-            flops += train.batch_flops(config, matrices, documents.lengths[batch], documents.targets_in(batch))
+            flops += train.batch_flops(config, matrices, documents.lengths[batch], int(documents.target_counts[batch].sum()))
     total, peak = sum(seconds[1:]), peak_memory() - base
     return {"supervised_per_second": supervised / total, "tokens_per_second": tokens / total, "memory": peak,
             "of_matmul_rate": flops / total / matmul_rate(config, tokens // steps, supervised // steps, machine.dtype)}
