@@ -227,6 +227,33 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
     assert size > 3e8 and peaks[1] - peaks[0] < 1.2 * size, f"{(peaks[1] - peaks[0]) / size:.2f} times the weights"
 
 
+def test_each_rank_reads_only_the_slices_it_owns(tmp_path, monkeypatch):
+    rank = 2  # one only: DTensor remembers the slices of a mesh for as long as the process lives
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    hf_model(num_attention_heads=3, num_key_value_heads=1, hidden_size=51, head_dim=10).save_pretrained(tmp_path)  # uneven
+    whole = {name: p.detach() for name, p in load_model(tmp_path).named_parameters()}
+    read, real = [], M.read_slice
+    monkeypatch.setattr(M, "read_slice", lambda path, key, target, offset: read.append(target.numel()) or real(path, key, target, offset))
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+    try:
+        with torch.device("meta"):
+            model = Transformer(M.read_config(tmp_path))
+        fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+        model.to_empty(device="cpu")
+        M.load_weights(model, M.find_weights(model, tmp_path))
+        for name, p in model.named_parameters():
+            chunks = whole[name].chunk(4)
+            mine = chunks[rank] if rank < len(chunks) else whole[name][:0]
+            assert torch.equal(p.to_local(), mine), name
+    finally:
+        dist.destroy_process_group()
+    assert sum(read) <= 0.3 * sum(w.numel() for w in whole.values())
+
+
 @pytest.fixture
 def folder(tmp_path):
     hf_model().save_pretrained(tmp_path)
