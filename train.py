@@ -55,10 +55,17 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------- arguments
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fine-tune a Llama or Mistral model in stages of rising difficulty (Phased IFT).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         epilog="Exit codes: 0 done, 1 the work failed, 2 wrong arguments or input, 130 interrupted (state saved).")
 
     group = parser.add_argument_group("data")
@@ -68,7 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--eval", nargs="+", default=[], metavar="F", help="held-out data: the loss on it is measured")
     group.add_argument("--template", choices=data.TEMPLATES, default="phased", help="how turns become text")
     group.add_argument("--max-len", type=positive, default=2048, help="tokens; longer rows are cut at the end")
-    group.add_argument("--replay", type=share, default=0.0, help="share of every earlier stage's rows mixed into a stage")
+    group.add_argument("--replay", type=share, metavar="X",
+                       help="share of every earlier stage's rows mixed into a stage (default: 0; in the demo 0.1)")
     group.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
 
     group = parser.add_argument_group("model and output")
@@ -81,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("optimization (one value, or one per stage for --epochs --lr --batch-size)")
     group.add_argument("--epochs", nargs="+", type=positive, default=[1], metavar="N", help="passes over the stage")
-    group.add_argument("--lr", nargs="+", type=amount, default=[1e-3], metavar="X", help="peak learning rate of AdamW")
+    group.add_argument("--lr", nargs="+", type=amount, default=[5e-4], metavar="X", help="peak learning rate of AdamW")
     group.add_argument("--batch-size", nargs="+", type=positive, default=[16], metavar="N",
                        help="documents in an optimizer step, over all ranks")
     group.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
@@ -120,6 +128,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} has {len(values)} values for {len(args.stages)} stages: "
                          "give one, or one per stage")
         setattr(args, name, values * len(args.stages) if len(values) == 1 else values)
+    if args.replay is None:  # a model as small as the demo's forgets at once what it no longer sees
+        args.replay = 0.1 if args.model is None else 0.0
     return args
 
 
@@ -195,7 +205,7 @@ def read_data(args: argparse.Namespace, progress: bool) -> tuple[list[Stage], di
         rng = np.random.default_rng([args.seed, k])
         earlier = [documents[n] for n in args.stages[:k] if args.replay]
         replay = [data.select(d, rng.permutation(len(d))[:round(args.replay * len(d))]) for d in earlier]
-        stages.append(Stage(f"stage{k + 1}", name, data.join([documents[name], *replay]), sum(map(len, replay)),
+        stages.append(Stage(f"stage{k + 1}", min(name, os.path.relpath(name), key=len), data.join([documents[name], *replay]), sum(map(len, replay)),
                             args.epochs[k], args.lr[k], args.batch_size[k]))
     return stages, {name: documents[name] for name in args.eval}, hashes
 
@@ -779,7 +789,7 @@ def print_plan(args: argparse.Namespace, model: Transformer, stages: list[Stage]
     if bad:
         print("\n  ".join([f"Left out: {len(bad)} rows that cannot be used (run.json lists them all):", *bad[:5]]))
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.model}: {parameters:,} parameters, {compute_dtype(args.dtype)} computation, template {args.template}.")
+    print(f"{min(str(args.model), os.path.relpath(args.model), key=len)}: {parameters:,} parameters, {compute_dtype(args.dtype)} computation, template {args.template}.")
 
 
 def print_memory(args: argparse.Namespace, config: Config, model: Transformer, stages: list[Stage]) -> None:

@@ -169,7 +169,8 @@ def main() -> None:
     text = [text_row(rng) for _ in range(args.text_rows)]
     write_rows(out / "text1.jsonl", [{"text": t} for t in text])
     write_rows(out / "text2.jsonl", [{"text": story_row(rng) if i % 4 else text_row(rng)} for i in range(args.text_rows // 2)])
-    write_rows(out / "text_eval.jsonl", [{"text": text_row(rng)} for _ in range(200)])
+    write_rows(out / "text3.jsonl", [{"text": story_row(rng)} for _ in range(args.text_rows // 2)])
+    write_rows(out / "text_eval.jsonl", [{"text": story_row(rng)} for _ in range(200)])
 
     folder = out / "init"
     folder.mkdir(exist_ok=True)

@@ -183,9 +183,9 @@ def test_stages_follow_one_another_and_leave_folders_that_transformers_reads(ben
 def test_optimizer_and_schedule_are_fresh_at_each_stage_or_kept(bench, straight, tmp_path):
     go(bench, tmp_path / "o", "--eval", "s2", "--optimizer", "keep", "--schedule", "linear", "--warmup-ratio", "0.3")
     kept = [r for r in metrics(tmp_path / "o") if "lr" in r]
-    assert [r["lr"] for r in kept] == pytest.approx([1e-3 * x for x in (0.25, 0.5, 0.75, 1, *(1 - i / 7 for i in range(7)))])
+    assert [r["lr"] for r in kept] == pytest.approx([5e-4 * x for x in (0.25, 0.5, 0.75, 1, *(1 - i / 7 for i in range(7)))])
     reset = [r["lr"] for r in metrics(straight) if "lr" in r]
-    assert reset[0] == reset[4] == reset[7] == 1e-3
+    assert reset[0] == reset[4] == reset[7] == 5e-4
     assert not same(weights(tmp_path / "o"), weights(straight))
 
 
@@ -334,7 +334,7 @@ def test_a_finished_run_has_nothing_to_do(bench, straight):
 
 def test_other_arguments_or_data_are_refused_by_name(bench, straight, tmp_path):
     done = go(bench, straight, "--eval", "s2", "--lr", "0.5", "--replay", "0.1", code=2)
-    assert "--lr was [0.001, 0.001, 0.001], is [0.5, 0.5, 0.5]" in done.stderr and "--replay was 0.0" in done.stderr
+    assert "--lr was [0.0005, 0.0005, 0.0005], is [0.5, 0.5, 0.5]" in done.stderr and "--replay was 0.0" in done.stderr
     go(bench, tmp_path / "o", stages=("s1",))
     rows = (bench / "s1.jsonl").read_text()
     try:
