@@ -244,7 +244,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(seed, bench, straig
         while run.poll() is None and not (out / "metrics.jsonl").exists():
             time.sleep(0.05)
         try:
-            run.communicate(timeout=rng.uniform(0.05, 1.2) if kills < 5 else None)
+            run.communicate(timeout=rng.uniform(0.0, 0.1 if kills == 0 else 0.8) if kills < 5 else None)
             break
         except subprocess.TimeoutExpired:
             run.kill()
@@ -409,7 +409,7 @@ def test_a_dry_run_plans_without_reading_or_writing_weights(bench, tmp_path):
     done = go(bench, tmp_path / "o", "--model", str(folder), "--dry-run", "--plan-world-size", "64", "--max-len", "80",
               stages=("s1", str(tmp_path / "many")))
     lines = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
-    assert lines["stage2"][2] == "44" and lines["stage2"][-2] == "6" and int(lines["stage1"][7]) > 0
+    assert lines["stage2"][2] == "44" and lines["stage2"][-2] == "6" and int(lines["stage2"][7]) > 0
     assert "1 rank" in done.stdout and "64 ranks" in done.stdout and "activations" in lines
     parameters = sum(v.numel() for v in load_file(bench / "m" / "model.safetensors").values())
     assert f"{parameters:,} parameters" in done.stdout
