@@ -180,7 +180,7 @@ def first_step() -> None:
     for _ in range(3):
         with tempfile.TemporaryDirectory() as out:
             start = time.perf_counter()
-            run = subprocess.Popen(["torchrun", "--standalone", str(ROOT / "train.py"), "--out", out], stdout=subprocess.DEVNULL,
+            run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", str(ROOT / "train.py"), "--out", out], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
             metrics = Path(out) / "metrics.jsonl"
             while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
