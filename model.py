@@ -323,7 +323,7 @@ class Transformer(nn.Module):
 
 # ---------------------------------------------------------------- output head and loss
 
-LOGITS_AT_ONCE = 2**25  # numbers; 128 MiB in fp32, whatever the vocabulary
+LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in fp32, whatever the vocabulary
 
 
 def head_chunks(x: Tensor, weight: Tensor, targets: Tensor):

@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("machine (changes speed and memory, not what is computed)")
     group.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                        help="of the computation; auto: bf16 where the device has it. Weights and optimizer are fp32")
-    group.add_argument("--micro-tokens", type=positive, default=4096, help="tokens that go through the model at once")
+    group.add_argument("--micro-tokens", type=positive, default=2048, help="tokens that go through the model at once")
     group.add_argument("--checkpoint-activations", action="store_true", help="less memory for a third more computation")
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     group.add_argument("--replicas", type=positive, default=1,
