@@ -549,12 +549,12 @@ def check_turns(turns: list[tuple[str, str]]) -> None:
 def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
     """A checked Row and its format; `form` is the file's format where that is known already. Raises DataError."""
     if not isinstance(raw, dict):
-        raise DataError(f"{where}: a row must be a JSON object, this is {json.dumps(raw)[:40]}")
+        raise DataError(f"a row must be a JSON object, this is {json.dumps(raw)[:40]}")
     known = [name for name, keys in FORMATS.items() if all(key in raw for key in keys)]
     if not known:
-        raise DataError(f"{where}: no known row format; its keys are {', '.join(raw)[:80] or 'none'}")
+        raise DataError(f"no known row format; its keys are {', '.join(raw)[:80] or 'none'}")
     if form and form not in known:
-        raise DataError(f"{where}: a row of the format '{known[0]}' in a file of the format '{form}'")
+        raise DataError(f"a row of the format '{known[0]}' in a file of the format '{form}'")
     form = form or known[0]
     try:
         turns = row_turns(raw, form)
@@ -564,10 +564,10 @@ def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
             score = float(score)  # the published files hold strings, some with newlines behind
             if not np.isfinite(score):
                 raise DataError(f"score {raw['score']!r} is not a finite number")
-    except DataError as e:
-        raise DataError(f"{where}: {e}") from None
-    except (ValueError, TypeError):
-        raise DataError(f"{where}: score {str(raw['score'])[:40]!r} is not a number") from None
+    except (ValueError, TypeError) as e:
+        if isinstance(e, DataError):
+            raise
+        raise DataError(f"score {str(raw['score'])[:40]!r} is not a number") from None
     return Row(str(raw.get("id", where)), turns, score, where, raw), form
 
 
@@ -600,8 +600,8 @@ def json_values(text: str) -> Iterator[tuple[int, object]]:
         yield line, DataError(f"not JSON, and the rest of the array cannot be read: {e}")
 
 
-def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
-    """The good rows of a JSONL or JSON file, and a line "file:line: what is wrong" for each bad one.
+def each_row(path: str | Path) -> Iterator[tuple[str, object, Row | None, str]]:
+    """(file:line, the value as it was read, its Row or None, what is wrong with it) for each row of a JSONL or JSON file.
 
     Raises DataError when the file itself cannot be read.
     """
@@ -612,16 +612,26 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
     except UnicodeDecodeError as e:
         line = 1 + e.object[:e.start].count(b"\n")
         raise DataError(f"{path}:{line}: not UTF-8 text (byte {e.object[e.start]:#04x})") from None
-    rows, bad, form = [], [], None
+    form = None
     for line, value in json_values(text):
         where = f"{path}:{line}"
         try:
             if isinstance(value, DataError):
-                raise DataError(f"{where}: {value}")
+                raise value
             row, form = parse_row(value, form, where)
-            rows.append(row)
+            yield where, value, row, ""
         except DataError as e:
-            bad.append(str(e))
+            yield where, value, None, str(e)
+
+
+def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
+    """The good rows of a JSONL or JSON file, and a line "file:line: what is wrong" for each bad one."""
+    rows, bad = [], []
+    for where, _, row, problem in each_row(path):
+        if row:
+            rows.append(row)
+        else:
+            bad.append(f"{where}: {problem}")
     return rows, bad
 
 

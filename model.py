@@ -81,26 +81,14 @@ def parse_config(raw: dict) -> Config:
     """
     if not isinstance(raw, dict):
         raise CheckpointError("is not a JSON object")
-    wrong = []
-
-    def integer(key, default=None, low=1, high=2**20):
-        value = default if raw.get(key) is None else raw[key]
-        if type(value) is not int or not low <= value <= high:
-            wrong.append(f"{key} must be a whole number from {low} to {high:,}, is {value!r}")
-            return low
-        return value
-
-    def number(where, key, default=None, low=0.0):
-        value = default if where.get(key) is None else where[key]
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= low:
-            wrong.append(f"{key} must be a finite number above {low}, is {value!r}")
-            return 1.0
-        return float(value)
-
     kind = raw.get("model_type")
     if kind not in ("llama", "mistral"):
         raise CheckpointError(f"model_type must be 'llama' or 'mistral', is {kind!r}")
-    llama = kind == "llama"
+    llama, wrong = kind == "llama", []
+
+    def integer(key, default=None, high=2**20):
+        return read_number(raw, key, default, int, 1, high, wrong)
+
     dim = integer("hidden_size")
     n_heads = integer("num_attention_heads", high=2**14)
     n_kv_heads = integer("num_key_value_heads", n_heads if llama or "num_key_value_heads" in raw else 8, high=2**14)
@@ -114,18 +102,7 @@ def parse_config(raw: dict) -> Config:
     for key, supported in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
         if raw.get(key) not in (None, supported):
             wrong.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
-
-    # Newer files keep theta and scaling together under rope_parameters, older ones apart.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"rope_scaling must be an object, is {rope!r}")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
-        raise CheckpointError(f"rope scaling {rope_type!r} is not supported (only {', '.join(ROPE_TYPES)})")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        wrong.append(f"partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported (only 1)")
-    scaling = {key: number(rope, key) for key in ROPE_TYPES[rope_type]}
-
+    rope_theta, rope_scaling = parse_rope(raw, wrong)
     config = Config(
         dim=dim,
         hidden_dim=integer("intermediate_size"),
@@ -134,10 +111,10 @@ def parse_config(raw: dict) -> Config:
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         vocab_size=integer("vocab_size", high=2**24),
-        norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        norm_eps=read_number(raw, "rms_norm_eps", 1e-6, float, 1e-30, 1.0, wrong),
         max_positions=integer("max_position_embeddings", 2048 if llama else 131072, high=2**40),
-        rope_theta=number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0),
-        rope_scaling={"rope_type": rope_type, **scaling} if scaling else None,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
         window=None if llama or raw.get("sliding_window", 4096) is None else integer("sliding_window", 4096, high=2**40),
         tied=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=llama and bool(raw.get("attention_bias", False)),
@@ -149,12 +126,39 @@ def parse_config(raw: dict) -> Config:
     return config
 
 
+def read_number(source: dict, key: str, default, kind: type, low, high, wrong: list[str]):
+    """source[key], or `default` where it is absent or null; if it is no number from low to high, says so in `wrong`."""
+    value = default if source.get(key) is None else source[key]
+    kinds = (int,) if kind is int else (int, float)
+    if type(value) not in kinds or not low <= value <= high:
+        noun = "a whole number" if kind is int else "a number"
+        wrong.append(f"{key} must be {noun} from {low:,} to {high:,}, is {value!r}")
+        return kind(1)
+    return kind(value)
+
+
+def parse_rope(raw: dict, wrong: list[str]) -> tuple[float, dict | None]:
+    """theta and scaling; newer files keep both under rope_parameters, older ones apart."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"rope_scaling must be an object, is {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise CheckpointError(f"rope scaling {kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        wrong.append(f"partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported (only 1)")
+    theta = read_number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, float, 1e-30, 1e30, wrong)
+    scaling = {key: read_number(rope, key, None, float, 1e-30, 1e30, wrong) for key in ROPE_TYPES[kind]}
+    return theta, {"rope_type": kind, **scaling} if scaling else None
+
+
 # ---------------------------------------------------------------- the transformer
 
 
 def rope_tables(config: Config, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, fp32, each (T, hd/2); `lengths` (D,) are the documents' token counts.
+    """What `rotate` multiplies with, fp32: (cos, cos) and (-sin, sin) of the rotary angles, each (T, 1, hd).
 
+    `lengths` (D,) are the documents' token counts.
     Scalings as in transformers' modeling_rope_utils. `dynamic` depends on the length of the sequence: here on that of
     each document, as if it were alone in its batch.
     """
@@ -175,14 +179,22 @@ def rope_tables(config: Config, positions: Tensor, lengths: Tensor) -> tuple[Ten
         frequencies = 1.0 / (config.rope_theta * stretch.float()[:, None]) ** exponents  # (D, hd/2)
         frequencies = frequencies.repeat_interleave(lengths, dim=0)  # (T, hd/2)
     angles = positions[:, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()  # (T, hd/2)
+    return torch.cat((cos, cos), 1)[:, None], torch.cat((-sin, sin), 1)[:, None]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class Rotate(torch.autograd.Function):
     """Rotary embedding of x (T, heads, hd), pairing dimension i with i + hd/2 as Hugging Face's weights expect."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, hd/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).addcmul_(x.roll(x.shape[2] // 2, 2), sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return (grad * cos).addcmul_(grad.roll(grad.shape[2] // 2, 2), sin, value=-1), None, None  # turned back
 
 
 VARLEN_OPTIONS = signature(varlen_attn).parameters  # torch 2.10 has neither window_size nor enable_gqa
@@ -201,58 +213,120 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, wi
     return attend_each(q, k, v, cu_seqlens, window)
 
 
-SHORT = 512  # tokens; below, a dense product beats the CPU's flash kernel 2 to 3 times and costs little memory
-
-
 @torch.compiler.disable  # a Python loop whose length changes with every batch: left out of compiled graphs
 def attend_each(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-    """`attend` as a loop over the documents: a dense product for short ones, scaled_dot_product_attention for long."""
-    lengths = cu_seqlens.diff().tolist()
-    G, R = k.shape[1], q.shape[1] // k.shape[1]  # R query heads share a key/value head, which is never repeated
-    scale = q.shape[2] ** -0.5
-    out = []
-    for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        n = len(q1)
-        q1 = q1.unflatten(1, (G, R)).permute(1, 2, 0, 3)  # (G, R, n, hd)
-        k1, v1 = k1.transpose(0, 1), v1.transpose(0, 1)  # (G, n, hd)
-        if n <= SHORT:
-            hidden = torch.zeros(n, n, dtype=q.dtype, device=q.device).masked_fill(~visible(0, n, 0, window, q.device), -math.inf)
-            scores = torch.baddbmm(hidden.repeat(R, 1), q1.flatten(1, 2) * scale, k1.mT)  # (G, R n, n)
-            o = (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v1).unflatten(1, (R, n))
-        else:
-            k1, v1 = (x.unsqueeze(1).expand(G, R, n, -1) for x in (k1, v1))  # stride 0
-            if window is None or n <= window:
-                o = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True)
-            else:  # blocks of queries, each against the keys its window reaches: cost grows with n, not n * n
-                blocks = []
-                for a in range(0, n, window):
-                    b, first = min(a + window, n), max(0, a - window + 1)
-                    blocks.append(F.scaled_dot_product_attention(
-                        q1[:, :, a:b], k1[:, :, first:b], v1[:, :, first:b], attn_mask=visible(a, b, first, window, q.device)))
-                o = torch.cat(blocks, dim=2)
-        out.append(o.permute(2, 0, 1, 3).flatten(1, 2))  # (n, H, hd)
-    return torch.cat(out)
+    return DocumentAttention.apply(q, k, v, cu_seqlens.diff().tolist(), window)
 
 
-def visible(a: int, b: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys first..b the queries a..b may see: (b - a, b - first) bool."""
-    behind = torch.arange(a, b, device=device)[:, None] - torch.arange(first, b, device=device)
-    return (behind >= 0) & (behind < (window or b))
+BLOCK = 512  # queries at a time: memory grows with a document's length, not with its square
+
+
+class DocumentAttention(torch.autograd.Function):
+    """`attend` as a loop over the documents, wherever varlen_attn does not run. Keeps q, k and v for the backward pass
+    and computes the probabilities again, as FlashAttention does; for documents of a few hundred tokens these dense
+    products are 2 to 3 times as fast on a CPU as its scaled_dot_product_attention."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.lengths, ctx.window = lengths, window
+        out = torch.empty_like(q)
+        for queries, keys in attention_blocks(lengths, window):
+            o = probabilities(q[queries], k[keys], window) @ v[keys].transpose(0, 1)  # (G, R n, hd)
+            out[queries] = from_groups(o, q[queries])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v = ctx.saved_tensors
+        scale = q.shape[2] ** -0.5
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys in attention_blocks(ctx.lengths, ctx.window):
+            p, do = probabilities(q[queries], k[keys], ctx.window), to_groups(grad[queries], k.shape[1])
+            dv[keys] += (p.mT @ do).transpose(0, 1)
+            dp = do @ v[keys].permute(1, 2, 0)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p * (dp - sum(p * dp))
+            dq[queries] = from_groups(ds @ k[keys].transpose(0, 1), q[queries])
+            dk[keys] += (ds.mT @ to_groups(q[queries], k.shape[1])).transpose(0, 1)
+        return dq, dk, dv, None, None
+
+
+def attention_blocks(lengths: list[int], window: int | None):
+    """(queries, keys) as slices of the flat run: blocks of each document's queries, and the keys that they may see."""
+    start = 0
+    for n in lengths:
+        for a in range(0, n, BLOCK):
+            b, first = min(a + BLOCK, n), 0 if window is None else max(0, a - window + 1)
+            yield slice(start + a, start + b), slice(start + first, start + b)
+        start += n
+
+
+def to_groups(x: Tensor, groups: int) -> Tensor:
+    """(n, H, hd) -> (G, R n, hd): the R query heads of a key/value head one below the other, so that no key is repeated."""
+    return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def from_groups(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `to_groups`; `like` has the shape (n, H, hd) of the result."""
+    return x.unflatten(1, (-1, len(like))).permute(2, 0, 1, 3).reshape(like.shape)
+
+
+def probabilities(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """What the queries q (n, H, hd), the last n of the keys k (m, G, hd), attend to: (G, R n, m), rows sum to 1."""
+    n, m, G = len(q), len(k), k.shape[1]
+    scores = (to_groups(q, G) * q.shape[2] ** -0.5) @ k.permute(1, 2, 0)
+    hidden = torch.full((n, m), -math.inf, dtype=q.dtype, device=q.device)
+    hidden = hidden.triu(m - n + 1) if window is None else hidden.triu(m - n + 1) + hidden.tril(m - n - window)
+    scores.view(G, -1, n, m).add_(hidden)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+
+
+class Linear(nn.Linear):
+    """Computes in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return Normalize.apply(x, self.weight, self.eps)  # the CPU has no such kernel, and autograd keeps six copies
+
+
+class Normalize(torch.autograd.Function):
+    """RMSNorm of x (T, C), statistics in fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = (torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square_() / x.shape[1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).to(x.dtype) * weight.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, r = ctx.saved_tensors
+        n = x * r  # (T, C) fp32
+        dn = grad * weight.float()
+        dw = (grad * n).sum(0).to(weight.dtype)
+        dx = dn.addcmul_(n, (dn * n).mean(1, keepdim=True), value=-1).mul_(r)
+        return dx.to(x.dtype), dw, None
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        self.q = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.attention_bias)
-        self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.attention_bias)
-        self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.attention_bias)
-        self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=c.attention_bias)
+        self.q = Linear(c.dim, c.n_heads * c.head_dim, bias=c.attention_bias)
+        self.k = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.attention_bias)
+        self.v = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.attention_bias)
+        self.o = Linear(c.n_heads * c.head_dim, c.dim, bias=c.attention_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         hd = self.config.head_dim
-        q = rotate(self.q(x).unflatten(1, (-1, hd)), cos, sin)  # (T, H, hd)
-        k = rotate(self.k(x).unflatten(1, (-1, hd)), cos, sin)  # (T, G, hd)
+        q = Rotate.apply(self.q(x).unflatten(1, (-1, hd)), cos, sin)  # (T, H, hd)
+        k = Rotate.apply(self.k(x).unflatten(1, (-1, hd)), cos, sin)  # (T, G, hd)
         v = self.v(x).unflatten(1, (-1, hd))
         return self.o(attend(q, k, v, cu_seqlens, longest, self.config.window).flatten(1))
 
@@ -260,20 +334,38 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate = nn.Linear(c.dim, c.hidden_dim, bias=c.mlp_bias)
-        self.up = nn.Linear(c.dim, c.hidden_dim, bias=c.mlp_bias)
-        self.down = nn.Linear(c.hidden_dim, c.dim, bias=c.mlp_bias)
+        self.gate = Linear(c.dim, c.hidden_dim, bias=c.mlp_bias)
+        self.up = Linear(c.dim, c.hidden_dim, bias=c.mlp_bias)
+        self.down = Linear(c.hidden_dim, c.dim, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        y = GatedDown.apply(self.gate(x), self.up(x), self.down.weight.to(x.dtype))
+        return y if self.down.bias is None else y + self.down.bias.to(x.dtype)
+
+
+class GatedDown(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T, keeping only gate and up (T, hidden) for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return (F.silu(gate) * up) @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up, weight = ctx.saved_tensors
+        active, dh = F.silu(gate), grad @ weight
+        dgate = torch.ops.aten.silu_backward(dh * up, gate)
+        dweight = grad.T @ (active * up)
+        return dgate, dh * active, dweight
 
 
 class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.attention_norm = RMSNorm(c.dim, c.norm_eps)
         self.attention = Attention(c)
-        self.mlp_norm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
         self.checkpointed = False  # keep only the block's input for the backward pass, compute the rest again
 
@@ -293,9 +385,10 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.compute_dtype = None  # that of the weights
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, targets: Tensor | None = None,
@@ -307,13 +400,13 @@ class Transformer(nn.Module):
         lengths = cu_seqlens.diff()
         longest = int(lengths.max())
         cos, sin = rope_tables(self.config, positions, lengths)
-        x = F.embedding(tokens, self.embed.weight)  # (T, C)
+        x = F.embedding(tokens, self.embed.weight).to(self.compute_dtype or self.embed.weight.dtype)  # (T, C)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, cu_seqlens, longest)
         weight = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
-            return F.linear(self.norm(x), weight)
+            return F.linear(self.norm(x), weight.to(x.dtype))
         supervised = (targets != -100).nonzero().squeeze(1)  # (N,)
         x, targets = self.norm(x.index_select(0, supervised)), targets[supervised]
         if reduction == "none":
@@ -328,7 +421,7 @@ LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in fp32, whatever the vocabulary
 
 def head_chunks(x: Tensor, weight: Tensor, targets: Tensor):
     """(rows, fp32 logits of these rows, their targets) for chunks of x (N, C) small enough to hold all logits."""
-    step = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    weight, step = weight.to(x.dtype), max(1, LOGITS_AT_ONCE // weight.shape[0])
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
         yield rows, F.linear(x[rows], weight).float(), targets[rows, None]
@@ -354,7 +447,7 @@ class SumOfLosses(torch.autograd.Function):
             loss += (lse - logits.gather(1, target)).sum()
             # d loss / d logits = softmax - one-hot
             p = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse)).to(x.dtype)
-            dx[rows] = p @ weight
+            dx[rows] = p @ weight.to(x.dtype)
             dw += p.T @ x[rows]
         ctx.save_for_backward(dx, dw.to(weight.dtype))
         return loss

@@ -282,11 +282,12 @@ def build_model(args: argparse.Namespace, machine: Machine, config: Config, read
         block.checkpointed = args.checkpoint_activations
         if args.compile:
             block.compute = torch.compile(block.compute, dynamic=True)
+    model.compute_dtype = machine.dtype
     policy = MixedPrecisionPolicy(cast_forward_inputs=False) if machine.dtype == torch.float32 else MixedPrecisionPolicy(
         param_dtype=machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in [*model.layers, model]:
-        # Alone, gathering again for the backward pass would only copy.
-        fully_shard(part, mesh=machine.mesh, mp_policy=policy, reshard_after_forward=machine.world > 1)
+    if machine.world > 1:  # a rank alone would only make copies
+        for part in [*model.layers, model]:
+            fully_shard(part, mesh=machine.mesh, mp_policy=policy)
     model.to_empty(device=machine.device)
     if read_weights:
         model_file.load_weights(model, files)
@@ -322,11 +323,13 @@ def train_step(model: Transformer, machine: Machine, documents: Documents, batch
     """
     supervised = int(documents.target_counts[batch].sum())
     total = torch.zeros((), device=machine.device)
+    for p in model.parameters():  # kept from step to step: made anew, they would scatter a CPU's memory
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     for part in data.micro_batches(batch, documents.lengths, machine.world, micro_tokens)[machine.rank]:
         loss = model(*to_device(documents, part, machine.device))  # summed over tokens
         (loss * (machine.world / supervised)).backward()  # FSDP takes the mean over ranks
         total += loss.detach()
-    gradients = [p.grad.to_local() for p in model.parameters()]
+    gradients = [model_file.local_part(p.grad)[0] for p in model.parameters()]
     norm = gradient_norm(gradients, machine)
     if clip and norm > clip:
         torch._foreach_mul_(gradients, clip / norm)
@@ -351,7 +354,7 @@ def held_out_loss(model: Transformer, machine: Machine, documents: Documents, mi
     everything = np.arange(len(documents))
     for part in data.micro_batches(everything, documents.lengths, machine.world, micro_tokens)[machine.rank]:
         total += model(*to_device(documents, part, machine.device), reduction="none").double().sum()
-    for part in [*model.layers, model]:
+    for part in [*model.layers, model] if machine.world > 1 else []:
         part.reshard()  # else what was gathered stays until a backward pass, and stands in for the parameters
     dist.all_reduce(total)
     return total.item() / int(documents.target_counts.sum())
@@ -648,7 +651,6 @@ def phased_training(args, machine, model, stages, held_out, log) -> None:
                 position.optimizer_steps += 1
             else:
                 position.skipped += 1
-            optimizer.zero_grad()
             position.step += 1
             position.global_step += 1
             log.step(stage, position, epoch, batch, loss, lr, norm, time.perf_counter() - started)

@@ -107,10 +107,10 @@ def test_dynamic_rope_scales_each_document_as_if_alone(tmp_path):
 
 
 @pytest.mark.parametrize("window", [None, 100, 600])
-def test_documents_longer_than_the_dense_limit_agree_with_transformers(window, tmp_path):
+def test_documents_longer_than_a_block_agree_with_transformers(window, tmp_path):
     hf = hf_model("mistral", sliding_window=window, max_position_embeddings=2048, num_hidden_layers=1)
     hf.save_pretrained(tmp_path)
-    lengths = [M.SHORT + 188, 3, M.SHORT, M.SHORT + 1]
+    lengths = [M.BLOCK + 188, 3, M.BLOCK, M.BLOCK + 1]
     tokens, positions, cu_seqlens = documents(lengths)
     ours = load_model(tmp_path)
     logits, expected = ours(tokens, positions, cu_seqlens), hf_logits(hf, tokens, lengths)
