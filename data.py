@@ -4,6 +4,7 @@ A row of a data file becomes a list of (role, text) turns; `render` turns these 
 supervised; the result is a document. Documents of a file lie end to end in flat arrays (`Documents`).
 """
 
+import argparse
 import base64
 import hashlib
 import heapq
@@ -22,6 +23,10 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
+
+
+class UsageError(ValueError):
+    """Arguments that do not fit together, or files that do not suit them."""
 
 
 class DataError(ValueError):
@@ -807,3 +812,26 @@ def micro_batches(chosen: np.ndarray, lengths: np.ndarray, ranks: int, budget: i
         if max(loads)[0] <= limit:
             return [[np.array(b, np.int64) for b in bins[r::ranks]] for r in range(ranks)]
         per_rank += 1
+
+
+# ---------------------------------------------------------------- what the programs share at the command line
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, False, float("inf")) or action.default == []
+        return action.help if silent else super()._get_help_string(action)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, is {text}")
+    return int(text)
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for row in [header, *rows]:
+        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]))

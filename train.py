@@ -34,14 +34,10 @@ from tqdm import tqdm
 
 import data
 import model as model_file
-from data import DataError, Documents
+from data import DataError, Documents, HelpFormatter, UsageError, positive, print_table
 from model import CheckpointError, Config, Transformer
 
 DEMO = Path(__file__).resolve().parent / "demo"
-
-
-class UsageError(ValueError):
-    """Arguments that do not fit together, or do not fit the run that --out holds."""
 
 
 class TrainingError(RuntimeError):
@@ -53,13 +49,6 @@ class Interrupted(Exception):
 
 
 # ---------------------------------------------------------------- arguments
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -131,12 +120,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.replay is None:  # a model as small as the demo's forgets at once what it no longer sees
         args.replay = 0.1 if args.model is None else 0.0
     return args
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {text}")
-    return int(text)
 
 
 def amount(text: str) -> float:
@@ -801,12 +784,6 @@ def print_memory(args: argparse.Namespace, config: Config, model: Transformer, s
     rows = [(part, *(f"{plan[part] / 2**30:,.2f}" for plan in plans)) for part in plans[0]]
     rows.append(("together", *(f"{sum(plan.values()) / 2**30:,.2f}" for plan in plans)))
     print_table(("GiB per rank, estimated", *(f"{w} rank{'s' * (w > 1)}" for w in worlds)), rows)
-
-
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    for row in [header, *rows]:
-        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]))
 
 
 # ---------------------------------------------------------------- main

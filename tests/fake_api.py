@@ -1,0 +1,159 @@
+"""A real HTTP server on loopback that behaves like an OpenAI-compatible API, and misbehaves on request.
+
+    python tests/fake_api.py '{"latency": 0.2, "faults": 0.2}'   prints its port, serves until it is killed
+
+Every completion that was really sent is a line of `log`: the body of the request and the reply.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+import re
+import sys
+import time
+
+OPTIONS = {
+    "latency": 0.0, "faults": 0.0, "kinds": ["429", "429-after", "500", "close", "cut", "html", "hang"], "seed": 0,
+    "hang": 30.0, "log": None, "status": None,  # status: [code, error] for every request
+    "refuse": None, "odd": None,  # prompts with this text: HTTP 400; a reply that is no score, the first time
+    "reject": [], "usage": True, "reply": None, "rate": None,  # rate: requests a second, bucket of as many
+    "echo": False,  # repeats the Authorization header in replies and errors
+    "batch_seconds": 0.3, "batch_fail": 0.0,
+}
+
+
+class Server:
+    def __init__(self, options: dict):
+        self.o = OPTIONS | options
+        self.random = random.Random(self.o["seed"])
+        self.log = open(self.o["log"], "a", buffering=1) if self.o["log"] else None
+        self.files, self.batches, self.seen = {}, {}, set()
+        self.tokens, self.filled = self.o["rate"], time.monotonic()
+
+    async def serve(self):
+        server = await asyncio.start_server(self.client, "127.0.0.1", 0, backlog=1000)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+
+    async def client(self, reader, writer):
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                method, path = head.split(b" ")[:2]
+                headers = {k.lower(): v.strip() for k, _, v in (x.partition(":") for x in head.decode().split("\r\n")[1:])}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                if not await self.answer(writer, method.decode(), path.decode(), headers, body):
+                    return
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.LimitOverrunError):
+            pass
+        finally:
+            writer.close()
+
+    async def send(self, writer, status, body, headers=(), kind="application/json", claim=None):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        extra = "".join(f"{k}: {v}\r\n" for k, v in headers)
+        writer.write(f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {claim or len(data)}\r\n{extra}\r\n".encode() + data)
+        await writer.drain()
+        return claim is None
+
+    async def answer(self, writer, method, path, headers, body):
+        if path.endswith("/chat/completions"):
+            return await self.completion(writer, headers, json.loads(body))
+        return await self.batch_api(writer, method, path, headers, body)
+
+    async def completion(self, writer, headers, request):
+        o, extra = self.o, []
+        if o["rate"]:
+            now = time.monotonic()
+            self.tokens = min(o["rate"], self.tokens + (now - self.filled) * o["rate"])
+            self.filled = now
+            limited = self.tokens < 1
+            self.tokens -= not limited
+            extra = [("x-ratelimit-limit-requests", o["rate"]), ("x-ratelimit-remaining-requests", int(self.tokens)),
+                     ("x-ratelimit-reset-requests", f"{1000 * (o['rate'] - self.tokens) / o['rate']:.0f}ms")]
+            if limited:
+                if self.log:
+                    self.log.write(json.dumps({"limited": 1}) + "\n")
+                return await self.send(writer, 429, {"error": {"message": "slow down"}}, extra)
+        if o["latency"]:
+            await asyncio.sleep(o["latency"])
+        if self.random.random() < o["faults"]:
+            kind = self.random.choice(o["kinds"])
+            if kind == "429":
+                return await self.send(writer, 429, {"error": {"message": "slow down"}})
+            if kind == "429-after":
+                return await self.send(writer, 429, {"error": {"message": "slow down"}}, [("retry-after-ms", "50")])
+            if kind == "500":
+                return await self.send(writer, 500, {"error": {"message": "oops"}})
+            if kind == "close":
+                return False
+            if kind == "cut":
+                return await self.send(writer, 200, b'{"choices": [{"mess', claim=500)
+            if kind == "html":
+                return await self.send(writer, 200, b"<html>gateway</html>", kind="text/html")
+            await asyncio.sleep(o["hang"])
+            return False
+        status, reply = self.respond(request, headers.get("authorization", ""))
+        if status == 200 and self.log:
+            self.log.write(json.dumps({"request": request, "reply": reply["choices"][0]["message"]["content"]}) + "\n")
+        return await self.send(writer, status, reply, extra)
+
+    def respond(self, request, authorization=""):
+        o, text = self.o, request["messages"][0]["content"]
+        if o["status"]:
+            return o["status"][0], {"error": {"message": f"no: {authorization}" if o["echo"] else "no", **o["status"][1]}}
+        for name in o["reject"]:
+            if name in request:
+                return 400, {"error": {"message": f"Unsupported parameter: '{name}' is not supported with this model.",
+                                       "param": name, "code": "unsupported_parameter"}}
+        if o["refuse"] and o["refuse"] in text:
+            return 400, {"error": {"message": "flagged by the content filter", "code": "content_filter"}}
+        reply = o["reply"] or str(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 9 / 2)
+        if o["odd"] and o["odd"] in text and len(request["messages"]) == 1:
+            reply = "I would say it is rather hard."
+        if o["echo"]:
+            reply = f"your key is {authorization}"
+        message = {"id": "x", "model": request["model"] + "-x", "system_fingerprint": "fp", "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]}
+        if o["usage"]:
+            message["usage"] = {"prompt_tokens": len(text) // 4, "completion_tokens": 2}
+        return 200, message
+
+    async def batch_api(self, writer, method, path, headers, body):
+        path = path.removeprefix("/v1").split("?")[0]
+        if self.random.random() < self.o["faults"]:
+            return await self.send(writer, 500, {"error": {"message": "oops"}})
+        if (method, path) == ("POST", "/files"):
+            name = f"file-{len(self.files)}"
+            self.files[name] = re.search(rb'filename="[^"]*"\r\n[^\r]*\r\n\r\n(.*?)\r\n--', body, re.DOTALL)[1]
+            return await self.send(writer, 200, {"id": name})
+        if (method, path) == ("POST", "/batches"):
+            name, output, errors = f"batch-{len(self.batches)}", [], []
+            requests = [json.loads(line) for line in self.files[json.loads(body)["input_file_id"]].splitlines()]
+            for r in requests:
+                if self.random.random() < self.o["batch_fail"]:
+                    errors.append({"custom_id": r["custom_id"], "response": {"status_code": 500, "body": {"error": {"message": "oops"}}}})
+                    continue
+                status, reply = self.respond(r["body"])
+                (output if status == 200 else errors).append(
+                    {"custom_id": r["custom_id"], "response": {"status_code": status, "body": reply}})
+                if status == 200 and self.log:
+                    self.log.write(json.dumps({"request": r["body"], "reply": reply["choices"][0]["message"]["content"]}) + "\n")
+            for kind, lines in (("out", output), ("err", errors)):
+                self.files[f"{name}-{kind}"] = "".join(json.dumps(x) + "\n" for x in lines).encode()
+            self.batches[name] = {"id": name, "input_file_id": json.loads(body)["input_file_id"], "at": time.monotonic(),
+                                  "output_file_id": f"{name}-out", "error_file_id": f"{name}-err" if errors else None,
+                                  "request_counts": {"total": len(requests), "completed": len(output), "failed": len(errors)}}
+            return await self.send(writer, 200, {"id": name, "status": "validating"})
+        if path == "/batches":
+            return await self.send(writer, 200, {"data": list(self.batches.values())})
+        if path.startswith("/batches/"):
+            batch = self.batches[path.split("/")[-1]]
+            done = time.monotonic() - batch["at"] > self.o["batch_seconds"]
+            return await self.send(writer, 200, batch | {"status": "completed" if done else "in_progress"})
+        return await self.send(writer, 200, self.files[path.split("/")[2]])
+
+
+if __name__ == "__main__":
+    asyncio.run(Server(json.loads(sys.argv[1]) if sys.argv[1:] else {}).serve())
