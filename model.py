@@ -155,10 +155,10 @@ def parse_rope(raw: dict, wrong: list[str]) -> tuple[float, dict | None]:
 # ---------------------------------------------------------------- the transformer
 
 
-def rope_tables(config: Config, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(config: Config, positions: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
     """What `rotate` multiplies with, fp32: (cos, cos) and (-sin, sin) of the rotary angles, each (T, 1, hd).
 
-    `lengths` (D,) are the documents' token counts.
+    `spans` (T,) is the length of each token's document.
     Scalings as in transformers' modeling_rope_utils. `dynamic` depends on the length of the sequence: here on that of
     each document, as if it were alone in its batch.
     """
@@ -175,9 +175,8 @@ def rope_tables(config: Config, positions: Tensor, lengths: Tensor) -> tuple[Ten
         frequencies = share * frequencies + (1 - share) * frequencies / scaling["factor"]
     elif scaling["rope_type"] == "dynamic":
         factor, limit = scaling["factor"], config.max_positions
-        stretch = (factor * lengths.clamp(min=limit) / limit - (factor - 1)) ** (hd / (hd - 2))  # (D,)
-        frequencies = 1.0 / (config.rope_theta * stretch.float()[:, None]) ** exponents  # (D, hd/2)
-        frequencies = frequencies.repeat_interleave(lengths, dim=0)  # (T, hd/2)
+        stretch = (factor * spans.clamp(min=limit) / limit - (factor - 1)) ** (hd / (hd - 2))  # (T,)
+        frequencies = 1.0 / (config.rope_theta * stretch.float()[:, None]) ** exponents  # (T, hd/2)
     angles = positions[:, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()  # (T, hd/2)
     return torch.cat((cos, cos), 1)[:, None], torch.cat((-sin, sin), 1)[:, None]
@@ -323,11 +322,15 @@ class Attention(nn.Module):
         self.v = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.attention_bias)
         self.o = Linear(c.n_heads * c.head_dim, c.dim, bias=c.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (T, H, hd), k and v (T, G, hd), rotary embedding applied."""
         hd = self.config.head_dim
-        q = Rotate.apply(self.q(x).unflatten(1, (-1, hd)), cos, sin)  # (T, H, hd)
-        k = Rotate.apply(self.k(x).unflatten(1, (-1, hd)), cos, sin)  # (T, G, hd)
-        v = self.v(x).unflatten(1, (-1, hd))
+        q = Rotate.apply(self.q(x).unflatten(1, (-1, hd)), cos, sin)
+        k = Rotate.apply(self.k(x).unflatten(1, (-1, hd)), cos, sin)
+        return q, k, self.v(x).unflatten(1, (-1, hd))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        q, k, v = self.project(x, cos, sin)
         return self.o(attend(q, k, v, cu_seqlens, longest, self.config.window).flatten(1))
 
 
@@ -399,7 +402,7 @@ class Transformer(nn.Module):
         """
         lengths = cu_seqlens.diff()
         longest = int(lengths.max())
-        cos, sin = rope_tables(self.config, positions, lengths)
+        cos, sin = rope_tables(self.config, positions, lengths.repeat_interleave(lengths))
         x = F.embedding(tokens, self.embed.weight).to(self.compute_dtype or self.embed.weight.dtype)  # (T, C)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.layers:

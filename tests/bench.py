@@ -6,6 +6,7 @@ sides compute in the same precision, on the same batches of real rows.
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -233,8 +234,140 @@ def linear(folder: Path) -> None:
     print("\nmicroseconds a token in batches of 16, 64, 256 documents: " + ", ".join(f"{1e6 * t:.0f}" for t in per_token.values()))
 
 
+# ---------------------------------------------------------------- score.py
+
+
+def bench_select() -> None:
+    """The greedy choice among 52,000 rows: the real answers, repeated with words changed."""
+    import random
+
+    import numpy as np
+    import score
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    lines = (SHARED / "alpaca_scored_stage3.jsonl").read_text().splitlines()
+    real = [json.loads(line)["data"][1] for line in lines]
+    vocabulary, rng, texts = [w for t in real for w in t.split()], random.Random(0), []
+    while len(texts) < 52000:
+        texts += [" ".join(rng.choice(vocabulary) if rng.random() < 0.3 else w for w in t.split()) for t in real]
+    texts = texts[:52000]
+    scores = np.random.default_rng(0).uniform(0.1, 0.99, len(texts))
+    base, start = peak_memory(), time.perf_counter()
+    matrix = score.tf_idf(texts)
+    ours_fit = time.perf_counter() - start
+    start = time.perf_counter()
+    chosen = score.choose_diverse(scores, matrix, 2600, 0.1)
+    ours_choice, memory = time.perf_counter() - start, peak_memory() - base
+    start = time.perf_counter()
+    theirs = TfidfVectorizer(ngram_range=(1, 3)).fit_transform(texts)
+    their_fit = time.perf_counter() - start
+    columns, picks, picked = theirs.tocsc(), 50, []
+    start = time.perf_counter()
+    for _ in range(picks):
+        values = scores * np.asarray(columns.sum(axis=1)).ravel()
+        values[picked] = -1
+        picked.append(int(np.argmax(values)))
+        for term in theirs[picked[-1]].indices:
+            columns.data[columns.indptr[term]:columns.indptr[term + 1]] *= 0.1
+    their_choice = (time.perf_counter() - start) * 2600 / picks
+    assert picked == chosen[:picks]
+    print(f"\nselect, 2,600 of 52,000 rows: TF-IDF {ours_fit:.1f} s (scikit-learn {their_fit:.1f} s), choice {ours_choice:.2f} s "
+          f"(summing again: {their_choice:.0f} s, from {picks} picks): choice {their_choice / ours_choice:.0f} times, all "
+          f"{(their_fit + their_choice) / (ours_fit + ours_choice):.1f} times as fast; {memory / 2**30:.2f} GiB more memory", flush=True)
+
+
+def bench_ifd(folder: Path) -> None:
+    """IFD of 500 rows, 25 M parameters, against two padded transformers forwards for every 8 rows."""
+    import torch
+    import transformers
+    from data import TEMPLATES, load_tokenizer, read_rows, render, tokenize_file
+    from model import load_model
+    from score import ifd
+
+    lines = (SHARED / "alpaca_scored_stage3.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "ifd.jsonl").write_bytes(b"".join([x for x in lines if json.loads(x)["data"][1].strip()][:500]))
+    documents = tokenize_file(folder / "ifd.jsonl", folder, "phased", 2048, False)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    pairs = []
+    for row in read_rows(folder / "ifd.jsonl")[0]:
+        tokens, supervised = render(row.turns, TEMPLATES["phased"], tokenizer)
+        answer = [t for t, s in zip(tokens, supervised) if s]
+        pairs.append(((tokens, len(tokens) - len(answer)), ([tokenizer.bos_id, *answer], 1)))
+
+    @torch.no_grad()
+    def padded() -> list[float]:
+        out = []
+        for a in range(0, len(pairs), 8):
+            means = []
+            for side in (0, 1):
+                batch = [p[side] for p in pairs[a:a + 8]]
+                width = max(len(t) for t, _ in batch)
+                ids = torch.tensor([t + [0] * (width - len(t)) for t, _ in batch])
+                mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t, _ in batch])
+                logits = hf(ids, attention_mask=mask).logits
+                for (t, start), row in zip(batch, logits):
+                    means.append(torch.nn.functional.cross_entropy(row[start - 1:len(t) - 1], torch.tensor(t[start:])).item())
+            half = len(means) // 2
+            out += [math.exp(x - y) for x, y in zip(means[:half], means[half:])]
+        return out
+
+    ours, theirs = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        mine = ifd(model, documents)
+        ours.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        reference = padded()
+        theirs.append(time.perf_counter() - start)
+    assert torch.allclose(mine, torch.tensor(reference), rtol=1e-3)
+    a, b = statistics.median(ours), statistics.median(theirs)
+    print(f"\nifd of 500 rows, 25 M, fp32: {500 / a:.0f} rows/s; two padded forwards for 8 rows: {500 / b:.0f} rows/s; {b / a:.1f} times", flush=True)
+
+
+BARE_CLIENT = """
+import asyncio, json, sys, time
+port, prompts = int(sys.argv[1]), json.load(open(sys.argv[2]))
+async def worker(waiting):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for prompt in waiting:
+        body = json.dumps({"model": "m", "messages": [{"role": "user", "content": prompt}], "max_tokens": 16}).encode()
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\\r\\nhost: x\\r\\ncontent-length: %d\\r\\n\\r\\n" % len(body) + body)
+        head = await reader.readuntil(b"\\r\\n\\r\\n")
+        await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\\r")[0]))
+async def main():
+    waiting, start = iter(prompts), time.perf_counter()
+    await asyncio.gather(*(worker(waiting) for _ in range(64)))
+    print(len(prompts) / (time.perf_counter() - start))
+asyncio.run(main())
+"""
+
+
+def bench_api(folder: Path) -> None:
+    """Requests a second with 64 in flight and a latency of 200 ms: score.py, bare sockets, the ideal."""
+    import re
+
+    rows = [json.loads(line) for line in (SHARED / "alpaca_scored_stage3.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if r["data"][1].strip()] * 2
+    (folder / "api.jsonl").write_text("".join(json.dumps(r | {"data": [f"{i} {r['data'][0]}", "x"]}) + "\n" for i, r in enumerate(rows)))
+    (folder / "prompts.json").write_text(json.dumps([r["data"][0] + "x" * 1000 for r in rows]))
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "fake_api.py", '{"latency": 0.2}'], stdout=subprocess.PIPE, text=True)
+    port = server.stdout.readline().strip()
+    env = os.environ | {"OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1", "OPENAI_API_KEY": "none"}
+    try:
+        out = subprocess.run([sys.executable, ROOT / "score.py", "difficulty", folder / "api.jsonl", "--out", folder / "scored.jsonl"],
+                             env=env, capture_output=True, text=True, check=True).stdout
+        bare = subprocess.run([sys.executable, "-c", BARE_CLIENT, port, folder / "prompts.json"], capture_output=True, text=True, check=True).stdout
+    finally:
+        server.kill()
+    ours, bare, ideal = float(re.search(r"([\d.,]+) rows/s", out)[1]), float(bare), 64 / 0.2
+    print(f"\ndifficulty, 64 in flight, 200 ms: {ours:.0f} rows/s, {100 * ours / ideal:.0f} % of the ideal {ideal:.0f}; bare sockets on this "
+          f"machine: {bare:.0f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", default=["train", "select", "ifd", "api"], choices=["train", "select", "ifd", "api"])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -250,15 +383,22 @@ def main() -> None:
         sys.exit(f"needs the real rows and tokenizers of {SHARED}")
     print(f"{os.cpu_count()} cores; ratios are of medians, both sides in the same precision")
     with tempfile.TemporaryDirectory() as temporary:
-        for size in args.sizes:
-            folder = Path(temporary) / size
-            make_folder(folder, size)
-            for dtype in args.dtypes:
-                compare(size, dtype, args.rounds, args.steps, size == "25M", folder)
-        first_step()
-        if "25M" in args.sizes:
-            vocabulary(Path(temporary))
-            linear(Path(temporary) / "25M")
+        if "train" in args.parts:
+            for size in args.sizes:
+                make_folder(Path(temporary) / size, size)
+                for dtype in args.dtypes:
+                    compare(size, dtype, args.rounds, args.steps, size == "25M", Path(temporary) / size)
+            first_step()
+            if "25M" in args.sizes:
+                vocabulary(Path(temporary))
+                linear(Path(temporary) / "25M")
+        if "select" in args.parts:
+            bench_select()
+        if "ifd" in args.parts:
+            make_folder(Path(temporary) / "ifd", "25M")
+            bench_ifd(Path(temporary) / "ifd")
+        if "api" in args.parts:
+            bench_api(Path(temporary))
 
 
 if __name__ == "__main__":
