@@ -6,9 +6,11 @@ rectangle: `tokens` (T,), `positions` (T,) restarting at 0 in every document, `c
 Sizes in shape comments: T tokens, D documents, C dim, H query heads, G key/value heads, hd head_dim, V vocabulary.
 """
 
+import ctypes
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -277,7 +279,11 @@ def probabilities(q: Tensor, k: Tensor, window: int | None) -> Tensor:
     hidden = torch.full((n, m), -math.inf, dtype=q.dtype, device=q.device)
     hidden = hidden.triu(m - n + 1) if window is None else hidden.triu(m - n + 1) + hidden.tril(m - n - window)
     scores.view(G, -1, n, m).add_(hidden)
-    return scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return scores.softmax(-1, dtype=at_least_fp32(q)).to(q.dtype)
+
+
+def at_least_fp32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Linear(nn.Linear):
@@ -299,7 +305,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = (torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square_() / x.shape[1] + eps).rsqrt_()
+        r = (torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=at_least_fp32(x)).square_() / x.shape[1] + eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (x * r).to(x.dtype) * weight.to(x.dtype)
 
@@ -307,7 +313,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, r = ctx.saved_tensors
         n = x * r  # (T, C) fp32
-        dn = grad * weight.float()
+        dn = grad * weight.to(n.dtype)
         dw = (grad * n).sum(0).to(weight.dtype)
         dx = dn.addcmul_(n, (dn * n).mean(1, keepdim=True), value=-1).mul_(r)
         return dx.to(x.dtype), dw, None
@@ -427,15 +433,16 @@ def head_chunks(x: Tensor, weight: Tensor, targets: Tensor):
     weight, step = weight.to(x.dtype), max(1, LOGITS_AT_ONCE // weight.shape[0])
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
-        yield rows, F.linear(x[rows], weight).float(), targets[rows, None]
+        yield rows, F.linear(x[rows], weight).to(at_least_fp32(x)), targets[rows, None]
 
 
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each row of x (N, C) under the head `weight` (V, C): (N,) fp32, not differentiable."""
-    losses = x.new_empty(len(x), dtype=torch.float32)
+    losses = x.new_empty(len(x), 1, dtype=torch.float32)
     for rows, logits, target in head_chunks(x, weight, targets):
-        losses[rows] = logits.logsumexp(1) - logits.gather(1, target).squeeze(1)
-    return losses
+        chosen, top = logits.gather(1, target), logits.amax(1, keepdim=True)
+        losses[rows] = logits.sub_(top).exp_().sum(1, keepdim=True).log_() + top - chosen
+    return losses.squeeze(1)
 
 
 class SumOfLosses(torch.autograd.Function):
@@ -446,10 +453,11 @@ class SumOfLosses(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.float32)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         for rows, logits, target in head_chunks(x, weight, targets):
-            lse = logits.logsumexp(1, keepdim=True)
-            loss += (lse - logits.gather(1, target)).sum()
+            chosen, top = logits.gather(1, target), logits.amax(1, keepdim=True)
+            total = logits.sub_(top).exp_().sum(1, keepdim=True)
+            loss += (total.log() + top - chosen).sum()
             # d loss / d logits = softmax - one-hot
-            p = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse)).to(x.dtype)
+            p = logits.div_(total).scatter_add_(1, target, -torch.ones_like(total)).to(x.dtype)
             dx[rows] = p @ weight.to(x.dtype)
             dw += p.T @ x[rows]
         ctx.save_for_backward(dx, dw.to(weight.dtype))
@@ -647,3 +655,26 @@ def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None
         config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # transformers 5 writes this instead; one of the two must go
         write_text(folder / "config.json", json.dumps(config, indent=1))
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory for the next step: mapping it anew costs a CPU run a third of its time."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            for option, value in ((-4, 0), (-1, -1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD off, M_TOP_PAD
+                libc.mallopt(option, value)
+        except (OSError, AttributeError):
+            pass  # another libc
+
+
+def compute_dtype(choice: str) -> torch.dtype:
+    """Of "bf16", "fp32" or "auto": bf16 where this machine's device computes in it."""
+    if choice == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else (
+            getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if choice == "bf16" else torch.float32

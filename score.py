@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 from data import DataError, Documents, HelpFormatter, Row, UsageError, positive, print_table
-from model import CheckpointError, Transformer, load_model, write_text
+from model import CheckpointError, Transformer, compute_dtype, keep_memory, load_model, write_text
 
 
 class ApiError(RuntimeError):
@@ -196,6 +196,7 @@ class Client:
         self.learned = {"requests": math.inf, "tokens": math.inf}  # a second, from the server's headers
         self.paused_until = 0.0
         self.ssl = httpx.create_ssl_context()
+        self.batch_file = args.out.with_name(args.out.name + ".batch.json")  # the batch under way
 
     # -------- money
 
@@ -229,8 +230,10 @@ class Client:
 
     def clean(self, text: str) -> str:
         """For people: one line, without the key."""
-        text = text.replace(self.key, "[key]") if self.key else text
-        return " ".join(text.split())[:300]
+        return " ".join(self.without_key(text).split())[:300]
+
+    def without_key(self, text: str) -> str:
+        return text.replace(self.key, "[key]") if self.key else text
 
     async def pace(self, tokens: int) -> None:
         """Wait for this request's turn under --rpm, --tpm, what the server's headers taught, and its pauses."""
@@ -307,7 +310,7 @@ class Client:
             record = {"key": question.key, "id": question.row, "refused": body["refused"]}
         else:
             message, reason = body["choices"][0]["message"], body["choices"][0].get("finish_reason")
-            text = self.key and (message.get("content") or "").replace(self.key, "[key]") or message.get("content") or ""
+            text = self.without_key(message.get("content") or "")
             record = {"key": question.key, "id": question.row, "reply": text, "value": self.parse(text),
                       "usage": body.get("usage"), "model": body.get("model"), "fingerprint": body.get("system_fingerprint")}
             if reason == "content_filter" or isinstance(message.get("refusal"), str):
@@ -423,35 +426,25 @@ class Client:
         raise ApiError(f"{method} {path}: {self.clean(problem)}")
 
     async def ask_in_batches(self, questions: list[Question]) -> None:
-        """Upload, create, poll, download; what failed goes into the next batch, up to TRIES times.
+        """Upload, create, poll, download; what failed goes into the next batch, a few times over.
 
-        OUT.batch.json remembers the file and the batch that are under way, so that a run that was interrupted picks
-        them up; a batch created just before a kill is found again by its file.
+        `batch_file` remembers the upload and the batch that are under way, so that a run that was interrupted picks
+        them up; a batch created just before a kill is found again by its upload.
         """
-        path = self.answers.path.with_suffix("").with_suffix(".batch.json")
         self.stop_on_signals()
         async with self.http() as http:
-            for _ in range(1 + TRIES * (1 + len(questions) // BATCH_ROWS) * 2):
-                state = data.read_json(path)
+            for _ in range(2 * TRIES * (1 + len(questions) // BATCH_ROWS)):
                 todo = {f"{q.key}-{len(self.answers.of(q.key))}": q for q in questions
                         if state_of(self.answers.of(q.key)) == "open"}
+                state = data.read_json(self.batch_file)
                 if not state:
-                    lines, cost = [], self.spent
-                    for name, q in todo.items():
-                        payload = self.payload(self.messages_of(q), q.seed)
-                        cost += self.bound(payload)
-                        line = json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": payload})
-                        if len(lines) == BATCH_ROWS or sum(map(len, lines[-1:])) + len(line) > BATCH_BYTES or cost > self.args.budget:
-                            break
-                        lines.append(line)
-                    if todo and not lines:
-                        self.stopping = f"the budget of ${self.args.budget:g} could be passed (${self.spent:.2f} are spent)"
+                    lines = self.batch_lines(todo)
                     if not lines:
                         return
                     upload = await self.call(http, "POST", "/files", self.args.retries, data={"purpose": "batch"},
-                                             files={"file": ("questions.jsonl", "\n".join(lines).encode() + b"\n")})
+                                             files={"file": ("questions.jsonl", b"".join(lines))})
                     state = {"file": json_of(upload).get("id"), "rows": len(lines)}
-                    write_text(path, json.dumps(state))
+                    write_text(self.batch_file, json.dumps(state))
                 if "batch" not in state:
                     listed = json_of(await self.call(http, "GET", "/batches?limit=100", self.args.retries)).get("data") or []
                     found = [b for b in listed if isinstance(b, dict) and b.get("input_file_id") == state["file"]]
@@ -459,12 +452,28 @@ class Client:
                         found = [json_of(await self.call(http, "POST", "/batches", 0, json={
                             "input_file_id": state["file"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}))]
                     state["batch"] = found[0].get("id")
-                    write_text(path, json.dumps(state))
+                    write_text(self.batch_file, json.dumps(state))
                 batch = await self.wait_for_batch(http, state)
                 if batch is None:
-                    return  # interrupted; OUT.batch.json knows
+                    return  # interrupted; the file knows
                 await self.take_batch(http, batch, todo)
-                path.unlink()
+                self.batch_file.unlink()
+
+    def batch_lines(self, todo: dict[str, Question]) -> list[bytes]:
+        """The lines of a batch's upload: as many questions as the API takes at once and the budget allows."""
+        lines, size, cost = [], 0, self.spent
+        for name, question in todo.items():
+            payload = self.payload(self.messages_of(question), question.seed)
+            line = json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": payload}).encode() + b"\n"
+            size, cost = size + len(line), cost + self.bound(payload)
+            if len(lines) == BATCH_ROWS or size > BATCH_BYTES:
+                break
+            if cost > self.args.budget:
+                if not lines:
+                    self.stopping = f"the budget of ${self.args.budget:g} could be passed (${self.spent:.2f} are spent)"
+                break
+            lines.append(line)
+        return lines
 
     async def wait_for_batch(self, http: httpx.AsyncClient, state: dict) -> dict | None:
         bar = tqdm(total=state["rows"], unit="row", disable=not sys.stderr.isatty(), desc=f"batch {state['batch']}")
@@ -486,7 +495,7 @@ class Client:
         files = [batch.get("output_file_id"), batch.get("error_file_id")]
         if batch.get("status") == "failed" or not any(files):
             reason = ((batch.get("errors") or {}).get("data") or [{}])[0].get("message", "without a reason")
-            self.answers.path.with_suffix("").with_suffix(".batch.json").unlink()
+            self.batch_file.unlink()
             raise ApiError(f"the batch {batch.get('status')}: {self.clean(str(reason))}")
         for file in filter(None, files):
             content = (await self.call(http, "GET", f"/files/{file}/content", self.args.retries)).text
@@ -726,67 +735,68 @@ def ifd(model: Transformer, documents: Documents, micro_tokens: int = 4096, rank
 
 def ifd_command(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
-    everything = list(data.each_row(args.input))  # also the rows that have no usable answer
-    broken = [f"{where}: {problem}" for where, raw, row, problem in everything if not isinstance(raw, dict)]
+    rows = list(data.each_row(args.input))  # also those that have no usable answer
+    broken = [f"{where}: {problem}" for where, raw, _, problem in rows if not isinstance(raw, dict)]
     if broken:
         raise DataError(f"{len(broken)} lines are no rows:\n  " + "\n  ".join(broken[:30]))
     documents = data.tokenize_file(args.input, args.model, args.template, args.max_len, progress=rank == 0)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    answers = Answers(args.out) if rank == 0 else None
-    files = [p for p in sorted(Path(args.model).iterdir()) if p.suffix in (".json", ".safetensors")]
-    identity = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files] + [args.template, args.dtype]
-
-    def key(d: int) -> str:
-        span = slice(documents.starts[d], documents.starts[d + 1])
-        content = documents.tokens[span].tobytes() + documents.supervised[span].tobytes()
-        return hashlib.sha256(json.dumps(identity).encode() + content).hexdigest()[:32]
-
-    keys = [key(d) for d in range(len(documents))]
-    known = [set(answers.by_key) if answers else set()]
-    if world > 1:
-        dist.broadcast_object_list(known, src=0)
-    todo = np.array([d for d, k in enumerate(keys) if k not in known[0]], np.int64)
-    started, tokens = time.monotonic(), 0
-    if len(todo):
-        model = load_model(args.model, torch.bfloat16 if args.dtype == "bf16" else torch.float32, device)
-        bar = tqdm(total=len(todo), unit="row", desc="ifd", disable=rank > 0 or not sys.stderr.isatty())
-        for a in range(0, len(todo), 256 * world):
-            chunk = data.select(documents, todo[a:a + 256 * world])
-            scores = ifd(model, chunk, args.micro_tokens, rank, world)
-            tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
-            for d, score in zip(todo[a:a + 256 * world], scores.tolist()):
-                if answers:
-                    answers.add({"key": keys[d], "ifd": None if math.isnan(score) else score})
-            bar.update(len(chunk))
-        bar.close()
-    if world > 1:
-        dist.destroy_process_group()
+    started = time.monotonic()
+    found, new, tokens = score_documents(args, documents, rank, world)
+    took = time.monotonic() - started
     if rank > 0:
         return
-    scores = {documents.where[d]: answers.of(k)[-1]["ifd"] for d, k in enumerate(keys)}
-    problems = {where: problem for where, _, _, problem in everything if problem}
-    problems |= {line.split(": ", 1)[0]: line.split(": ", 1)[1] for line in documents.bad if ": " in line}
+    scores = dict(zip(documents.where, found))
     lines, without = [], []
-    for where, raw, _, _ in everything:
-        score = scores.get(where)
-        lines.append(raw | {"ifd": score})
-        if score is None:
-            reason = problems.get(where, "nothing of the answer can be predicted, or there is no prompt")
+    for where, raw, _, problem in rows:
+        lines.append(raw | {"ifd": scores.get(where)})
+        if lines[-1]["ifd"] is None:
+            reason = problem or ("nothing of the answer can be predicted, or there is no prompt" if where in scores
+                                 else f"no answer is left within --max-len {args.max_len}")
             lines[-1]["ifd_reason"] = reason
             without.append(f"{where}: {reason}")
     write_lines(args.out, lines)
     print_some(f"{len(without):,} rows have no score:", without)
-    took = time.monotonic() - started
-    found = np.array([s for s in scores.values() if s is not None])
-    if len(found):
-        print(f"IFD: median {np.median(found):.3f}, from {found.min():.3f} to {found.max():.3f}; {np.mean(found >= 1):.1%} at 1 or above")
-    print(f"{args.out}: {len(lines):,} rows, {len(todo):,} scored now in {took:,.1f} s ({len(todo) / took:,.1f} rows/s, "
-          f"{tokens / took:,.0f} tokens/s)")
+    values = np.array([s for s in found if s is not None])
+    if len(values):
+        print(f"IFD: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}; {np.mean(values >= 1):.1%} at 1 or above")
+    print(f"{args.out}: {len(lines):,} rows, {new:,} scored now in {took:,.1f} s ({new / took:,.1f} rows/s, {tokens / took:,.0f} tokens/s)")
+
+
+def score_documents(args: argparse.Namespace, documents: Documents, rank: int, world: int) -> tuple[list[float | None], int, int]:
+    """The IFD of each document (on rank 0), how many were scored now, and their tokens. What an interrupted run has
+    scored is kept, a chunk of 256 rows a rank at a time."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    keep_memory()
+    if world > 1:
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    answers = Answers(args.out) if rank == 0 else None
+    files = [p for p in sorted(args.model.iterdir()) if p.suffix in (".json", ".safetensors")]
+    identity = json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files] + [args.template, str(compute_dtype(args.dtype))])
+    keys = []
+    for a, b in zip(documents.starts[:-1], documents.starts[1:]):
+        content = documents.tokens[a:b].tobytes() + documents.supervised[a:b].tobytes()
+        keys.append(hashlib.sha256(identity.encode() + content).hexdigest()[:32])
+    known = [set(answers.by_key) if answers else set()]
+    if world > 1:
+        dist.broadcast_object_list(known, src=0)
+    todo, tokens = np.array([d for d, key in enumerate(keys) if key not in known[0]], np.int64), 0
+    if len(todo):
+        model = load_model(args.model, compute_dtype(args.dtype), device)
+        with tqdm(total=len(todo), unit="row", desc="ifd", disable=rank > 0 or not sys.stderr.isatty()) as bar:
+            for a in range(0, len(todo), 256 * world):
+                chosen = todo[a:a + 256 * world]
+                chunk = data.select(documents, chosen)
+                scores = ifd(model, chunk, args.micro_tokens, rank, world)
+                tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
+                for d, score in zip(chosen, scores.tolist()):
+                    if answers:
+                        answers.add({"key": keys[d], "ifd": None if math.isnan(score) else score})
+                bar.update(len(chosen))
+    if world > 1:
+        dist.destroy_process_group()
+    return [answers.of(key)[-1]["ifd"] for key in keys] if answers else [], len(todo), tokens
 
 
 # ---------------------------------------------------------------- stages
@@ -821,49 +831,50 @@ def cut_equally(scores: np.ndarray, parts: int) -> list[np.ndarray]:
 
 
 def stages(args: argparse.Namespace) -> None:
-    rows = [row.raw | {"_where": row.where, "_turns": row.turns} for row in read_good_rows(args.scored, args.skip_bad_rows)]
-    scores = [score_of(row, args.score_key, row["_where"]) for row in rows]
-    without = [row["_where"] for row, score in zip(rows, scores) if score is None]
+    rows = read_good_rows(args.scored, args.skip_bad_rows)
+    found = [score_of(row.raw, args.score_key, row.where) for row in rows]
+    without = [row.where for row, score in zip(rows, found) if score is None]
     if without and not args.allow_unscored:
         raise DataError(f"{len(without)} of {len(rows)} rows have no {args.score_key}:\n  " + "\n  ".join(without[:30])
                         + "\nScore them, or leave them out with --allow-unscored.")
-    rows = [row for row, score in zip(rows, scores) if score is not None]
-    scores = np.array([score for score in scores if score is not None])
-    if args.equal:
-        if len(rows) < args.equal:
-            raise UsageError(f"{len(rows)} scored rows cannot make {args.equal} stages")
-        groups = cut_equally(scores, args.equal)
-    else:
-        at = np.searchsorted(np.array(args.bounds), scores, side="right")
-        groups = [np.flatnonzero(at == k) for k in range(len(args.bounds) + 1)]
-    empty = [k + 1 for k, group in enumerate(groups) if not len(group)]
-    if empty and not args.allow_empty:
-        raise UsageError(f"stage {', '.join(map(str, empty))} would be empty with --bounds {' '.join(map(str, args.bounds))}: the "
-                         f"scores go from {scores.min() if len(scores) else '–'} to {scores.max() if len(scores) else '–'}. "
-                         "Other --bounds, --equal K, or --allow-empty to write the others")
-    if args.random:
-        shuffled = np.random.default_rng(args.seed).permutation(len(rows))
-        groups = np.split(shuffled, np.cumsum([len(g) for g in groups])[:-1])
-    if args.reverse:
-        groups = groups[::-1]
+    rows = [row for row, score in zip(rows, found) if score is not None]
+    scores = np.array([score for score in found if score is not None])
+    if len(rows) < (args.equal or 1):
+        raise UsageError(f"{len(rows)} scored rows cannot make {args.equal or 'any'} stages")
+    groups = split(scores, args)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     table = []
-    for k, group in enumerate(groups):
-        if not len(group):
-            continue
-        chosen = [rows[i] for i in sorted(group)]
-        texts = [[text for _, text in row["_turns"]] for row in chosen]
-        answers = [sum(len(t) for role, t in row["_turns"] if role in ("assistant", "text")) for row in chosen]
-        write_lines(args.out_dir / f"s{k + 1}.jsonl", [{f: v for f, v in row.items() if f[0] != "_"} for row in chosen])
-        table.append((f"s{k + 1}.jsonl", f"{len(chosen):,}", f"{sum(len(t.encode()) for ts in texts for t in ts) // 4:,}",
-                      f"{scores[group].min():g} to {scores[group].max():g}", f"{scores[group].mean():.2f}",
-                      f"{np.mean(answers):,.0f}"))
+    for k, group in enumerate(groups, 1):
+        if len(group):
+            chosen = [rows[i] for i in sorted(group)]
+            write_lines(args.out_dir / f"s{k}.jsonl", [row.raw for row in chosen])
+            characters = sum(len(text.encode()) for row in chosen for _, text in row.turns)
+            answers = [sum(len(text) for role, text in row.turns if role in ("assistant", "text")) for row in chosen]
+            table.append((f"s{k}.jsonl", f"{len(chosen):,}", f"{characters // 4:,}", f"{scores[group].min():g} to {scores[group].max():g}",
+                          f"{scores[group].mean():.2f}", f"{np.mean(answers):,.0f}"))
     print_table(("stage", "rows", "tokens (est.)", args.score_key, "mean", "mean answer, characters"), table)
     print_histogram(scores, args.score_key)
     if without:
         print(f"{len(without):,} rows without {args.score_key} are left out.")
     if args.plots:
         plot_histogram(scores, args.score_key, groups, args.out_dir / "scores.png")
+
+
+def split(scores: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]:
+    """The row indices of each stage, by --bounds or --equal, --random and --reverse."""
+    if args.equal:
+        groups = cut_equally(scores, args.equal)
+    else:
+        at = np.searchsorted(np.array(args.bounds), scores, side="right")
+        groups = [np.flatnonzero(at == k) for k in range(len(args.bounds) + 1)]
+    empty = [str(k) for k, group in enumerate(groups, 1) if not len(group)]
+    if empty and not args.allow_empty:
+        raise UsageError(f"stage {', '.join(empty)} would be empty with --bounds {' '.join(map(str, args.bounds))}: the scores go "
+                         f"from {scores.min():g} to {scores.max():g}. Other --bounds, --equal K, or --allow-empty to write the others")
+    if args.random:
+        shuffled = np.random.default_rng(args.seed).permutation(len(scores))
+        groups = np.split(shuffled, np.cumsum([len(g) for g in groups])[:-1])
+    return groups[::-1] if args.reverse else groups
 
 
 def histogram(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1068,7 +1079,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--template", choices=data.TEMPLATES, default="phased", help="how turns become text")
     p.add_argument("--max-len", type=positive, default=2048, help="tokens; longer rows are cut at the end")
     p.add_argument("--micro-tokens", type=positive, default=4096, help="tokens that go through the model at once")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights and the computation")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="of the computation; auto: bf16 where the device has it. The losses are fp32")
     p.set_defaults(work=ifd_command)
 
     p = make("stages", help="split scored rows into stages of rising difficulty")

@@ -7,7 +7,6 @@ Without arguments it trains the bundled demo. `phased_training` below is the alg
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
 import math
@@ -33,9 +32,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
+import generate
 import model as model_file
 from data import DataError, Documents, HelpFormatter, UsageError, positive, print_table
-from model import CheckpointError, Config, Transformer
+from model import CheckpointError, Config, Transformer, compute_dtype, keep_memory
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -104,6 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--save-every", type=positive, metavar="N",
                        help="steps between saved states (default: 10 minutes); a stage's end is always saved")
     group.add_argument("--eval-every", type=positive, metavar="N", help="steps between measurements on --eval")
+    group.add_argument("--sample", type=Path, metavar="F",
+                       help="prompts that every stage's model answers: stageN/samples.json, the first few printed")
     group.add_argument("--skip-nonfinite", type=int, default=0, metavar="N",
                        help="skip up to N steps whose loss or gradient is not finite, instead of stopping at the first")
     group.add_argument("--dry-run", action="store_true", help="read data and config, print the plan and stop")
@@ -188,8 +190,8 @@ def read_data(args: argparse.Namespace, progress: bool) -> tuple[list[Stage], di
         rng = np.random.default_rng([args.seed, k])
         earlier = [documents[n] for n in args.stages[:k] if args.replay]
         replay = [data.select(d, rng.permutation(len(d))[:round(args.replay * len(d))]) for d in earlier]
-        stages.append(Stage(f"stage{k + 1}", min(name, os.path.relpath(name), key=len), data.join([documents[name], *replay]), sum(map(len, replay)),
-                            args.epochs[k], args.lr[k], args.batch_size[k]))
+        stages.append(Stage(f"stage{k + 1}", min(name, os.path.relpath(name), key=len), data.join([documents[name], *replay]),
+                            sum(map(len, replay)), args.epochs[k], args.lr[k], args.batch_size[k]))
     return stages, {name: documents[name] for name in args.eval}, hashes
 
 
@@ -235,25 +237,6 @@ def join_machine(args: argparse.Namespace) -> Machine:
         (args.replicas, world // args.replicas), ("replicate", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return Machine(dist.get_rank(), world, device, mesh, compute_dtype(args.dtype))
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory for the next step: mapping it anew costs a CPU run a third of its time."""
-    if sys.platform == "linux" and not torch.cuda.is_available():
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            for option, value in ((-4, 0), (-1, -1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD off, M_TOP_PAD
-                libc.mallopt(option, value)
-        except (OSError, AttributeError):
-            pass  # another libc
-
-
-def compute_dtype(choice: str) -> torch.dtype:
-    if choice == "auto":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else (
-            getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return torch.bfloat16 if choice == "bf16" else torch.float32
 
 
 def build_model(args: argparse.Namespace, machine: Machine, config: Config, read_weights: bool) -> Transformer:
@@ -552,8 +535,20 @@ def export(folder: Path, machine: Machine, model: Transformer, args: argparse.Na
     dist.barrier()
 
 
+def sample_answers(folder: Path, args: argparse.Namespace, machine: Machine) -> None:
+    """Greedy answers of a stage's exported model to the prompts of --sample: samples.json, and a few lines on stdout."""
+    prompts = generate.read_prompts(args.sample)
+    exported = model_file.load_model(folder, machine.dtype, str(machine.device))
+    tokenizer = data.load_tokenizer(folder)
+    answers = generate.generate(exported, tokenizer, [p.turns for p in prompts], args.template, max_new_tokens=256)
+    rows = [{"id": p.id, "instruction": p.instruction, "output": tokenizer.decode(a)} for p, a in zip(prompts, answers)]
+    model_file.write_text(folder / "samples.json", json.dumps(rows, indent=1, ensure_ascii=False))
+    for row in rows[:5]:
+        print(f"  {generate.safe(row['instruction'])[:100]!r} -> {generate.safe(row['output'])[:160]!r}", flush=True)
+
+
 # Arguments which do not change what is computed: a run may go on with others.
-FREE_ARGUMENTS = {"out", "save_every", "skip_nonfinite", "micro_tokens", "checkpoint_activations", "compile", "replicas",
+FREE_ARGUMENTS = {"out", "save_every", "sample", "skip_nonfinite", "micro_tokens", "checkpoint_activations", "compile", "replicas",
                   "dry_run", "plan_world_size", "debug"}
 
 
@@ -649,6 +644,8 @@ def phased_training(args, machine, model, stages, held_out, log) -> None:
         position.stage, position.step = k + 1, 0
         log.stage_end(stage)
         save()
+        if args.sample and machine.rank == 0:
+            sample_answers(args.out / stage.name, args, machine)
 
 
 def catch_signals() -> dict:
@@ -774,7 +771,8 @@ def print_plan(args: argparse.Namespace, model: Transformer, stages: list[Stage]
     if bad:
         print("\n  ".join([f"Left out: {len(bad)} rows that cannot be used (run.json lists them all):", *bad[:5]]))
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{min(str(args.model), os.path.relpath(args.model), key=len)}: {parameters:,} parameters, {compute_dtype(args.dtype)} computation, template {args.template}.")
+    name = min(str(args.model), os.path.relpath(args.model), key=len)
+    print(f"{name}: {parameters:,} parameters, {compute_dtype(args.dtype)} computation, template {args.template}.")
 
 
 def print_memory(args: argparse.Namespace, config: Config, model: Transformer, stages: list[Stage]) -> None:
@@ -802,6 +800,8 @@ def run(args: argparse.Namespace) -> None:
         bad = [line for s in stages for line in s.documents.bad] + [b for d in held_out.values() for b in d.bad]
         description = describe_run(args, hashes) | {"skipped_rows": bad}
         check_same_run(args.out / "run.json", description)
+        if args.sample:
+            generate.read_prompts(args.sample)  # what is wrong with it is said now, not after hours
         print_plan(args, skeleton, stages, bad)
         if args.dry_run:
             print_memory(args, config, skeleton, stages)

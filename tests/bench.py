@@ -281,8 +281,10 @@ def bench_ifd(folder: Path) -> None:
     import torch
     import transformers
     from data import TEMPLATES, load_tokenizer, read_rows, render, tokenize_file
-    from model import load_model
+    from model import compute_dtype, keep_memory, load_model
     from score import ifd
+
+    keep_memory()
 
     lines = (SHARED / "alpaca_scored_stage3.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "ifd.jsonl").write_bytes(b"".join([x for x in lines if json.loads(x)["data"][1].strip()][:500]))
@@ -312,17 +314,22 @@ def bench_ifd(folder: Path) -> None:
             out += [math.exp(x - y) for x, y in zip(means[:half], means[half:])]
         return out
 
-    ours, theirs = [], []
+    usual = load_model(folder, compute_dtype("auto"))
+    ours, default, theirs = [], [], []
     for _ in range(3):
         start = time.perf_counter()
         mine = ifd(model, documents)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
+        ifd(usual, documents)
+        default.append(time.perf_counter() - start)
+        start = time.perf_counter()
         reference = padded()
         theirs.append(time.perf_counter() - start)
     assert torch.allclose(mine, torch.tensor(reference), rtol=1e-3)
-    a, b = statistics.median(ours), statistics.median(theirs)
-    print(f"\nifd of 500 rows, 25 M, fp32: {500 / a:.0f} rows/s; two padded forwards for 8 rows: {500 / b:.0f} rows/s; {b / a:.1f} times", flush=True)
+    a, b, c = (statistics.median(x) for x in (ours, theirs, default))
+    print(f"\nifd of 500 rows, 25 M: {500 / a:.1f} rows/s in fp32, {500 / c:.1f} as --dtype auto; two padded forwards for 8 rows in fp32: "
+          f"{500 / b:.1f}; {b / a:.1f} and {b / c:.1f} times", flush=True)
 
 
 BARE_CLIENT = """
@@ -365,9 +372,77 @@ def bench_api(folder: Path) -> None:
           f"machine: {bare:.0f}", flush=True)
 
 
+# ---------------------------------------------------------------- generate.py
+
+
+def bench_generate(folder: Path) -> None:
+    """125 M, bf16: batch 1 against the memory's bandwidth; 200 prompts whose answers end where the real ones do."""
+    import torch
+    import transformers
+    from data import TEMPLATES, load_tokenizer, read_rows, render
+    from generate import decode
+    from model import load_model
+
+    tokenizer = load_tokenizer(folder)
+    rows = [(render(r.turns[:1], TEMPLATES["phased"], tokenizer)[0], len(tokenizer.encode(r.turns[1][1])))
+            for r in read_rows(SHARED / "alpaca_scored_stage3.jsonl")[0]]
+    rows = [(p, min(n, 128)) for p, n in rows if 20 <= len(p) <= 200][:200]
+    model = load_model(folder, torch.bfloat16)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    read = 2 * (sum(p.numel() for p in model.parameters()) - model.embed.weight.numel())
+    memory = torch.ones(2**29, dtype=torch.float32)
+
+    def bandwidth() -> float:
+        start = time.perf_counter()
+        memory.sum()
+        return memory.nbytes / (time.perf_counter() - start)
+
+    def ours(prompts, limits, batch_size) -> float:
+        start = time.perf_counter()
+        made = sum(t is not None for _, t, _ in decode(model, prompts, set(), limits, batch_size=batch_size))
+        return made / (time.perf_counter() - start)
+
+    class StopAt(transformers.StoppingCriteria):
+        def __init__(self, width, limits):
+            self.width, self.limits = width, torch.tensor(limits)
+
+        def __call__(self, ids, scores, **_):
+            return ids.shape[1] - self.width >= self.limits
+
+    @torch.inference_mode()
+    def theirs(prompts, limits, batch_size) -> float:
+        start = time.perf_counter()
+        for a in range(0, len(prompts), batch_size):
+            part, stops = prompts[a:a + batch_size], limits[a:a + batch_size]
+            width = max(map(len, part))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+            hf.generate(ids, attention_mask=mask, max_new_tokens=max(stops), do_sample=False, pad_token_id=0, eos_token_id=None,
+                        stopping_criteria=transformers.StoppingCriteriaList([StopAt(width, stops)]))
+        return sum(limits) / (time.perf_counter() - start)
+
+    prompts, limits = [p for p, _ in rows], [n for _, n in rows]
+    single = next(p for p in prompts if len(p) >= 50)
+    speeds = {"ours, batch 1": [], "theirs, batch 1": [], "bandwidth": [], "ours, 200": [], "theirs, 200 in 32s": [], "theirs, one by one": []}
+    for _ in range(3):
+        speeds["bandwidth"].append(max(bandwidth() for _ in range(4)))
+        speeds["ours, batch 1"].append(ours([single], [128], 1))
+        speeds["theirs, batch 1"].append(theirs([single], [64], 1))
+        speeds["ours, 200"].append(ours(prompts, limits, 32))
+        speeds["theirs, 200 in 32s"].append(theirs(prompts, limits, 32))
+        speeds["theirs, one by one"].append(theirs(prompts[:10], limits[:10], 1))
+    m = {k: statistics.median(v) for k, v in speeds.items()}
+    cache = 2 * 2 * 12 * 4 * 64 * (len(single) + 64)
+    limit = m["bandwidth"] / (read + cache)
+    print(f"\ngenerate, 125 M, bf16: batch 1 {m['ours, batch 1']:.0f} tokens/s, {m['ours, batch 1'] / limit:.0%} of the limit of "
+          f"{limit:.0f} by {m['bandwidth'] / 1e9:.0f} GB/s (transformers {m['theirs, batch 1']:.0f}); 200 prompts, real lengths of "
+          f"answers: {m['ours, 200']:.0f} tokens/s, {m['ours, 200'] / m['theirs, 200 in 32s']:.1f} times transformers in batches of 32, "
+          f"{m['ours, 200'] / m['theirs, one by one']:.1f} times one by one", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=["train", "select", "ifd", "api"], choices=["train", "select", "ifd", "api"])
+    parser.add_argument("--parts", nargs="+", default=["train", "select", "ifd", "api", "generate"], choices=["train", "select", "ifd", "api", "generate"])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -399,6 +474,9 @@ def main() -> None:
             bench_ifd(Path(temporary) / "ifd")
         if "api" in args.parts:
             bench_api(Path(temporary))
+        if "generate" in args.parts:
+            make_folder(Path(temporary) / "generate", "125M")
+            bench_generate(Path(temporary) / "generate")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_any_mixture_of_switches_agrees_with_transformers(tmp_path_factory, data
     else:
         changes |= {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
-    hf = hf_model(kind, seed=draw(st.integers(0, 99)), **changes)
+    hf = hf_model(kind, seed=draw(st.integers(0, 99)), scale=0.2, **changes)  # larger ones make fp32 itself stray further
     folder = tmp_path_factory.mktemp("m")
     hf.save_pretrained(folder)
     tokens, positions, cu_seqlens = documents(lengths)
