@@ -784,6 +784,13 @@ def load_documents(path: Path, folder: Path, template: str, max_len: int, cache:
     return documents
 
 
+def check_vocabulary(highest: int, vocab_size: int, folder: Path) -> None:
+    """Raise UsageError unless the highest token that was made is one of the model's."""
+    if highest >= vocab_size:
+        raise UsageError(f"the tokenizer in {folder} makes token {highest}, the model's vocabulary ends at {vocab_size - 1}: "
+                         "they do not belong together")
+
+
 # ---------------------------------------------------------------- batches
 
 

@@ -107,10 +107,10 @@ def read_prompts(path: Path) -> list[Prompt]:
 class Cache:
     """Keys and values of `slots` sequences of at most `capacity` tokens, allocated once."""
 
-    def __init__(self, config: Config, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: Config, slots: int, capacity: int, dtype: torch.dtype, device: torch.device, group=None):
         shape = (config.n_layers, slots, config.n_kv_heads, capacity, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.capacity = capacity
+        self.group = group  # of the tensor-parallel ranks, each with the cache of its own heads
 
     def move(self, source: int, target: int, length: int) -> None:
         for x in (self.k, self.v):
@@ -121,7 +121,8 @@ def run_layers(model: Transformer, cache: Cache, tokens: Tensor, positions: Tens
                attention) -> Tensor:
     """Hidden states (T, C) of `tokens` (T,), after writing their keys and values to the cache at `slots`, `positions`.
 
-    attention(layer, q, k, v) gives (T, H, hd).
+    attention(layer, q, k, v) gives (T, H, hd). With tensor parallelism each rank has a share of the heads and of the
+    MLP's width, and what both give is summed over the ranks.
     """
     x = F.embedding(tokens, model.embed.weight)
     cos, sin = (t.to(x.dtype) for t in rope_tables(model.config, positions, spans))
@@ -129,8 +130,14 @@ def run_layers(model: Transformer, cache: Cache, tokens: Tensor, positions: Tens
         q, k, v = block.attention.project(block.attention_norm(x), cos, sin)
         cache.k[i, slots, :, positions] = k
         cache.v[i, slots, :, positions] = v
-        x = x + block.attention.o(attention(i, q, k, v).flatten(1))
-        x = x + block.mlp(block.mlp_norm(x))
+        x = x + over_ranks(cache, block.attention.o(attention(i, q, k, v).flatten(1)))
+        x = x + over_ranks(cache, block.mlp(block.mlp_norm(x)))
+    return x
+
+
+def over_ranks(cache: Cache, x: Tensor) -> Tensor:
+    if cache.group is not None:
+        dist.all_reduce(x, group=cache.group)
     return x
 
 
@@ -204,7 +211,7 @@ class Slot:
 @torch.inference_mode()
 def decode(model: Transformer, prompts: list[list[int]], stop: set[int], max_new_tokens: int | list[int], temperature: float = 0.0,
            top_k: int = 0, top_p: float = 1.0, batch_size: int = 32, seed: int = 0, prefill_tokens: int = 8192,
-           ) -> Iterator[tuple[int, int | None, str]]:
+           group: dist.ProcessGroup | None = None) -> Iterator[tuple[int, int | None, str]]:
     """Yields (prompt, token, "") for every new token and (prompt, None, "stop" | "length") when its answer ends.
 
     A prompt's chances come from the seed and its own tokens, so its sample does not depend on what else is in the batch.
@@ -216,7 +223,7 @@ def decode(model: Transformer, prompts: list[list[int]], stop: set[int], max_new
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     capacity = min(context, max(len(p) + n for p, n in zip(prompts, limits)))
     slots: list[Slot | None] = [None] * min(batch_size, len(prompts))
-    cache = Cache(model.config, len(slots), capacity, dtype, device)
+    cache = Cache(model.config, len(slots), capacity, dtype, device, group)
     waiting = list(range(len(prompts)))[::-1]
 
     def accept(places: list[int], logits: Tensor) -> Iterator[tuple[int, int | None, str]]:
@@ -281,26 +288,32 @@ def generate(model: Transformer, tokenizer, prompts: list[list[tuple[str, str]]]
 # ---------------------------------------------------------------- files of answers
 
 
-def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts: list[Prompt], rank: int, world: int) -> None:
-    """Answer this rank's share of the prompts that OUT.partial.*.jsonl does not hold yet, a line as each one ends."""
+def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts: list[Prompt], rank: int, world: int, group) -> None:
+    """Answer this rank's share of the prompts that OUT.partial.*.jsonl does not hold yet, a line as each one ends.
+
+    The `args.tp` ranks of a group have the same share, and the first of them writes.
+    """
     template, context = data.TEMPLATES[args.template], model.config.max_positions
     for prompt in prompts:
         prompt.tokens = data.render(prompt.turns, template, tokenizer)[0]
+    data.check_vocabulary(max(max(p.tokens) for p in prompts), model.config.vocab_size, args.model)
     settings = [str(args.model), args.template, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.dtype]
     keys = [hashlib.sha256(json.dumps([settings, p.tokens]).encode()).hexdigest()[:32] for p in prompts]
     done = read_partial(args.out)
+    if world > 1:
+        dist.barrier()  # all have read before one writes
     todo = [i for i, (p, k) in enumerate(zip(prompts, keys)) if k not in done and len(p.tokens) < context]
-    todo = list({keys[i]: i for i in todo}.values())[rank::world]
-    path = args.out.with_name(f"{args.out.name}.partial.{rank}.jsonl")
+    todo = list({keys[i]: i for i in todo}.values())[rank // args.tp::world // args.tp]
+    path = args.out.with_name(f"{args.out.name}.partial.{rank // args.tp}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(todo), unit="answer", disable=rank > 0 or not sys.stderr.isatty(), desc=args.out.name)
     started, answers, made = time.monotonic(), {}, 0
-    with open(path, "ab", buffering=0) as f:
+    with open(path if rank % args.tp == 0 else os.devnull, "ab", buffering=0) as f:
         if f.tell() and not path.read_bytes().endswith(b"\n"):
             f.write(b"\n")  # behind a line that a kill tore
         stop = set(data.stop_ids(template, tokenizer))
         events = decode(model, [prompts[i].tokens for i in todo], stop, args.max_new_tokens, args.temperature, args.top_k,
-                        args.top_p, args.batch_size, args.seed)
+                        args.top_p, args.batch_size, args.seed, group=group)
         for i, token, reason in events:
             if token is not None:
                 answers.setdefault(i, []).append(token)
@@ -421,6 +434,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest that hold this probability")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="prompts at once: changes speed only")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallelism: shard the model over N ranks of a node")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -443,19 +457,28 @@ def run(args: argparse.Namespace) -> None:
     keep_memory()
     dtype = compute_dtype(args.dtype)
     args.dtype = str(dtype)
-    model = load_model(args.model, dtype, device)
-    if args.chat:
-        chat(args, model, tokenizer)
-    elif args.prompt is not None:
-        template = data.TEMPLATES[args.template]
-        tokens = data.render([("user", args.prompt)], template, tokenizer)[0]
-        if len(tokens) >= model.config.max_positions:
-            raise UsageError(f"the prompt has {len(tokens)} tokens, the model's context ends at {model.config.max_positions}")
-        print_answer(args, model, tokenizer, tokens, set(data.stop_ids(template, tokenizer)))
-    else:
-        if world > 1:
-            dist.init_process_group("gloo")
-        answer_all(args, model, tokenizer, prompts, rank, world)
+    if world % args.tp or args.tp > 1 and not args.prompts:
+        raise UsageError(f"--tp {args.tp} needs --prompts and a number of ranks that it divides (torchrun --nproc-per-node), not {world}")
+    group = None
+    if world > 1:
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+        groups = [dist.new_group(range(a, a + args.tp)) for a in range(0, world, args.tp)] if args.tp > 1 else []
+        group = groups[rank // args.tp] if groups else None
+    try:
+        model = load_model(args.model, dtype, device, rank % args.tp, args.tp)
+        if args.chat:
+            chat(args, model, tokenizer)
+        elif args.prompt is not None:
+            template = data.TEMPLATES[args.template]
+            tokens = data.render([("user", args.prompt)], template, tokenizer)[0]
+            if len(tokens) >= model.config.max_positions:
+                raise UsageError(f"the prompt has {len(tokens)} tokens, the model's context ends at {model.config.max_positions}")
+            print_answer(args, model, tokenizer, tokens, set(data.stop_ids(template, tokenizer)))
+        else:
+            answer_all(args, model, tokenizer, prompts, rank, world, group)
+    finally:
         if world > 1:
             dist.destroy_process_group()
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 
@@ -578,17 +578,28 @@ def load_weights(model: Transformer, files: dict[str, Path]) -> None:
         read_slice(files[name], hf_name(name), local, offset)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", rank: int = 0, ranks: int = 1) -> Transformer:
     """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`.
 
     Nothing is allocated before all headers are checked against config.json; memory stays near that of the weights.
-    Raises CheckpointError.
+    With `ranks` > 1 the part of one tensor-parallel rank: its share of the heads and of the MLP's width, all else whole;
+    the sum of all ranks' outputs of `attention.o` and `mlp` is the whole model's. Raises CheckpointError.
     """
+    config = read_config(folder)
     with torch.device("meta"):
-        model = Transformer(read_config(folder)).to(dtype)
-    files = find_weights(model, folder)
+        whole = Transformer(config)
+        files = find_weights(whole, folder)
+        widths = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "hidden_dim": config.hidden_dim}
+        if any(n % ranks for n in widths.values()):
+            raise CheckpointError(f"{folder}: {ranks} ranks do not divide {widths}")
+        model = Transformer(replace(config, **{key: n // ranks for key, n in widths.items()})).to(dtype)
     model.to_empty(device=device)
-    load_weights(model, files)
+    shapes = {name: p.shape for name, p in whole.named_parameters()}
+    for name, p in model.named_parameters():
+        offset = tuple(rank * own if own != all_ranks else 0 for own, all_ranks in zip(p.shape, shapes[name]))
+        read_slice(files[name], hf_name(name), p.detach(), offset)
+        if rank > 0 and name.endswith(("o.bias", "down.bias")):
+            p.detach().zero_()  # added once
     return model
 
 

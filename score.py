@@ -784,6 +784,7 @@ def score_documents(args: argparse.Namespace, documents: Documents, rank: int, w
     todo, tokens = np.array([d for d, key in enumerate(keys) if key not in known[0]], np.int64), 0
     if len(todo):
         model = load_model(args.model, compute_dtype(args.dtype), device)
+        data.check_vocabulary(int(documents.tokens.max()), model.config.vocab_size, args.model)
         with tqdm(total=len(todo), unit="row", desc="ifd", disable=rank > 0 or not sys.stderr.isatty()) as bar:
             for a in range(0, len(todo), 256 * world):
                 chosen = todo[a:a + 256 * world]

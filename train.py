@@ -796,7 +796,8 @@ def run(args: argparse.Namespace) -> None:
         skeleton = Transformer(config)
     if first:  # reads and tokenises; the others wait for it to join them, then take what it has cached
         stages, held_out, hashes = read_data(args, progress=True)
-        check_vocabulary(args, config, [*(s.documents for s in stages), *held_out.values()])
+        everything = [*(s.documents for s in stages), *held_out.values()]
+        data.check_vocabulary(max(int(d.tokens.max()) for d in everything), config.vocab_size, args.model)
         bad = [line for s in stages for line in s.documents.bad] + [b for d in held_out.values() for b in d.bad]
         description = describe_run(args, hashes) | {"skipped_rows": bad}
         check_same_run(args.out / "run.json", description)
@@ -819,13 +820,6 @@ def run(args: argparse.Namespace) -> None:
         phased_training(args, machine, model, stages, held_out, Log(args, machine, model, stages))
     finally:
         dist.destroy_process_group()
-
-
-def check_vocabulary(args: argparse.Namespace, config: Config, everything: list[Documents]) -> None:
-    highest = max(int(d.tokens.max()) for d in everything)
-    if highest >= config.vocab_size:
-        raise UsageError(f"the tokenizer in {args.model} makes token {highest}, the model's vocabulary ends at "
-                         f"{config.vocab_size - 1}: they do not belong together")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -210,6 +210,35 @@ def test_ranks_share_the_prompts(tmp_path):
     assert json.loads((tmp_path / "a").read_text()) == json.loads((tmp_path / "b").read_text())
 
 
+def test_tensor_parallel_ranks_answer_like_one(tmp_path):
+    import shutil
+
+    hf = hf_model(vocab_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=8, attention_bias=True, mlp_bias=True,
+                  max_position_embeddings=512)
+    hf.save_pretrained(tmp_path / "m")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "demo" / "model" / name, tmp_path / "m" / name)
+    (tmp_path / "p.txt").write_text("".join(f"Start with {i}, add 1 to it.\n" for i in range(9)))
+    arguments = ["--model", tmp_path / "m", "--prompts", tmp_path / "p.txt", "--max-new-tokens", "12", "--dtype", "fp32"]
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for name, command, extra in (("a", [sys.executable], []), ("b", [*many, "2"], ["--tp", "2"]), ("c", [*many, "4"], ["--tp", "2"])):
+        done = subprocess.run([*command, ROOT / "generate.py", *arguments, "--out", tmp_path / name, *extra], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "a").read_text()) == json.loads((tmp_path / "b").read_text()) == json.loads((tmp_path / "c").read_text())
+    hf_model(vocab_size=60, max_position_embeddings=512).save_pretrained(tmp_path / "m")
+    done = subprocess.run([sys.executable, ROOT / "generate.py", *arguments, "--out", tmp_path / "e"], capture_output=True, text=True)
+    assert done.returncode == 2 and "do not belong together" in done.stderr
+
+
+def test_tensor_parallel_ranks_must_divide_the_heads(tmp_path):
+    (tmp_path / "p.txt").write_text("x")
+    arguments = ["--model", ROOT / "demo" / "model", "--prompts", tmp_path / "p.txt", "--dtype", "fp32"]
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    assert "do not divide" in subprocess.run([*many, "3", ROOT / "generate.py", *arguments, "--out", tmp_path / "d", "--tp", "3"],
+                                             capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stderr
+
+
 def test_one_prompt_and_a_chat_in_the_terminal(tmp_path):
     assert run("--prompt", "Start with 3, add 1 to it.", "--max-new-tokens", "5").stdout.strip()
     done = run("--chat", "--max-new-tokens", "5", input="hello\nand again\n\n")
