@@ -144,19 +144,25 @@ def add_api_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     group = parser.add_argument_group("API (OPENAI_API_KEY and OPENAI_BASE_URL are honoured)")
     group.add_argument("--api-model", default="gpt-4-0613", metavar="M", help="name of the model that is asked")
     group.add_argument("--concurrency", type=positive, default=64, metavar="N", help="requests in flight at once")
-    group.add_argument("--rpm", type=float, default=math.inf, metavar="N", help="requests a minute, at most")
-    group.add_argument("--tpm", type=float, default=math.inf, metavar="N", help="tokens a minute, at most")
+    group.add_argument("--rpm", type=above_zero, default=math.inf, metavar="N", help="requests a minute, at most")
+    group.add_argument("--tpm", type=above_zero, default=math.inf, metavar="N", help="tokens a minute, at most")
     group.add_argument("--max-tokens", type=positive, default=max_tokens, metavar="N", help="of a reply")
     group.add_argument("--temperature", type=float, default=0.0, help="of the sampling")
-    group.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds without a byte of an answer")
-    group.add_argument("--retries", type=int, default=8, metavar="N", help="of a request that fails, before it is given up")
+    group.add_argument("--timeout", type=above_zero, default=120.0, metavar="S", help="seconds without a byte of an answer")
+    group.add_argument("--retries", type=positive, default=8, metavar="N", help="of a request that fails, before it is given up")
     group.add_argument("--budget", type=float, default=math.inf, metavar="USD", help="stop before more is spent")
     group.add_argument("--price-in", type=float, metavar="USD", help="per million tokens (default: a table of known models)")
     group.add_argument("--price-out", type=float, metavar="USD", help="the same, of replies")
     group.add_argument("--dry-run", action="store_true", help="print rows, tokens and dollars, send nothing")
     group.add_argument("--batch", action="store_true", help="use the Batch API: half the price, within 24 hours")
-    group.add_argument("--batch-poll", type=float, default=30.0, metavar="S", help="seconds between looks at a batch")
+    group.add_argument("--batch-poll", type=above_zero, default=30.0, metavar="S", help="seconds between looks at a batch")
     group.add_argument("--ask-refused", action="store_true", help="ask again what the server refused before")
+
+
+def above_zero(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, is {text}")
+    return float(text)
 
 
 def tokens_in(messages: list[dict]) -> int:
@@ -229,8 +235,8 @@ class Client:
         return False
 
     def clean(self, text: str) -> str:
-        """For people: one line, without the key."""
-        return " ".join(self.without_key(text).split())[:300]
+        """For people: one line, without the key and without what could command a terminal."""
+        return "".join(c for c in " ".join(self.without_key(text).split()) if c.isprintable())[:300]
 
     def without_key(self, text: str) -> str:
         return text.replace(self.key, "[key]") if self.key else text
@@ -1115,6 +1121,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for p in commands.choices.values():
         p.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
+    if "out" in args and args.out.resolve() == getattr(args, "input", getattr(args, "scored", None)).resolve():
+        parser.error("--out is the input itself")
     if args.command == "stages" and sorted(set(args.bounds)) != args.bounds:
         parser.error("--bounds must rise")
     if args.command == "select" and not (args.ratio > 0 and 0 <= args.diversity_decay <= 1):
