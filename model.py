@@ -409,7 +409,7 @@ class Transformer(nn.Module):
         lengths = cu_seqlens.diff()
         longest = int(lengths.max())
         cos, sin = rope_tables(self.config, positions, lengths.repeat_interleave(lengths))
-        x = F.embedding(tokens, self.embed.weight).to(self.compute_dtype or self.embed.weight.dtype)  # (T, C)
+        x = F.embedding(tokens, self.embed.weight, sparse=self.embed.sparse).to(self.compute_dtype or self.embed.weight.dtype)  # (T, C)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, cu_seqlens, longest)
@@ -459,14 +459,17 @@ class SumOfLosses(torch.autograd.Function):
             # d loss / d logits = softmax - one-hot
             p = logits.div_(total).scatter_add_(1, target, -torch.ones_like(total)).to(x.dtype)
             dx[rows] = p @ weight.to(x.dtype)
-            dw += p.T @ x[rows]
+            if x.dtype == dw.dtype:
+                dw.addmm_(p.T, x[rows])  # without a second matrix of that size
+            else:
+                dw += p.T @ x[rows]
         ctx.save_for_backward(dx, dw.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None
+        return dx.mul_(grad), dw.mul_(grad), None  # in place: dw is as large as the vocabulary
 
 
 # ---------------------------------------------------------------- loading and saving

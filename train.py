@@ -249,6 +249,7 @@ def build_model(args: argparse.Namespace, machine: Machine, config: Config, read
         if args.compile:
             block.compute = torch.compile(block.compute, dynamic=True)
     model.compute_dtype = machine.dtype
+    model.embed.sparse = machine.world == 1 and machine.device.type == "cpu"  # its gradient only at the words that occur
     policy = MixedPrecisionPolicy(cast_forward_inputs=False) if machine.dtype == torch.float32 else MixedPrecisionPolicy(
         param_dtype=machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if machine.world > 1:  # a rank alone would only make copies

@@ -55,7 +55,7 @@ def ours(folder: Path, dtype: str, steps: int) -> dict:
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
-    seconds, rates, supervised, tokens, flops = [], [], 0, 0, 0.0
+    seconds, supervised, tokens, flops = [], 0, 0, 0.0
     for batch in epoch_batches(len(documents), BATCH, 0, 0, 0)[:steps + 1]:
         start = time.perf_counter()
         train.train_step(model, machine, documents, batch, args.micro_tokens, 1.0)
@@ -65,10 +65,9 @@ def ours(folder: Path, dtype: str, steps: int) -> dict:
             supervised += int(documents.target_counts[batch].sum())
             tokens += int(documents.lengths[batch].sum())
             flops += train.batch_flops(config, matrices, documents.lengths[batch], int(documents.target_counts[batch].sum()))
-            parts = len(train.data.micro_batches(batch, documents.lengths, 1, args.micro_tokens)[0])
-            peak = peak_memory() - base
-            rates.append(matmul_rate(config, tokens // len(rates + [0]) // parts, supervised // len(rates + [0]) // parts, machine.dtype))
-    total = sum(seconds[1:])
+    total, peak = sum(seconds[1:]), peak_memory() - base
+    parts = len(train.data.micro_batches(batch, documents.lengths, 1, args.micro_tokens)[0])
+    rates = [matmul_rate(config, tokens // steps // parts, supervised // steps // parts, machine.dtype) for _ in range(3)]
     return {"supervised_per_second": supervised / total, "tokens_per_second": tokens / total, "memory": peak,
             "of_matmul_rate": flops / total / statistics.median(rates)}
 

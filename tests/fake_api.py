@@ -19,6 +19,7 @@ OPTIONS = {
     "refuse": None, "odd": None,  # prompts with this text: HTTP 400; a reply that is no score, the first time
     "reject": [], "usage": True, "reply": None, "rate": None,  # rate: requests a second, bucket of as many
     "echo": False,  # repeats the Authorization header in replies and errors
+    "judge": None,  # replies with the numbers after "quality=" in the prompt, in order; this much is added to the first
     "batch_seconds": 0.3, "batch_fail": 0.0,
 }
 
@@ -110,6 +111,9 @@ class Server:
         if o["refuse"] and o["refuse"] in text:
             return 400, {"error": {"message": "flagged by the content filter", "code": "content_filter"}}
         reply = o["reply"] or str(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 9 / 2)
+        if o["judge"] is not None:
+            one, two = (int(q) for q in re.findall(r"quality=(\d+)", text))
+            reply = f"{one + o['judge']} {two}\nBecause."
         if o["odd"] and o["odd"] in text and len(request["messages"]) == 1:
             reply = "I would say it is rather hard."
         if o["echo"]:
