@@ -746,7 +746,8 @@ def tokenize_file(path: Path, folder: Path, template: str, max_len: int, progres
         tokens=np.concatenate([np.zeros(0, np.int32), *(k[1] for k in kept)]),
         supervised=np.concatenate([np.zeros(0, bool), *(k[2] for k in kept)]),
         starts=np.cumsum([0, *(len(k[1]) for k in kept)]).astype(np.int64),
-        ids=[k[0].id for k in kept], where=[k[0].where for k in kept], bad=bad, truncated=sum(k[3] > 0 for k in kept), lost_tokens=sum(k[3] for k in kept))
+        ids=[k[0].id for k in kept], where=[k[0].where for k in kept], bad=bad,
+        truncated=sum(k[3] > 0 for k in kept), lost_tokens=sum(k[3] for k in kept))
 
 
 def sha256(path: Path) -> str:

@@ -52,7 +52,8 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
         instances = raw["instances"]
         if not (isinstance(instances, list) and instances and isinstance(instances[0], dict)):
             raise DataError(f"{where}: instances must be a list of objects")
-        turns = data.row_turns({"instruction": raw.get("instruction"), "input": instances[0].get("input"), "output": ""}, "alpaca")
+        row = {"instruction": raw.get("instruction"), "input": instances[0].get("input"), "output": ""}
+        turns = data.row_turns(row, "alpaca")
     elif "instruction" in raw:  # AlpacaEval, Alpaca
         turns = data.row_turns({"output": "", **raw}, "alpaca")
     elif "Instruction" in raw:  # wizardlm
@@ -72,8 +73,8 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
         raise DataError(f"{where}: a prompt's text is missing or not a string")
     data.check_turns([*turns, ("assistant", "x")])
     name = next((raw[k] for k in ("id", "question_id", "idx") if isinstance(raw.get(k), (str, int))), number)
-    expected = raw.get("expected")
-    return Prompt(str(name), str(raw.get("dataset", dataset)), turns[-1][1], turns, expected if isinstance(expected, str) else None, where)
+    expected = raw["expected"] if isinstance(raw.get("expected"), str) else None
+    return Prompt(str(name), str(raw.get("dataset", dataset)), turns[-1][1], turns, expected, where)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -209,13 +210,14 @@ class Slot:
 
 
 @torch.inference_mode()
-def decode(model: Transformer, prompts: list[list[int]], stop: set[int], max_new_tokens: int | list[int], temperature: float = 0.0,
-           top_k: int = 0, top_p: float = 1.0, batch_size: int = 32, seed: int = 0, prefill_tokens: int = 8192,
-           group: dist.ProcessGroup | None = None) -> Iterator[tuple[int, int | None, str]]:
+def decode(model: Transformer, prompts: list[list[int]], stop: set[int], max_new_tokens: int | list[int],
+           temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, batch_size: int = 32, seed: int = 0,
+           prefill_tokens: int = 8192, group: dist.ProcessGroup | None = None) -> Iterator[tuple[int, int | None, str]]:
     """Yields (prompt, token, "") for every new token and (prompt, None, "stop" | "length") when its answer ends.
 
     A prompt's chances come from the seed and its own tokens, so its sample does not depend on what else is in the batch.
-    `max_new_tokens` may be one number a prompt. A prompt must be shorter than the context; an answer ends at the context at the latest.
+    `max_new_tokens` may be one number a prompt. A prompt must be shorter than the context, where an answer ends at the
+    latest. `group` holds the ranks among which the model is shared (`load_model`), all with the same prompts.
     """
     if not prompts:
         return
@@ -288,7 +290,8 @@ def generate(model: Transformer, tokenizer, prompts: list[list[tuple[str, str]]]
 # ---------------------------------------------------------------- files of answers
 
 
-def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts: list[Prompt], rank: int, world: int, group) -> None:
+def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts: list[Prompt], rank: int, world: int,
+               group: dist.ProcessGroup | None) -> None:
     """Answer this rank's share of the prompts that OUT.partial.*.jsonl does not hold yet, a line as each one ends.
 
     The `args.tp` ranks of a group have the same share, and the first of them writes.
@@ -297,7 +300,8 @@ def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts:
     for prompt in prompts:
         prompt.tokens = data.render(prompt.turns, template, tokenizer)[0]
     data.check_vocabulary(max(max(p.tokens) for p in prompts), model.config.vocab_size, args.model)
-    settings = [str(args.model), args.template, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.dtype]
+    settings = [str(args.model), args.template, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
+                args.dtype]
     keys = [hashlib.sha256(json.dumps([settings, p.tokens]).encode()).hexdigest()[:32] for p in prompts]
     done = read_partial(args.out)
     if world > 1:
@@ -320,7 +324,8 @@ def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts:
                 made += 1
                 continue
             tokens = answers.pop(i, [])
-            record = {"key": keys[todo[i]], "output": tokenizer.decode(tokens), "output_tokens": len(tokens), "finish_reason": reason}
+            record = {"key": keys[todo[i]], "output": tokenizer.decode(tokens), "output_tokens": len(tokens),
+                      "finish_reason": reason}
             f.write((json.dumps(record) + "\n").encode())
             bar.set_postfix_str(f"{made / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
             bar.update()
@@ -332,8 +337,8 @@ def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts:
     done = read_partial(args.out)
     rows, errors, seconds = [], [], time.monotonic() - started
     for prompt, key in zip(prompts, keys):
-        row = {"id": prompt.id, "dataset": prompt.dataset, "instruction": prompt.instruction, "output": "", "generator": args.name,
-               "prompt_tokens": len(prompt.tokens)}
+        row = {"id": prompt.id, "dataset": prompt.dataset, "instruction": prompt.instruction, "output": "",
+               "generator": args.name, "prompt_tokens": len(prompt.tokens)}
         if len(prompt.tokens) >= context:
             row |= {"output_tokens": 0, "finish_reason": "error",
                     "error": f"the prompt has {len(prompt.tokens)} tokens, the model's context ends at {context}"}
@@ -351,10 +356,11 @@ def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts:
     for name in names:
         of = [r for r in rows if r["dataset"] == name]
         right = [r["output"].strip() == r["expected"].strip() for r in of if "expected" in r]
-        table.append((name, f"{len(of):,}", f"{np.mean([r['prompt_tokens'] for r in of]):,.0f}", f"{np.mean([r['output_tokens'] for r in of]):,.0f}",
-                      f"{np.mean([r['finish_reason'] == 'length' for r in of]):.0%}", f"{np.mean(right):.0%}" if right else "–"))
+        sizes = [f"{np.mean([r[k] for r in of]):,.0f}" for k in ("prompt_tokens", "output_tokens")]
+        table.append((name, f"{len(of):,}", *sizes, f"{np.mean([r['finish_reason'] == 'length' for r in of]):.0%}", f"{np.mean(right):.0%}" if right else "–"))
     print_table(("dataset", "answers", "prompt tokens", "output tokens", "cut at the limit", "as expected"), table)
-    print(f"{args.out}: {len(rows):,} answers, {len(todo):,} made now on rank 0 in {seconds:.1f} s, {made / max(seconds, 1e-9):,.0f} tokens/s")
+    print(f"{args.out}: {len(rows):,} answers, {len(todo):,} made now on rank 0 in {seconds:.1f} s, "
+          f"{made / max(seconds, 1e-9):,.0f} tokens/s")
 
 
 def read_partial(out: Path) -> dict[str, dict]:
@@ -384,7 +390,7 @@ def chat(args: argparse.Namespace, model: Transformer, tokenizer) -> None:
             return
         prompt = data.render([*turns, ("user", text)], template, tokenizer)[0]
         if len(prompt) >= model.config.max_positions:
-            print(f"[the conversation has {len(prompt)} tokens, the context ends at {model.config.max_positions}: starting afresh]")
+            print(f"[{len(prompt)} tokens, and the context ends at {model.config.max_positions}: starting afresh]")
             turns = []
             continue
         answer = print_answer(args, model, tokenizer, prompt, stop)
@@ -395,7 +401,8 @@ def print_answer(args: argparse.Namespace, model: Transformer, tokenizer, prompt
     """Print an answer as it comes, and give its text."""
     tokens, shown = [], ""
     try:
-        for _, token, _ in decode(model, [prompt], stop, args.max_new_tokens, args.temperature, args.top_k, args.top_p, 1, args.seed):
+        for _, token, _ in decode(model, [prompt], stop, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                                  seed=args.seed):
             if token is not None:
                 tokens.append(token)
                 text = tokenizer.decode(tokens)
@@ -418,11 +425,12 @@ def safe(text: str) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Answer prompts with a Llama or Mistral checkpoint.", formatter_class=HelpFormatter,
-                                     epilog="Exit codes: 0 done, 1 the work failed, 2 wrong arguments or input, 130 interrupted.")
+    parser = argparse.ArgumentParser(description="Answer prompts with a Llama or Mistral checkpoint.",
+                                     formatter_class=HelpFormatter, epilog="Exit codes: 0 done, 1 the work failed, 2 wrong arguments or input, 130 interrupted.")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder, say out/stage3")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", type=Path, nargs="+", metavar="F", help="test sets, data files, or text with a prompt a line")
+    source.add_argument("--prompts", type=Path, nargs="+", metavar="F",
+                        help="test sets, data files, or text with a prompt a line")
     source.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer goes to stdout")
     source.add_argument("--chat", action="store_true", help="talk in the terminal")
     parser.add_argument("--out", type=Path, metavar="F", help="JSON list of answers (needed with --prompts)")
@@ -434,13 +442,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest that hold this probability")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="prompts at once: changes speed only")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallelism: shard the model over N ranks of a node")
+    parser.add_argument("--tp", type=positive, default=1, metavar="N",
+                        help="tensor parallelism: shard the model over N ranks of a node")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     if args.prompts and args.out is None:
         parser.error("--prompts needs --out")
-    if not (args.temperature >= 0 and math.isfinite(args.temperature) and 0 < args.top_p <= 1 and args.top_k >= 0 and args.seed >= 0):
+    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0 and args.seed >= 0):
         parser.error("--temperature, --top-k and --seed must be at least 0, --top-p above 0 and at most 1")
     args.name = args.name or os.path.relpath(args.model)
     return args
@@ -458,7 +467,8 @@ def run(args: argparse.Namespace) -> None:
     dtype = compute_dtype(args.dtype)
     args.dtype = str(dtype)
     if world % args.tp or args.tp > 1 and not args.prompts:
-        raise UsageError(f"--tp {args.tp} needs --prompts and a number of ranks that it divides (torchrun --nproc-per-node), not {world}")
+        raise UsageError(f"--tp {args.tp} needs --prompts and a number of ranks that it divides, not {world}: "
+                         "torchrun --nproc-per-node")
     group = None
     if world > 1:
         if device != "cpu":

@@ -86,9 +86,11 @@ def pair_answers(first: Path, later: list[Path], allow_missing: bool) -> list[Pa
             if other["instruction"] != row["instruction"]:
                 raise DataError(f"{path}: {' '.join(name)} asks something else than in {first}")
             expected = next((r["expected"] for r in (other, row) if isinstance(r.get("expected"), str)), None)
-            pairs.append(Pair(*name, row["instruction"], str(other["generator"]), str(row["generator"]), other["output"], row["output"], expected))
+            pairs.append(Pair(*name, row["instruction"], str(other["generator"]), str(row["generator"]), other["output"],
+                              row["output"], expected))
     if missing and not allow_missing:
-        raise DataError(f"{len(missing)} answers are missing:\n  " + "\n  ".join(sorted(missing)[:30]) + "\n--allow-missing leaves them out.")
+        raise DataError(f"{len(missing)} answers are missing:\n  " + "\n  ".join(sorted(missing)[:30])
+                        + "\n--allow-missing leaves them out.")
     print_some(f"{len(missing):,} answers are missing and left out:", sorted(missing))
     if len({p.model for p in pairs}) < len(later):
         raise DataError("two files of answers have the same generator: give generate.py another --name")
@@ -139,7 +141,8 @@ def exact_score(answer: str, expected: str) -> float:
 def judge_exactly(pairs: list[Pair]) -> list[dict]:
     without = [f"{p.dataset} {p.id}" for p in pairs if p.expected is None]
     if without:
-        raise DataError(f"--judge exact needs `expected`, which {len(without)} questions do not have:\n  " + "\n  ".join(without[:10]))
+        raise DataError(f"--judge exact needs `expected`, which {len(without)} questions do not have:\n  "
+                        + "\n  ".join(without[:10]))
     rows = []
     for p in pairs:
         scores = [exact_score(p.answer, p.expected), exact_score(p.against, p.expected)]
@@ -157,7 +160,8 @@ def judge_by_api(args: argparse.Namespace, pairs: list[Pair]) -> list[dict] | No
     questions = []
     for p in pairs:
         for one, two in ((p.answer, p.against), (p.against, p.answer)):
-            parts = {"{question}": fence(p.instruction, "question"), "{answer_1}": fence(one, "answer 1"), "{answer_2}": fence(two, "answer 2")}
+            parts = {"{question}": fence(p.instruction, "question"), "{answer_1}": fence(one, "answer 1"),
+                     "{answer_2}": fence(two, "answer 2")}
             # In one pass, so that a placeholder inside an answer stays what it is.
             text = re.sub(r"\{question\}|\{answer_1\}|\{answer_2\}", lambda m: parts[m[0]], prompt)
             questions.append(make_question(args.api_model, text, f"{p.dataset} {p.id}"))
@@ -188,7 +192,7 @@ def compare(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------- what it adds up to
 
-JUDGED = ("win", "tie", "loss")
+POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 
 def read_verdicts(paths: list[Path]) -> list[dict]:
@@ -199,7 +203,8 @@ def read_verdicts(paths: list[Path]) -> list[dict]:
         except (OSError, UnicodeDecodeError) as e:
             raise DataError(f"{path}: {e}") from None
         for line, row in values:
-            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("model", "baseline", "dataset", "id", "verdict")):
+            if not isinstance(row, dict) or any(not isinstance(row.get(k), str)
+                                                for k in ("model", "baseline", "dataset", "id", "verdict")):
                 raise DataError(f"{path}:{line}: not a row of judge.py compare")
             rows.append(row)
     if not rows:
@@ -234,11 +239,11 @@ def summarize(rows: list[dict], resamples: int, seed: int) -> list[dict]:
         names = list(dict.fromkeys(r["dataset"] for r in mine))
         for dataset in [*names, "all"] if len(names) > 1 else ["all"]:
             of = [r for r in mine if dataset in (r["dataset"], "all")]
-            counts = {v: sum(r["verdict"] == v for r in of) for v in (*JUDGED, "unparsed", "refused")}
-            n = sum(counts[v] for v in JUDGED)
+            counts = {v: sum(r["verdict"] == v for r in of) for v in (*POINTS, "unparsed", "refused")}
+            n = sum(counts[v] for v in POINTS)
             row = {"model": model, "baseline": of[0]["baseline"], "dataset": dataset, "n": n, **counts}
             if n:
-                points = np.array([{"win": 1.0, "tie": 0.5, "loss": 0.0}[r["verdict"]] for r in of if r["verdict"] in JUDGED])
+                points = np.array([POINTS[r["verdict"]] for r in of if r["verdict"] in POINTS])
                 low, high = bootstrap(points, resamples, seed)
                 row |= {"win_rate": points.mean(), "low": low, "high": high, "paper": points.mean() - 0.5,
                         "p": sign_test(counts["win"], counts["loss"]), **position_bias(of), **by_length(of)}
@@ -248,7 +253,7 @@ def summarize(rows: list[dict], resamples: int, seed: int) -> list[dict]:
 
 def position_bias(rows: list[dict]) -> dict:
     """How often the two orders disagree, and the share of orders in which the answer in front was preferred."""
-    leads = [[s[0] - s[1] for s in r["scores"]] for r in rows if r["verdict"] in JUDGED and all(r.get("scores") or [None])]
+    leads = [[s[0] - s[1] for s in r["scores"]] for r in rows if r["verdict"] in POINTS and all(r.get("scores") or [None])]
     front = [(a > 0) - (a < 0) for a, _ in leads] + [(b < 0) - (b > 0) for _, b in leads]
     decided = [f for f in front if f]
     return {"disagree": float(np.mean([a * b < 0 for a, b in leads])) if leads else None,
@@ -258,19 +263,22 @@ def position_bias(rows: list[dict]) -> dict:
 def by_length(rows: list[dict]) -> dict:
     """Win rate where the model's answer is the longer one and where it is not, and their plain mean: what the rate would
     be if neither side were longer more often."""
-    points = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-    longer = [points[r["verdict"]] for r in rows if r["verdict"] in JUDGED and len(r.get("answer", "")) > len(r.get("against", ""))]
-    shorter = [points[r["verdict"]] for r in rows if r["verdict"] in JUDGED and len(r.get("answer", "")) < len(r.get("against", ""))]
+    leads = [(len(r.get("answer", "")) - len(r.get("against", "")), POINTS[r["verdict"]]) for r in rows if r["verdict"] in POINTS]
+    longer, shorter = [p for lead, p in leads if lead > 0], [p for lead, p in leads if lead < 0]
     a, b = (float(np.mean(x)) if x else None for x in (longer, shorter))
     return {"when_longer": a, "when_shorter": b, "length_controlled": None if a is None or b is None else (a + b) / 2}
 
 
 def print_report(summary: list[dict]) -> None:
     percent = lambda x: "–" if x is None else f"{100 * x:.1f}"
-    table = [(f"{r['model']} against {r['baseline']}", r["dataset"] or "–", *(f"{r[v]:,}" for v in (*JUDGED, "unparsed", "refused")),
-              *((percent(r["win_rate"]), f"{percent(r['low'])} to {percent(r['high'])}", f"{100 * r['paper']:+.1f}", f"{r['p']:.2g}",
-                 percent(r["disagree"]), percent(r["front"]), percent(r["length_controlled"])) if r["n"] else ("–",) * 7))
-             for r in summary]
+    table = []
+    for r in summary:
+        rates = ("–",) * 7
+        if r["n"]:
+            rates = (percent(r["win_rate"]), f"{percent(r['low'])} to {percent(r['high'])}", f"{100 * r['paper']:+.1f}",
+                     f"{r['p']:.2g}", percent(r["disagree"]), percent(r["front"]), percent(r["length_controlled"]))
+        counts = (f"{r[v]:,}" for v in (*POINTS, "unparsed", "refused"))
+        table.append((f"{r['model']} against {r['baseline']}", r["dataset"] or "–", *counts, *rates))
     print_table(("", "dataset", "wins", "ties", "losses", "unparsed", "refused", "win rate %", "95 %", "- 50 %", "p",
                  "orders disagree %", "front wins %", "length-controlled %"), table)
 
@@ -301,7 +309,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("answers", type=Path, nargs="+", metavar="B", help="answers of the models")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: a row a question and model")
     p.add_argument("--judge", choices=["api", "exact"], default="api", help="an LLM, or the answer against `expected`")
-    p.add_argument("--prompt-file", type=Path, metavar="F", help="instead of the built-in prompt: {question} {answer_1} {answer_2}")
+    p.add_argument("--prompt-file", type=Path, metavar="F",
+                   help="instead of the built-in prompt: {question} {answer_1} {answer_2}")
     p.add_argument("--explain", action="store_true", help="ask for reasons after the scores (raise --max-tokens with it)")
     p.add_argument("--allow-missing", action="store_true", help="leave out questions that one side did not answer")
     add_api_arguments(p, max_tokens=16)

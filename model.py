@@ -409,7 +409,8 @@ class Transformer(nn.Module):
         lengths = cu_seqlens.diff()
         longest = int(lengths.max())
         cos, sin = rope_tables(self.config, positions, lengths.repeat_interleave(lengths))
-        x = F.embedding(tokens, self.embed.weight, sparse=self.embed.sparse).to(self.compute_dtype or self.embed.weight.dtype)  # (T, C)
+        x = F.embedding(tokens, self.embed.weight, sparse=self.embed.sparse)  # (T, C)
+        x = x.to(self.compute_dtype or x.dtype)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, cu_seqlens, longest)
@@ -581,7 +582,8 @@ def load_weights(model: Transformer, files: dict[str, Path]) -> None:
         read_slice(files[name], hf_name(name), local, offset)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", rank: int = 0, ranks: int = 1) -> Transformer:
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", rank: int = 0,
+               ranks: int = 1) -> Transformer:
     """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`.
 
     Nothing is allocated before all headers are checked against config.json; memory stays near that of the weights.

@@ -470,7 +470,8 @@ class Client:
         lines, size, cost = [], 0, self.spent
         for name, question in todo.items():
             payload = self.payload(self.messages_of(question), question.seed)
-            line = json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": payload}).encode() + b"\n"
+            request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": payload}
+            line = json.dumps(request).encode() + b"\n"
             size, cost = size + len(line), cost + self.bound(payload)
             if len(lines) == BATCH_ROWS or size > BATCH_BYTES:
                 break
@@ -589,8 +590,8 @@ def ask_questions(args: argparse.Namespace, out: Path, questions: list[Question]
     price = "price unknown: --price-in, --price-out" if None in client.prices else (
         f"${client.dollars(sent, back):,.2f} at ${client.prices[0]:g} and ${client.prices[1]:g} per million tokens")
     known = len(unique) - len(todo)
-    print(f"{len(questions):,} questions, {known:,} answered before, {len(todo):,} to ask {args.api_model}; about {sent:,} tokens "
-          f"in and at most {back:,} out: {price}", flush=True)
+    print(f"{len(questions):,} questions, {known:,} answered before, {len(todo):,} to ask {args.api_model}; about {sent:,} "
+          f"tokens in and at most {back:,} out: {price}", flush=True)
     if args.dry_run:
         return None
     if todo and not client.key and "api.openai.com" in client.base:
@@ -764,8 +765,10 @@ def ifd_command(args: argparse.Namespace) -> None:
     print_some(f"{len(without):,} rows have no score:", without)
     values = np.array([s for s in found if s is not None])
     if len(values):
-        print(f"IFD: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}; {np.mean(values >= 1):.1%} at 1 or above")
-    print(f"{args.out}: {len(lines):,} rows, {new:,} scored now in {took:,.1f} s ({new / took:,.1f} rows/s, {tokens / took:,.0f} tokens/s)")
+        print(f"IFD: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}; "
+              f"{np.mean(values >= 1):.1%} at 1 or above")
+    print(f"{args.out}: {len(lines):,} rows, {new:,} scored now in {took:,.1f} s ({new / took:,.1f} rows/s, "
+          f"{tokens / took:,.0f} tokens/s)")
 
 
 def score_documents(args: argparse.Namespace, documents: Documents, rank: int, world: int) -> tuple[list[float | None], int, int]:
@@ -779,7 +782,8 @@ def score_documents(args: argparse.Namespace, documents: Documents, rank: int, w
         dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     answers = Answers(args.out) if rank == 0 else None
     files = [p for p in sorted(args.model.iterdir()) if p.suffix in (".json", ".safetensors")]
-    identity = json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files] + [args.template, str(compute_dtype(args.dtype))])
+    identity = json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+                          + [args.template, str(compute_dtype(args.dtype))])
     keys = []
     for a, b in zip(documents.starts[:-1], documents.starts[1:]):
         content = documents.tokens[a:b].tobytes() + documents.supervised[a:b].tobytes()
@@ -857,8 +861,8 @@ def stages(args: argparse.Namespace) -> None:
             write_lines(args.out_dir / f"s{k}.jsonl", [row.raw for row in chosen])
             characters = sum(len(text.encode()) for row in chosen for _, text in row.turns)
             answers = [sum(len(text) for role, text in row.turns if role in ("assistant", "text")) for row in chosen]
-            table.append((f"s{k}.jsonl", f"{len(chosen):,}", f"{characters // 4:,}", f"{scores[group].min():g} to {scores[group].max():g}",
-                          f"{scores[group].mean():.2f}", f"{np.mean(answers):,.0f}"))
+            table.append((f"s{k}.jsonl", f"{len(chosen):,}", f"{characters // 4:,}",
+                          f"{scores[group].min():g} to {scores[group].max():g}", f"{scores[group].mean():.2f}", f"{np.mean(answers):,.0f}"))
     print_table(("stage", "rows", "tokens (est.)", args.score_key, "mean", "mean answer, characters"), table)
     print_histogram(scores, args.score_key)
     if without:
@@ -876,8 +880,9 @@ def split(scores: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]:
         groups = [np.flatnonzero(at == k) for k in range(len(args.bounds) + 1)]
     empty = [str(k) for k, group in enumerate(groups, 1) if not len(group)]
     if empty and not args.allow_empty:
-        raise UsageError(f"stage {', '.join(empty)} would be empty with --bounds {' '.join(map(str, args.bounds))}: the scores go "
-                         f"from {scores.min():g} to {scores.max():g}. Other --bounds, --equal K, or --allow-empty to write the others")
+        raise UsageError(f"stage {', '.join(empty)} would be empty with --bounds {' '.join(map(str, args.bounds))}: the "
+                         f"scores go from {scores.min():g} to {scores.max():g}. Other --bounds, --equal K, or --allow-empty "
+                         "to write the others")
     if args.random:
         shuffled = np.random.default_rng(args.seed).permutation(len(scores))
         groups = np.split(shuffled, np.cumsum([len(g) for g in groups])[:-1])

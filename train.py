@@ -549,8 +549,8 @@ def sample_answers(folder: Path, args: argparse.Namespace, machine: Machine) -> 
 
 
 # Arguments which do not change what is computed: a run may go on with others.
-FREE_ARGUMENTS = {"out", "save_every", "sample", "skip_nonfinite", "micro_tokens", "checkpoint_activations", "compile", "replicas",
-                  "dry_run", "plan_world_size", "debug"}
+FREE_ARGUMENTS = {"out", "save_every", "sample", "skip_nonfinite", "micro_tokens", "checkpoint_activations", "compile",
+                  "replicas", "dry_run", "plan_world_size", "debug"}
 
 
 def describe_run(args: argparse.Namespace, hashes: dict[str, str]) -> dict:

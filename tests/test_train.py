@@ -230,7 +230,8 @@ def test_flops_are_those_that_torch_counts():
     matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
     expected = train.batch_flops(config, matrices, np.array(lengths), 20)
     recomputed = 2 * config.n_layers * config.n_heads * config.head_dim * len(lengths)  # the scores, once more; not counted
-    assert counter.get_total_flops() == expected + recomputed
+    unseen = 2 * 20 * config.dim * config.vocab_size  # the head's gradient by addmm_, which the counter does not know
+    assert counter.get_total_flops() == expected + recomputed - unseen
 
 
 # ---------------------------------------------------------------- does it survive
