@@ -456,7 +456,11 @@ def render(turns: list[tuple[str, str]], template: Template, tokenizer) -> tuple
 
 
 def chat_template(template: Template) -> str:
-    """The template as Jinja, for tokenizer_config.json, so that other tools prompt the model in the same way."""
+    """The template as Jinja, for tokenizer_config.json, so that other tools prompt the model in the same way.
+
+    The text is the same; so are the tokens of a first prompt. Between an answer's header and the answer, where we cut
+    and no special token stands, other tools see no border: earlier answers of a conversation may differ in a token.
+    """
 
     def emit(pieces: tuple[str, ...], text: str = "''") -> str:
         terms = []

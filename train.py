@@ -521,6 +521,9 @@ def export(folder: Path, machine: Machine, model: Transformer, args: argparse.Na
             texts = {i: t for t, i in tokenizer.specials.items()}
             settings = data.read_json(args.model / "tokenizer_config.json")
             settings["chat_template"] = data.chat_template(template)
+            if isinstance(tokenizer, data.SentencePieceTokenizer):
+                settings.setdefault("tokenizer_class", "LlamaTokenizer")
+                settings["legacy"] = True  # transformers' name for a space before every piece, as we encode
             settings.setdefault("bos_token", texts.get(tokenizer.bos_id))
             settings.setdefault("eos_token", texts.get((tokenizer.eos_ids or [None])[0]))
             generation = data.read_json(args.model / "generation_config.json")

@@ -436,3 +436,20 @@ def test_the_real_scored_rows_train_with_the_real_tokenizer(shared, tmp_path):
     go(tmp_path, tmp_path / "o", "--template", "mistral", stages=("s1",))
     rows = metrics(tmp_path / "o")
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_transformers_prompts_an_exported_model_token_for_token_as_we_do(shared, bench, tmp_path):
+    import shutil
+
+    hf_model(vocab_size=32000, max_position_embeddings=2048, num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    shutil.copyfile(shared / "tokenizers" / "llama2.model", tmp_path / "m" / "tokenizer.model")
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"legacy": False, "bos_token": "<s>", "eos_token": "</s>"}))
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--model", tmp_path / "m", "--stages", bench / "s1.jsonl", "--out", tmp_path / "o"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "o" / "stage1"), data.load_tokenizer(tmp_path / "o" / "stage1")
+    for row in data.read_rows(shared / "alpaca_scored_stage3.jsonl")[0][:200]:
+        turns = row.turns[:1]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        encoded = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert encoded == data.render(turns, data.TEMPLATES["phased"], ours)[0], row.where
