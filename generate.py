@@ -384,7 +384,10 @@ def chat(args: argparse.Namespace, model: Transformer, tokenizer) -> None:
     while True:
         try:
             text = input("> ")
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
             return print()
         if not text.strip():
             return
