@@ -847,3 +847,21 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in [header, *rows]:
         print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]))
+
+
+def run_program(name: str, work: Callable, args: argparse.Namespace, wrong: tuple = (), failed: tuple = ()) -> int:
+    """Do `work(args)` and give the exit code: 2 for wrong input, 1 for work that failed, 130 when interrupted; one line on
+    stderr says why, --debug shows the traceback."""
+    try:
+        work(args)
+        return 0
+    except (UsageError, DataError, OSError, KeyboardInterrupt, *wrong, *failed) as e:
+        if args.debug:
+            raise
+        code, message = 2, str(e)
+        if isinstance(e, KeyboardInterrupt):
+            code, message = 130, "interrupted: what came is kept; the same command goes on"
+        elif isinstance(e, (OSError, *failed)):
+            code = 1
+    print(f"{name}: {message}", file=sys.stderr)
+    return code

@@ -498,19 +498,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except (UsageError, DataError, CheckpointError) as e:
-        code, message = 2, str(e)
-    except OSError as e:
-        code, message = 1, str(e)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted: what is answered is kept; the same command goes on"
-    if args.debug:
-        raise
-    print(f"generate.py: {message}", file=sys.stderr)
-    return code
+    return data.run_program("generate.py", run, args, wrong=(CheckpointError,))
 
 
 if __name__ == "__main__":

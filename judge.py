@@ -13,7 +13,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,8 @@ import numpy as np
 
 import data
 from data import DataError, HelpFormatter, UsageError, positive, print_table
-from model import write_text
-from score import (ApiError, Answers, add_api_arguments, ask_questions, fence, make_question, print_some, read_text, state_of,
-                   value_of, write_lines)
+from score import (ApiError, add_api_arguments, ask_questions, fence, make_question, print_some, read_text, state_of,
+                   value_of, write_lines, write_text)
 
 # ---------------------------------------------------------------- answers and their pairs
 
@@ -332,19 +330,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        args.work(args)
-        return 0
-    except (UsageError, DataError) as e:
-        code, message = 2, str(e)
-    except (ApiError, OSError) as e:
-        code, message = 1, str(e)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted: what came is kept; the same command goes on"
-    if args.debug:
-        raise
-    print(f"judge.py: {message}", file=sys.stderr)
-    return code
+    return data.run_program("judge.py", args.work, args, failed=(ApiError,))
 
 
 if __name__ == "__main__":

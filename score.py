@@ -1137,19 +1137,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        args.work(args)
-        return 0
-    except (UsageError, DataError, CheckpointError) as e:
-        code, message = 2, str(e)
-    except (ApiError, OSError) as e:
-        code, message = 1, str(e)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted: what came is kept; the same command goes on"
-    if args.debug:
-        raise
-    print(f"score.py: {message}", file=sys.stderr)
-    return code
+    return data.run_program("score.py", args.work, args, wrong=(CheckpointError,), failed=(ApiError,))
 
 
 if __name__ == "__main__":

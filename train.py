@@ -7,7 +7,6 @@ Without arguments it trains the bundled demo. `phased_training` below is the alg
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -833,16 +832,16 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
         return 0
     except (UsageError, DataError, CheckpointError) as e:
-        code, message = 2, str(e)
+        code, error, message = 2, e, str(e)
     except (TrainingError, OSError, SafetensorError) as e:
-        code, message = 1, str(e)
+        code, error, message = 1, e, str(e)
     except torch.OutOfMemoryError as e:
-        code, message = 1, f"out of GPU memory: try --micro-tokens {args.micro_tokens // 2} or --checkpoint-activations ({e})"
+        code, error, message = 1, e, f"out of GPU memory: try --micro-tokens {args.micro_tokens // 2} or --checkpoint-activations ({e})"
     except (Interrupted, KeyboardInterrupt) as e:
         kept = f"state saved in {args.out / 'resume'}; the same command goes on" if isinstance(e, Interrupted) else "at once"
-        code, message = 130, f"interrupted: {kept}"
+        code, error, message = 130, e, f"interrupted: {kept}"
     if args.debug:
-        raise
+        raise error
     if first or code == 1:
         print(f"train.py: {message}", file=sys.stderr)
     return code

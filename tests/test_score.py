@@ -272,7 +272,7 @@ def test_the_key_is_nowhere(api, tmp_path):
         assert KEY not in path.read_text()
     done = subprocess.run([sys.executable, ROOT / "score.py", "difficulty", tmp_path / "in.jsonl", "--out", tmp_path / "p.jsonl", "--debug"],
                           env=api(echo=True, status=[401, {}]), capture_output=True, text=True)
-    assert "Traceback" in done.stderr and KEY not in done.stderr
+    assert "ApiError" in done.stderr and "Traceback" in done.stderr and KEY not in done.stderr
     for bad in (KEY + "\n" + KEY, KEY + "é"):
         done = run(env | {"OPENAI_API_KEY": bad}, "difficulty", tmp_path / "in.jsonl", "--out", tmp_path / "q.jsonl", expect=2)
         assert "OPENAI_API_KEY" in done.stderr
