@@ -699,6 +699,14 @@ def difficulty(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- IFD from a local model
 
 
+def scorable(documents: Documents) -> np.ndarray:
+    """(D,) bool: whether a document has both a prompt behind its first token and an answer of which something is predicted."""
+    first = np.zeros_like(documents.supervised)
+    first[documents.starts[:-1]] = True
+    prompt = np.add.reduceat(~(documents.supervised | first), documents.starts[:-1], dtype=np.int64)
+    return (documents.target_counts > 0) & (prompt > 0)
+
+
 @torch.no_grad()
 def ifd(model: Transformer, documents: Documents, micro_tokens: int = 4096, rank: int = 0, world: int = 1) -> Tensor:
     """Instruction-following difficulty of each document, (D,) fp32 on the CPU; NaN where there is none.
@@ -735,7 +743,7 @@ def ifd(model: Transformer, documents: Documents, micro_tokens: int = 4096, rank
     if world > 1:
         dist.all_reduce(scores)
     scores = scores.float().cpu()
-    scores[torch.from_numpy((counts == 0) | (per_document == documents.lengths))] = math.nan
+    scores[torch.from_numpy(~scorable(documents))] = math.nan
     scores[~scores.isfinite()] = math.nan
     return scores
 
@@ -996,6 +1004,21 @@ def choose_diverse(scores: np.ndarray, matrix: Terms, budget: int, decay: float)
             value = float(scores[row] * (matrix.weights[span] * factors[matrix.terms[span]]).sum())
             heapq.heapreplace(heap, (-value, row, len(chosen)))
     return chosen
+
+
+def choose(ifd: np.ndarray, answers: list[str] | None, budget: int, decay: float = 0.1) -> np.ndarray:
+    """IterIT's choice of at most `budget` rows, best first (int64): by IFD (N,) times diversity of the `answers`, or
+    without answers by IFD alone.
+
+    TF-IDF and choice are among the rows below 1. Only when these are used up come those at 1 or above, where the prompt
+    is of no help, the lowest first. Rows whose IFD is NaN are never chosen.
+    """
+    good, hard = np.flatnonzero(ifd < 1), np.flatnonzero(ifd >= 1)
+    if answers is None or not len(good):
+        best = np.argsort(-ifd[good], kind="stable")
+    else:
+        best = choose_diverse(ifd[good].astype(np.float64), tf_idf(answers[i] for i in good), budget, decay)
+    return np.concatenate([good[best], hard[np.argsort(ifd[hard], kind="stable")]])[:budget].astype(np.int64)
 
 
 def budget_of(ratio: float, rows: int) -> int:

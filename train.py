@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import data
 import generate
 import model as model_file
+import score
 from data import DataError, Documents, HelpFormatter, UsageError, positive, print_table
 from model import CheckpointError, Config, Transformer, compute_dtype, keep_memory
 
@@ -89,6 +91,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="at a new stage: fresh optimizer and schedule (the paper), or one of each over all stages")
     group.add_argument("--seed", type=int, default=0, help="of the order of the rows")
 
+    group = parser.add_argument_group("selection (IterIT): train on the best rows of a stage only")
+    group.add_argument("--select", choices=["none", "iterit", "static"], default="none",
+                       help="iterit: score rows with the model as it is and choose anew before every epoch; "
+                            "static: score and choose once")
+    group.add_argument("--ratio", type=float, default=0.05, help="rows an epoch trains on: a share below 1, from 1 on a count")
+    group.add_argument("--update-ratio", type=float, default=3.0, metavar="X",
+                       help="before a later epoch the best X times as many rows are scored again")
+    group.add_argument("--score-type", choices=["both", "ifd"], default="both", help="IFD times diversity, or IFD alone")
+    group.add_argument("--diversity-decay", type=float, default=0.1, metavar="X",
+                       help="what a chosen row does to the weights of its terms in the other rows")
+    group.add_argument("--scores", nargs="+", default=[], metavar="F",
+                       help="output of score.py ifd, instead of scoring before the first epoch")
+
     group = parser.add_argument_group("machine (changes speed and memory, not what is computed)")
     group.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                        help="of the computation; auto: bf16 where the device has it. Weights and optimizer are fp32")
@@ -118,8 +133,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} has {len(values)} values for {len(args.stages)} stages: "
                          "give one, or one per stage")
         setattr(args, name, values * len(args.stages) if len(values) == 1 else values)
+    if args.select != "none" and args.replay:
+        parser.error("--select chooses from a stage's own rows: not together with --replay")
+    if args.scores and args.select == "none":
+        parser.error("--scores needs --select")
+    if not (args.ratio > 0 and args.update_ratio >= 1 and 0 <= args.diversity_decay <= 1):
+        parser.error("--ratio must be above 0, --update-ratio at least 1, --diversity-decay from 0 to 1")
     if args.replay is None:  # a model as small as the demo's forgets at once what it no longer sees
-        args.replay = 0.1 if args.model is None else 0.0
+        args.replay = 0.1 if args.model is None and args.select == "none" else 0.0
     return args
 
 
@@ -147,10 +168,16 @@ class Stage:
     epochs: int
     lr: float
     batch_size: int
+    rows: int  # that an epoch trains on
+    ifd: list[float] | None = None  # of each document, where it was given (--scores)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.batch_size)
 
     @property
     def steps(self) -> int:
-        return self.epochs * -(-len(self.documents) // self.batch_size)
+        return self.epochs * self.steps_per_epoch
 
 
 def find_files(name: str, folders: list[Path]) -> list[Path]:
@@ -184,14 +211,50 @@ def read_data(args: argparse.Namespace, progress: bool) -> tuple[list[Stage], di
         more = f"\n  … and {len(bad) - 30} more" if len(bad) > 30 else ""
         advice = "" if args.skip_bad_rows else "\nMend them, or leave them out with --skip-bad-rows."
         raise DataError(f"{len(bad)} rows cannot be used:\n  " + "\n  ".join(bad[:30]) + more + advice)
+    given = read_scores(args, progress) if args.scores else None
+    hashes |= {path: data.sha256(Path(path)) for path in args.scores}
     stages = []
     for k, name in enumerate(args.stages):
         rng = np.random.default_rng([args.seed, k])
         earlier = [documents[n] for n in args.stages[:k] if args.replay]
         replay = [data.select(d, rng.permutation(len(d))[:round(args.replay * len(d))]) for d in earlier]
-        stages.append(Stage(f"stage{k + 1}", min(name, os.path.relpath(name), key=len), data.join([documents[name], *replay]),
-                            sum(map(len, replay)), args.epochs[k], args.lr[k], args.batch_size[k]))
+        source, all_rows = min(name, os.path.relpath(name), key=len), data.join([documents[name], *replay])
+        rows, ifd = len(all_rows), None
+        if args.select != "none":
+            usable = score.scorable(all_rows)
+            if given is not None:
+                ifd = scores_of(all_rows, given, source)
+                usable = ~np.isnan(ifd)
+            if not usable.any():
+                raise DataError(f"{source}: --select has nothing to choose from, no row has both a prompt and an answer")
+            rows = min(score.budget_of(args.ratio, len(all_rows)), int(usable.sum()))
+        stages.append(Stage(f"stage{k + 1}", source, all_rows, sum(map(len, replay)), args.epochs[k], args.lr[k],
+                            args.batch_size[k], rows, ifd))
     return stages, {name: documents[name] for name in args.eval}, hashes
+
+
+def read_scores(args: argparse.Namespace, progress: bool) -> dict[bytes, float]:
+    """The IFD in the files of --scores, by the tokens of the row."""
+    given = {}
+    for path in args.scores:
+        documents = data.load_documents(Path(path), args.model, args.template, args.max_len, args.out / "cache", progress)
+        ifd = {where: score.score_of(raw, "ifd", where) for where, raw, row, _ in data.each_row(path) if row}
+        for d, where in enumerate(documents.where):
+            value = ifd[where]
+            given[tokens_of(documents, d)] = math.nan if value is None else value
+    return given
+
+
+def scores_of(documents: Documents, given: dict[bytes, float], source: str) -> list[float]:
+    """The given IFD of each document. Raises DataError where one is missing."""
+    missing = [documents.where[d] for d in range(len(documents)) if tokens_of(documents, d) not in given]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(documents)} rows of {source} are not in --scores:\n  " + "\n  ".join(missing[:10]))
+    return [given[tokens_of(documents, d)] for d in range(len(documents))]
+
+
+def tokens_of(documents: Documents, d: int) -> bytes:
+    return documents.tokens[documents.starts[d]:documents.starts[d + 1]].tobytes()
 
 
 # ---------------------------------------------------------------- the model on this machine
@@ -320,10 +383,15 @@ def held_out_loss(model: Transformer, machine: Machine, documents: Documents, mi
     everything = np.arange(len(documents))
     for part in data.micro_batches(everything, documents.lengths, machine.world, micro_tokens)[machine.rank]:
         total += model(*to_device(documents, part, machine.device), reduction="none").double().sum()
-    for part in [*model.layers, model] if machine.world > 1 else []:
-        part.reshard()  # else what was gathered stays until a backward pass, and stands in for the parameters
+    reshard(model, machine)
     dist.all_reduce(total)
     return total.item() / int(documents.target_counts.sum())
+
+
+def reshard(model: Transformer, machine: Machine) -> None:
+    """After passes without a backward: else what was gathered stays until one comes, and stands in for the parameters."""
+    for part in [*model.layers, model] if machine.world > 1 else []:
+        part.reshard()
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
@@ -401,6 +469,17 @@ def memory_in_use(device: torch.device) -> int:
 
 
 @dataclass
+class Selection:
+    """What IterIT knows of a stage's documents."""
+
+    epoch: int = -1  # that `chosen` is for
+    chosen: list[int] = field(default_factory=list)  # best first
+    ifd: list[float] = field(default_factory=list)  # (D,) the newest known of each document; NaN: none
+    candidates: list[int] = field(default_factory=list)  # which are scored before the next epoch …
+    scored: int = 0  # … and how many of them have been
+
+
+@dataclass
 class Position:
     """Where a run is: `stage` and `step` count what is finished, so stage 1, step 0 is the start of the second."""
 
@@ -410,6 +489,11 @@ class Position:
     optimizer_steps: int = 0  # since the optimizer was made
     skipped: int = 0  # steps left out because they were not finite
     metrics_bytes: int = 0  # length of metrics.jsonl
+    selection: Selection = field(default_factory=Selection)  # of this stage
+
+    @classmethod
+    def of(cls, state: dict) -> "Position":
+        return cls(**state["position"] | {"selection": Selection(**state["position"]["selection"])})
 
 
 def state_tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -450,7 +534,7 @@ def save_state(folder: Path, machine: Machine, model: Transformer, optimizer: to
         checksums = [None] * machine.world
         dist.all_gather_object(checksums, (file, checksum))
         if machine.rank == 0:
-            state = {"position": vars(position), "files": {f: c for f, c in checksums if c}}
+            state = {"position": asdict(position), "files": {f: c for f, c in checksums if c}}
             model_file.write_text(aside / "state.json", json.dumps(state, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(aside, final)
@@ -468,7 +552,7 @@ def newest_state(folder: Path) -> Path | None:
     for path in sorted(folder.glob("*-????????"), reverse=True):
         try:
             state = json.loads((path / "state.json").read_text())
-            Position(**state["position"])
+            Position.of(state)
             broken = [f for f, c in state["files"].items() if Path(f).name != f or data.sha256(path / f) != c]
             if not broken:
                 return path
@@ -482,7 +566,7 @@ def newest_state(folder: Path) -> Path | None:
 def load_state(path: Path, model: Transformer, optimizer: torch.optim.AdamW) -> Position:
     """Fill model and optimizer from a state written by any number of ranks."""
     state = json.loads((path / "state.json").read_text())
-    position = Position(**state["position"])
+    position = Position.of(state)
     pieces: dict[str, list[tuple[Path, int, int]]] = {}
     for file in state["files"]:
         with model_file.open_tensors(path / file) as f:
@@ -530,6 +614,8 @@ def export(folder: Path, machine: Machine, model: Transformer, args: argparse.Na
             for file, content in {"tokenizer_config.json": settings, "generation_config.json": generation,
                                   "template.json": {"template": args.template}}.items():
                 model_file.write_text(aside / file, json.dumps(content, indent=1, ensure_ascii=False))
+            for path in folder.glob("selection-epoch*.jsonl"):
+                shutil.copyfile(path, aside / path.name)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
     except (OSError, SafetensorError) as e:
@@ -581,6 +667,70 @@ def check_same_run(path: Path, run: dict) -> None:
                          + "\nGive the same command to go on, or another --out to start a new one.")
 
 
+# ---------------------------------------------------------------- IterIT: which documents an epoch trains on
+
+
+def select_documents(args: argparse.Namespace, machine: Machine, model: Transformer, stage: Stage, epoch: int,
+                     selection: Selection, log: "Log", between: Callable[[], None]) -> None:
+    """Choose the documents that `epoch` trains on (IterIT, section 3): `selection.chosen`.
+
+    Before the first epoch every document is scored, before a later one the best `--update-ratio` times as many as an
+    epoch trains on: those chosen last, then the others by their newest IFD. The choice is among those just scored.
+    `between` is called after every 256 documents a rank; it may save `selection` and stop.
+    """
+    documents, started = stage.documents, time.perf_counter()
+    if not selection.ifd:
+        selection.ifd = stage.ifd or [math.nan] * len(documents)
+    if not selection.candidates:
+        candidates = np.flatnonzero(score.scorable(documents))
+        if epoch > 0:
+            by_ifd = score.choose(np.array(selection.ifd, np.float32), None, len(documents))
+            ranked = list(dict.fromkeys([*selection.chosen, *by_ifd.tolist()]))
+            candidates = np.array(ranked[:round(args.update_ratio * stage.rows)])
+        selection.candidates = candidates.tolist()
+        selection.scored = len(candidates) if epoch == 0 and stage.ifd else 0
+    given = epoch == 0 and stage.ifd is not None
+    with tqdm(total=len(selection.candidates), initial=selection.scored, unit="row", desc=f"{stage.name} IFD",
+              disable=not log.speaks or not sys.stderr.isatty()) as bar:
+        while selection.scored < len(selection.candidates):
+            chunk = np.array(selection.candidates[selection.scored:selection.scored + 256 * machine.world])
+            found = score.ifd(model, data.select(documents, chunk), args.micro_tokens, machine.rank, machine.world)
+            for d, value in zip(chunk.tolist(), found.tolist()):
+                selection.ifd[d] = math.inf if math.isnan(value) else value  # too large for a number: worst of all
+            selection.scored += len(chunk)
+            bar.update(len(chunk))
+            between()
+    reshard(model, machine)
+    selection.chosen = share_object(choose(args, stage, selection) if log.speaks else None)
+    if log.speaks:
+        write_selection(args.out / stage.name / f"selection-epoch{epoch}.jsonl", documents, selection)
+    log.selection(stage, epoch, selection, 0 if given else len(selection.candidates), time.perf_counter() - started)
+    selection.epoch, selection.candidates = epoch, []
+
+
+def choose(args: argparse.Namespace, stage: Stage, selection: Selection) -> list[int]:
+    """The best of the candidates, best first."""
+    documents, candidates, answers = stage.documents, np.array(selection.candidates), None
+    if args.score_type == "both":
+        tokenizer = data.load_tokenizer(args.model)
+        spans = [slice(documents.starts[d], documents.starts[d + 1]) for d in candidates]
+        answers = [tokenizer.decode(documents.tokens[s][documents.supervised[s]].tolist()) for s in spans]
+    ifd = np.array(selection.ifd, np.float32)[candidates]
+    return candidates[score.choose(ifd, answers, stage.rows, args.diversity_decay)].tolist()
+
+
+def write_selection(path: Path, documents: Documents, selection: Selection) -> None:
+    """A line for each scored document: those chosen first, best first, then the others by IFD."""
+    chosen, candidates = set(selection.chosen), np.array(selection.candidates)
+    by_ifd = candidates[score.choose(np.array(selection.ifd, np.float32)[candidates], None, len(candidates))].tolist()
+    lines = []
+    for rank, d in enumerate(dict.fromkeys([*selection.chosen, *by_ifd]), 1):
+        ifd = selection.ifd[d] if math.isfinite(selection.ifd[d]) else None
+        lines.append({"id": documents.ids[d], "where": documents.where[d], "ifd": ifd, "rank": rank, "chosen": d in chosen})
+    path.parent.mkdir(exist_ok=True)
+    model_file.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
 # ---------------------------------------------------------------- the phased loop
 
 
@@ -601,6 +751,31 @@ def phased_training(args, machine, model, stages, held_out, log) -> None:
         position.metrics_bytes = log.bytes_written()
         save_state(args.out / "resume", machine, model, optimizer, position)
 
+    def save_if_due() -> None:
+        """Between parts of the scoring."""
+        nonlocal last_saved
+        due = args.save_every is None and time.monotonic() - last_saved > 600
+        _, stopping, due = agree(torch.zeros((), device=machine.device), stop["signal"], due)
+        if stopping or due:
+            save()
+            last_saved = time.monotonic()
+        if stopping:
+            raise Interrupted
+
+    def batches(k: int) -> Iterator[tuple[int, np.ndarray]]:
+        """What is left of a stage: its epoch and the documents of each step. An epoch's choice is made when it begins."""
+        stage, selection = stages[k], position.selection
+        for epoch in range(position.step // stage.steps_per_epoch, stage.epochs):
+            chosen = np.arange(len(stage.documents))
+            if args.select == "iterit" and selection.epoch < epoch or args.select == "static" and selection.epoch < 0:
+                select_documents(args, machine, model, stage, epoch, selection, log, save_if_due)
+            if args.select != "none":
+                chosen = np.array(selection.chosen)
+            order = data.epoch_batches(len(chosen), stage.batch_size, args.seed, k, epoch)
+            for batch in order[position.step - epoch * stage.steps_per_epoch:]:
+                yield epoch, chosen[batch]
+
+    last_saved = time.monotonic()
     if position.global_step == 0 and not resumed:
         measure("start")
     for k in range(position.stage, len(stages)):
@@ -608,10 +783,7 @@ def phased_training(args, machine, model, stages, held_out, log) -> None:
         if args.optimizer == "reset" and position.step == 0:  # the paper: every stage is a run of its own
             optimizer, position.optimizer_steps = make_optimizer(args, model), 0
         log.stage(stage, position)
-        batches = [(epoch, batch) for epoch in range(stage.epochs)
-                   for batch in data.epoch_batches(len(stage.documents), stage.batch_size, args.seed, k, epoch)]
-        last_saved = time.monotonic()
-        for epoch, batch in batches[position.step:]:
+        for epoch, batch in batches(k):
             started = time.perf_counter()
             at, of = position.step, stage.steps
             if args.optimizer == "keep":
@@ -644,7 +816,7 @@ def phased_training(args, machine, model, stages, held_out, log) -> None:
                 raise Interrupted
         measure(stage.name)
         export(args.out / stage.name, machine, model, args)
-        position.stage, position.step = k + 1, 0
+        position.stage, position.step, position.selection = k + 1, 0, Selection()
         log.stage_end(stage)
         save()
         if args.sample and machine.rank == 0:
@@ -742,6 +914,15 @@ class Log:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             self.bar.update()
 
+    def selection(self, stage: Stage, epoch: int, selection: Selection, scored: int, seconds: float) -> None:
+        ifd = np.array(selection.ifd)[selection.chosen]
+        self.write({"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(ifd), "seconds": round(seconds, 4)})
+        if self.speaks:
+            hard = int((ifd >= 1).sum())
+            more = f"; {hard:,} of them at 1 or above, since no better were left" if hard else ""
+            tqdm.write(f"{stage.name}, epoch {epoch + 1}: {scored:,} rows scored in {seconds:.1f} s, {len(ifd):,} of "
+                       f"{len(selection.candidates):,} chosen, IFD {ifd.min():.3f} to {ifd.max():.3f}{more}")
+
     def evaluation(self, stage: str, position: Position, name: str, loss: float) -> None:
         self.write({"stage": stage, "global_step": position.global_step, "eval": name, "eval_loss": loss})
         if stage == "start":
@@ -766,7 +947,7 @@ def print_plan(args: argparse.Namespace, model: Transformer, stages: list[Stage]
     """What will be done, stage by stage."""
     header = ("stage", "rows", "replayed", "tokens", "supervised", "longest", "truncated", "tokens cut", "epochs", "batch",
               "steps", "lr")
-    rows = [(f"{s.name} {s.source}", f"{len(s.documents):,}", f"{s.replayed:,}", f"{s.documents.lengths.sum():,}",
+    rows = [(f"{s.name} {s.source}", ("" if args.select == "none" else f"{s.rows:,} of ") + f"{len(s.documents):,}", f"{s.replayed:,}", f"{s.documents.lengths.sum():,}",
              f"{s.documents.target_counts.sum():,}", f"{s.documents.lengths.max():,}",
              f"{s.documents.truncated:,}", f"{s.documents.lost_tokens:,}", str(s.epochs), str(s.batch_size),
              f"{s.steps:,}", f"{s.lr:g}") for s in stages]

@@ -35,15 +35,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", metavar="DIR")
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl")
+    parser.add_argument("--json", type=Path, metavar="F", help="for each model, for each prompt: whether it is right")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.prompts.read_text(encoding="utf-8").splitlines()]
     levels = sorted({row["level"] for row in rows})
     print("exact answers, %".ljust(24) + "".join(f"level {level:<3}" for level in levels) + "all")
+    found = []
     for folder in args.models:
         right = exact(folder, rows)
+        found.append(right)
         by_level = [[r for r, row in zip(right, rows) if row["level"] == level] for level in levels]
         print(folder.ljust(24) + "".join(f"{100 * sum(r) / len(r):5.0f}    " for r in by_level)
               + f"{100 * sum(right) / len(right):3.0f}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
