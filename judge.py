@@ -463,12 +463,12 @@ STYLE = """
 :root { color-scheme: light dark; --line: light-dark(#ddd, #444); --soft: light-dark(#f6f6f4, #262626); --win: #2a9d57; --tie: #b9a44c; --loss: #c8553d }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1300px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right } th { font-weight: 600; white-space: normal; vertical-align: bottom; font-size: .85em }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right } th { font-weight: 600; white-space: normal; vertical-align: bottom }
 td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } tr.all { background: var(--soft); font-weight: 600 }
 .bar { display: inline-flex; width: 6rem; height: .8rem; border-radius: 2px; overflow: hidden; background: var(--line) } .bar i { display: block }
 .win { background: var(--win) } .tie { background: var(--tie) } .loss { background: var(--loss) }
-figure { display: inline-block; margin: 0 1rem 1rem 0 } figure img { max-width: 100%; background: #fff }
+figure { display: inline-block; margin: 0 1rem 1rem 0 } figure img { height: 19rem; max-width: 100%; background: #fff }
 nav { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; position: sticky; top: 0; background: Canvas; padding: .5rem 0; border-bottom: 1px solid var(--line) }
 select, input, button { font: inherit; padding: .15rem .4rem } #search { flex: 1; min-width: 8rem }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; background: var(--soft); padding: .7rem; border-radius: 4px; margin: .3rem 0 1rem }

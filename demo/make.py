@@ -159,7 +159,7 @@ def main() -> None:
     for level in range(1, 6):
         for i in range(args.prompts):
             asked, answer = fresh(level)
-            held_out.append({"id": f"p{level}-{i}", "level": level, "instruction": asked, "output": answer, "expected": answer})
+            held_out.append({"id": f"p{level}-{i}", "dataset": f"level {level}", "level": level, "instruction": asked, "output": answer, "expected": answer})
     for level in range(1, 6):
         levels[level] = [{"id": f"{level}-{i}", "score": level, "data": list(fresh(level))} for i in range(args.rows[level - 1])]
     for stage, of in {"s1": (1,), "s2": (2, 3), "s3": (4, 5)}.items():

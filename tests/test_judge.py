@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -66,6 +67,39 @@ def test_replayed_judgements_give_exactly_their_win_rate(api, tmp_path):  # noqa
     summary = judge.summarize(rows, 200, 0)
     assert [r["dataset"] for r in summary] == ["even", "odd", "all"] and summary[2]["n"] == 60
     assert summary[2]["front"] > 0.5 and summary[2]["win"] == summary[0]["win"] + summary[1]["win"]
+
+
+def test_killed_again_and_again_every_pair_is_judged_once_in_each_order(api, tmp_path):  # noqa: F811
+    rng = np.random.default_rng(1)
+    a = write_answers(tmp_path / "a.json", rng.integers(1, 9, 50).tolist(), "base")
+    others = [write_answers(tmp_path / f"{n}.json", rng.integers(1, 9, 50).tolist(), n) for n in ("b", "c")]
+    env = api(judge=1, faults=0.2, kinds=["429-after", "500", "close", "cut", "html"], latency=0.1)
+    command = [sys.executable, ROOT / "judge.py", "compare", a, *others, "--out", tmp_path / "v.jsonl", "--concurrency", "8"]
+    partial = tmp_path / "v.jsonl.partial.jsonl"
+    for aim in (20, 70, 130):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < aim):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "v.jsonl").exists()
+    run(env, *command[2:])
+    rows, keys = lines(tmp_path / "v.jsonl"), [r["key"] for r in lines(partial)]
+    assert len(rows) == 100 and all(r["verdict"] in ("win", "tie", "loss") for r in rows)
+    assert len(keys) == len(set(keys)) == 200 and sum(paid(tmp_path).values()) <= 200 + 3 * 8  # in flight at a kill
+    for row in rows:
+        x, y = (int(row[side].split("quality=")[1]) for side in ("answer", "against"))
+        assert row["scores"] == [[x + 1, y], [x, y + 1]]
+
+
+def test_the_batch_api_gives_the_same_verdicts(api, tmp_path):  # noqa: F811
+    a, b = write_answers(tmp_path / "a.json", [3, 5, 7] * 5, "base"), write_answers(tmp_path / "b.json", [4, 5, 6] * 5, "other")
+    env = api(judge=1, batch_fail=0.2)
+    run(env, "compare", a, b, "--out", tmp_path / "batch.jsonl", "--batch", "--batch-poll", "0.1")
+    run(env, "compare", a, b, "--out", tmp_path / "single.jsonl")
+    assert lines(tmp_path / "batch.jsonl") == lines(tmp_path / "single.jsonl")
+    dry = run(env, "compare", a, b, "--out", tmp_path / "dry.jsonl", "--dry-run").stdout
+    assert "$" in dry and not (tmp_path / "dry.jsonl").exists()
 
 
 def test_answers_do_not_break_the_frame(api, tmp_path):  # noqa: F811
