@@ -162,20 +162,23 @@ def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], slots: l
     return head(model, x[cu_seqlens[1:].long() - 1])
 
 
-def step(model: Transformer, cache: Cache, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:
+def step(model: Transformer, cache: Cache, tokens: Tensor, lengths: Tensor, reach: int, masked: bool) -> Tensor:
     """One more token for each of the first n slots: tokens (n,) at positions `lengths` (n,) -> logits (n, V).
 
-    The R query heads of a key/value head are R queries to the same keys: nothing is repeated.
+    The first `reach` positions of the cache are read, which covers all; `masked` says whether some of them are to be
+    hidden from some slot. The R query heads of a key/value head are R queries to the same keys: nothing is repeated.
     """
-    n, c = len(tokens), model.config
-    slots, seen = torch.arange(n, device=tokens.device), torch.arange(longest + 1, device=tokens.device)
-    visible = seen <= lengths[:, None]
-    if c.window is not None:
-        visible &= seen > lengths[:, None] - c.window
-    mask = None if bool(visible.all()) else visible[:, None, None]  # (n, 1, 1, longest + 1)
+    n, c, mask = len(tokens), model.config, None
+    slots = torch.arange(n, device=tokens.device)
+    if masked:
+        seen = torch.arange(reach, device=tokens.device)
+        mask = seen <= lengths[:, None]
+        if c.window is not None:
+            mask &= seen > lengths[:, None] - c.window
+        mask = mask[:, None, None]  # (n, 1, 1, reach)
 
     def attention(i, q, k, v):
-        keys, values = cache.k[i, :n, :, :longest + 1], cache.v[i, :n, :, :longest + 1]
+        keys, values = cache.k[i, :n, :, :reach], cache.v[i, :n, :, :reach]
         q = q.unflatten(1, (c.n_kv_heads, -1))  # (n, G, R, hd)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
 
@@ -211,13 +214,15 @@ class Slot:
 
 @torch.inference_mode()
 def decode(model: Transformer, prompts: list[list[int]], stop: set[int], max_new_tokens: int | list[int],
-           temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, batch_size: int = 32, seed: int = 0,
-           prefill_tokens: int = 8192, group: dist.ProcessGroup | None = None) -> Iterator[tuple[int, int | None, str]]:
+           temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, batch_size: int = 128, seed: int = 0,
+           prefill_tokens: int = 8192, compiled: bool = False,
+           group: dist.ProcessGroup | None = None) -> Iterator[tuple[int, int | None, str]]:
     """Yields (prompt, token, "") for every new token and (prompt, None, "stop" | "length") when its answer ends.
 
     A prompt's chances come from the seed and its own tokens, so its sample does not depend on what else is in the batch.
     `max_new_tokens` may be one number a prompt. A prompt must be shorter than the context, where an answer ends at the
     latest. `group` holds the ranks among which the model is shared (`load_model`), all with the same prompts.
+    `compiled` runs torch.compile on the step, with shapes that change seldom: all slots, and a reach that doubles.
     """
     if not prompts:
         return
@@ -225,7 +230,8 @@ def decode(model: Transformer, prompts: list[list[int]], stop: set[int], max_new
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     capacity = min(context, max(len(p) + n for p, n in zip(prompts, limits)))
     slots: list[Slot | None] = [None] * min(batch_size, len(prompts))
-    cache = Cache(model.config, len(slots), capacity, dtype, device, group)
+    cache, places_in_all = Cache(model.config, len(slots), capacity, dtype, device, group), len(slots)
+    advance = torch.compile(step, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None) if compiled else step
     waiting = list(range(len(prompts)))[::-1]
 
     def accept(places: list[int], logits: Tensor) -> Iterator[tuple[int, int | None, str]]:
@@ -263,10 +269,16 @@ def decode(model: Transformer, prompts: list[list[int]], stop: set[int], max_new
                 slots[i] = slots.pop()
         if not slots:
             return
-        newest, lengths = (torch.tensor(x, device=device) for x in zip(*((s.token, s.length) for s in slots)))
+        state = [(s.token, s.length) for s in slots]
+        reach = max(length for _, length in state) + 1
+        masked = any(length + 1 < reach for _, length in state) or reach > (model.config.window or reach)
+        if compiled:
+            state += [(0, 0)] * (places_in_all - len(slots))
+            reach, masked = min(capacity, max(128, 1 << (reach - 1).bit_length())), True
+        newest, lengths = (torch.tensor(x, device=device) for x in zip(*state))
         # For a single row torch's own product of a matrix with a vector is twice as fast on a CPU as oneDNN's.
-        torch.backends.mkldnn.set_flags(_enabled=len(slots) > 1)
-        logits = step(model, cache, newest, lengths, max(s.length for s in slots))
+        torch.backends.mkldnn.set_flags(_enabled=len(state) > 1)
+        logits = advance(model, cache, newest, lengths, reach, masked)[:len(slots)]
         torch.backends.mkldnn.set_flags(_enabled=True)
         for slot in slots:
             slot.length += 1
@@ -317,7 +329,7 @@ def answer_all(args: argparse.Namespace, model: Transformer, tokenizer, prompts:
             f.write(b"\n")  # behind a line that a kill tore
         stop = set(data.stop_ids(template, tokenizer))
         events = decode(model, [prompts[i].tokens for i in todo], stop, args.max_new_tokens, args.temperature, args.top_k,
-                        args.top_p, args.batch_size, args.seed, group=group)
+                        args.top_p, args.batch_size, args.seed, compiled=args.compile, group=group)
         for i, token, reason in events:
             if token is not None:
                 answers.setdefault(i, []).append(token)
@@ -443,10 +455,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest (0: from all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest that hold this probability")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="prompts at once: changes speed only")
+    parser.add_argument("--batch-size", type=positive, default=128, metavar="N",
+                        help="prompts at once: changes speed and the cache's memory only")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--tp", type=positive, default=1, metavar="N",
                         help="tensor parallelism: shard the model over N ranks of a node")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decode step (on CUDA as a CUDA graph); with --prompts")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -491,6 +505,8 @@ def run(args: argparse.Namespace) -> None:
             print_answer(args, model, tokenizer, tokens, set(data.stop_ids(template, tokenizer)))
         else:
             answer_all(args, model, tokenizer, prompts, rank, world, group)
+    except torch.OutOfMemoryError as e:
+        raise OSError(f"out of GPU memory: try --batch-size {args.batch_size // 2}, or --tp ({e})") from None
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -331,6 +331,68 @@ def bench_ifd(folder: Path) -> None:
           f"{500 / b:.1f}; {b / a:.1f} and {b / c:.1f} times", flush=True)
 
 
+def bench_iterit(folder: Path) -> None:
+    """IterIT in train.py, 25 M, 2,000 real rows: scoring and choosing against a bare forward pass, and against an epoch's training."""
+    import numpy as np
+    import torch
+    import data
+    import score
+    from model import compute_dtype, keep_memory, load_model
+
+    keep_memory()
+    lines = (SHARED / "alpaca_scored_stage3.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_bytes(b"".join([x for x in lines if json.loads(x)["data"][1].strip()][:2000]))
+    ratios = []
+    for k in range(3):
+        out = folder / f"iterit{k}"
+        subprocess.run([sys.executable, ROOT / "train.py", "--model", folder, "--stages", folder / "rows.jsonl", "--out", out, "--select", "iterit",
+                        "--epochs", "3", "--batch-size", "32", "--lr", "2e-5"], check=True, capture_output=True)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for epoch in (2, 3):
+            chose = next(r["seconds"] for r in rows if r["epoch"] == epoch and "chosen" in r)
+            ratios.append(chose / sum(r["seconds"] for r in rows if r["epoch"] == epoch and "loss" in r))
+    documents = data.load_documents(folder / "rows.jsonl", folder, "phased", 2048, folder / "iterit0" / "cache")
+    answers = [documents.tokens[a:b][documents.supervised[a:b]] for a, b in zip(documents.starts[:-1], documents.starts[1:])]
+    alone = data.Documents(np.concatenate([np.append(np.int32(1), a) for a in answers]), np.concatenate([np.arange(len(a) + 1) > 0 for a in answers]),
+                           np.cumsum([0, *(len(a) + 1 for a in answers)]), documents.ids, documents.where, [])
+    both, model = data.join([documents, alone]), load_model(folder, compute_dtype("auto"))
+
+    @torch.no_grad()
+    def bare() -> None:
+        for part in data.micro_batches(np.arange(len(both)), both.lengths, 1, 2048)[0]:
+            tokens, targets, positions, cu_seqlens = (torch.from_numpy(x) for x in both.flat(part))
+            model(tokens, positions, cu_seqlens, targets, reduction="none")
+
+    def ours() -> None:
+        found = [score.ifd(model, data.select(documents, np.arange(a, min(a + 256, len(documents)))), 2048) for a in range(0, len(documents), 256)]
+        tokenizer = data.load_tokenizer(folder)
+        score.choose(torch.cat(found).numpy(), [tokenizer.decode(a.tolist()) for a in answers], 100)
+
+    times = {bare: [], ours: []}
+    for _ in range(3):
+        for work in times:
+            start = time.perf_counter()
+            work()
+            times[work].append(time.perf_counter() - start)
+    print(f"\niterit, 25 M, 2,000 rows, --ratio 0.05 --update-ratio 3: before epochs 1 and 2 scoring and choosing take {statistics.median(ratios):.2f} "
+          f"of the epoch's training; before epoch 0 {statistics.median(times[ours]) / statistics.median(times[bare]):.2f} times a bare forward pass",
+          flush=True)
+
+
+def bench_report() -> None:
+    """Bootstrap of 10,000 resamples over 1,000 questions x 18 comparisons."""
+    import numpy as np
+    from judge import bootstrap
+
+    points = np.random.default_rng(0).choice([0, 0.5, 1], (1000, 18))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        bootstrap(points, 10_000, 0)
+        times.append(time.perf_counter() - start)
+    print(f"\nbootstrap, 10,000 resamples of 1,000 questions x 18 comparisons: {statistics.median(times):.2f} s", flush=True)
+
+
 BARE_CLIENT = """
 import asyncio, json, sys, time
 port, prompts = int(sys.argv[1]), json.load(open(sys.argv[2]))
@@ -421,13 +483,14 @@ def bench_generate(folder: Path) -> None:
         return sum(limits) / (time.perf_counter() - start)
 
     prompts, limits = [p for p, _ in rows], [n for _, n in rows]
+    peak = memory_of_generation(folder, prompts, limits)
     single = next(p for p in prompts if len(p) >= 50)
     speeds = {"ours, batch 1": [], "theirs, batch 1": [], "bandwidth": [], "ours, 200": [], "theirs, 200 in 32s": [], "theirs, one by one": []}
     for _ in range(3):
         speeds["bandwidth"].append(max(bandwidth() for _ in range(4)))
         speeds["ours, batch 1"].append(ours([single], [128], 1))
         speeds["theirs, batch 1"].append(theirs([single], [64], 1))
-        speeds["ours, 200"].append(ours(prompts, limits, 32))
+        speeds["ours, 200"].append(ours(prompts, limits, 128))
         speeds["theirs, 200 in 32s"].append(theirs(prompts, limits, 32))
         speeds["theirs, one by one"].append(theirs(prompts[:10], limits[:10], 1))
     m = {k: statistics.median(v) for k, v in speeds.items()}
@@ -436,12 +499,40 @@ def bench_generate(folder: Path) -> None:
     print(f"\ngenerate, 125 M, bf16: batch 1 {m['ours, batch 1']:.0f} tokens/s, {m['ours, batch 1'] / limit:.0%} of the limit of "
           f"{limit:.0f} by {m['bandwidth'] / 1e9:.0f} GB/s (transformers {m['theirs, batch 1']:.0f}); 200 prompts, real lengths of "
           f"answers: {m['ours, 200']:.0f} tokens/s, {m['ours, 200'] / m['theirs, 200 in 32s']:.1f} times transformers in batches of 32, "
-          f"{m['ours, 200'] / m['theirs, one by one']:.1f} times one by one", flush=True)
+          f"{m['ours, 200'] / m['theirs, one by one']:.1f} times one by one; peak memory {peak:.2f} times weights and cache", flush=True)
+
+
+MEMORY = """
+import json, resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from generate import Cache, decode
+from model import keep_memory, load_model
+keep_memory()
+prompts, limits = json.load(open(sys.argv[3]))
+torch.randn(64, 64, dtype=torch.bfloat16) @ torch.randn(64, 64, dtype=torch.bfloat16)
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+model = load_model(sys.argv[2], torch.bfloat16)
+for _ in decode(model, prompts, set(), limits): pass
+capacity = max(len(p) + n for p, n in zip(prompts, limits))
+cache = Cache(model.config, 128, capacity, torch.bfloat16, torch.device("cpu"))
+print((peak() - before) / (sum(2 * p.numel() for p in model.parameters()) + cache.k.nbytes + cache.v.nbytes))
+"""
+
+
+def memory_of_generation(folder: Path, prompts: list, limits: list) -> float:
+    """Peak memory of loading and answering in a process of its own, over the bytes of weights and cache."""
+    (folder / "prompts.json").write_text(json.dumps([prompts, limits]))
+    done = subprocess.run([sys.executable, "-c", MEMORY, ROOT, folder, folder / "prompts.json"], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+PARTS = ["train", "select", "ifd", "api", "iterit", "report", "generate"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=["train", "select", "ifd", "api", "generate"], choices=["train", "select", "ifd", "api", "generate"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -473,6 +564,11 @@ def main() -> None:
             bench_ifd(Path(temporary) / "ifd")
         if "api" in args.parts:
             bench_api(Path(temporary))
+        if "iterit" in args.parts:
+            make_folder(Path(temporary) / "iterit", "25M")
+            bench_iterit(Path(temporary) / "iterit")
+        if "report" in args.parts:
+            bench_report()
         if "generate" in args.parts:
             make_folder(Path(temporary) / "generate", "125M")
             bench_generate(Path(temporary) / "generate")

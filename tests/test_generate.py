@@ -246,3 +246,11 @@ def test_one_prompt_and_a_chat_in_the_terminal(tmp_path):
     assert generate.safe("a\x1b[31mb\nc\u202e") == "a[31mb\nc"
     assert "needs --out" in run("--prompts", "x", expect=2).stderr
     assert "x: " in run("--prompts", "x", "--out", tmp_path / "o", expect=2).stderr
+
+
+def test_the_compiled_step_gives_the_same_answers(tmp_path):
+    _, model = make(tmp_path, "mistral")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 32000, n).tolist() for n in (5, 30, 90, 12, 60)]
+    limits = [40, 20, 60, 50, 30]
+    assert collect(model, prompts, n=limits, batch_size=2, compiled=True) == collect(model, prompts, n=limits, batch_size=2)
