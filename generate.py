@@ -215,7 +215,7 @@ class Slot:
 @torch.inference_mode()
 def decode(model: Transformer, prompts: list[list[int]], stop: set[int], max_new_tokens: int | list[int],
            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, batch_size: int = 128, seed: int = 0,
-           prefill_tokens: int = 8192, compiled: bool = False,
+           prefill_tokens: int = 512, compiled: bool = False,
            group: dist.ProcessGroup | None = None) -> Iterator[tuple[int, int | None, str]]:
     """Yields (prompt, token, "") for every new token and (prompt, None, "stop" | "length") when its answer ends.
 
