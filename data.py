@@ -843,6 +843,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def printable(text: str) -> str:
+    """Without control characters, which could command a terminal, and without halves of characters."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable() or c == "\u200d")
+
+
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in [header, *rows]:

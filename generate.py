@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import DataError, HelpFormatter, UsageError, positive, print_table
+from data import DataError, HelpFormatter, UsageError, positive, print_table, printable
 from model import CheckpointError, Config, Transformer, attend, compute_dtype, keep_memory, load_model, rope_tables, write_text
 
 # ---------------------------------------------------------------- prompts
@@ -422,18 +422,13 @@ def print_answer(args: argparse.Namespace, model: Transformer, tokenizer, prompt
                 tokens.append(token)
                 text = tokenizer.decode(tokens)
                 if not text.endswith("\ufffd"):  # half of a character
-                    print(safe(text[len(shown):]), end="", flush=True)
+                    print(printable(text[len(shown):]), end="", flush=True)
                     shown = text
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     text = tokenizer.decode(tokens)
-    print(safe(text[len(shown):]))
+    print(printable(text[len(shown):]))
     return text
-
-
-def safe(text: str) -> str:
-    """Without control characters, which could command a terminal."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable() or c == "\u200d")
 
 
 # ---------------------------------------------------------------- command line

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from data import DataError, HelpFormatter, UsageError, positive, print_table
+from data import DataError, HelpFormatter, UsageError, positive, print_table, printable
 from score import (ApiError, add_api_arguments, ask_questions, fence, histogram, make_question, print_some, read_text,
                    score_of, state_of, value_of, write_lines, write_text)
 
@@ -260,7 +260,7 @@ def summarize(rows: list[dict], resamples: int, seed: int) -> list[dict]:
     for ((model, dataset), of), column, low, high in zip(groups.items(), points.T, lows.tolist(), highs.tolist()):
         counts = {v: sum(r["verdict"] == v for r in of) for v in (*POINTS, "unparsed", "refused")}
         n = sum(counts[v] for v in POINTS)
-        row = {"model": model, "baseline": of[0]["baseline"], "dataset": dataset, "n": n, **counts}
+        row = {"model": printable(model), "baseline": printable(of[0]["baseline"]), "dataset": printable(dataset), "n": n, **counts}
         if n:
             mean = float(np.nanmean(column))
             row |= {"win_rate": mean, "low": min(low, mean), "high": max(high, mean), "paper": mean - 0.5,

@@ -633,7 +633,7 @@ def sample_answers(folder: Path, args: argparse.Namespace, machine: Machine) -> 
     rows = [{"id": p.id, "instruction": p.instruction, "output": tokenizer.decode(a)} for p, a in zip(prompts, answers)]
     model_file.write_text(folder / "samples.json", json.dumps(rows, indent=1, ensure_ascii=False))
     for row in rows[:5]:
-        print(f"  {generate.safe(row['instruction'])[:100]!r} -> {generate.safe(row['output'])[:160]!r}", flush=True)
+        print(f"  {data.printable(row['instruction'])[:100]!r} -> {data.printable(row['output'])[:160]!r}", flush=True)
 
 
 # Arguments which do not change what is computed: a run may go on with others.

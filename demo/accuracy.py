@@ -23,11 +23,13 @@ def exact(folder: str, rows: list[dict]) -> list[bool]:
     """For each row, whether the model's greedy answer to its instruction is the expected one."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     right = []
-    for row in rows:
-        turns = [("user", row["instruction"]), ("assistant", row["expected"])]
-        tokens, supervised = (torch.tensor(x) for x in render(turns, TEMPLATES["phased"], tokenizer))
-        likeliest = model(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)])).argmax(1)
-        right.append(bool((likeliest[:-1] == tokens[1:])[supervised[1:]].all()))
+    for a in range(0, len(rows), 20):
+        turns = [[("user", row["instruction"]), ("assistant", row["expected"])] for row in rows[a:a + 20]]
+        tokens, supervised = zip(*([torch.tensor(x) for x in render(t, TEMPLATES["phased"], tokenizer)] for t in turns))
+        lengths = [len(t) for t in tokens]
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        likeliest = model(torch.cat(tokens), torch.cat([torch.arange(n) for n in lengths]), cu_seqlens).argmax(1).split(lengths)
+        right += [bool((x[:-1] == t[1:])[s[1:]].all()) for x, t, s in zip(likeliest, tokens, supervised)]
     return right
 
 

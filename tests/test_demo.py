@@ -81,3 +81,24 @@ def test_after_three_stages_easy_held_out_instructions_are_solved(trained):
     base, first, last = ([float(x) for x in line.split()[1:]] for line in table[1:])
     assert max(base) <= 5, table
     assert first[0] >= 50 and last[0] >= 40 and last[1] >= 15, table
+
+
+def test_the_study_shows_every_row_once_and_gives_the_same_numbers_again(tmp_path):
+    command = [sys.executable, str(DEMO / "study.py"), "--out", str(tmp_path), "--share", "0.05", "--seeds", "1", "--arms", "IterIT 20 %", "--jobs", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    read = lambda name: [line for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
+    everything = sorted(read("all"))
+    for arm in (("s1", "s2", "s3"), ("i1", "i2", "i3"), ("r0-1", "r0-2", "r0-3"), ("p0-1", "p0-2", "p0-3")):
+        assert sorted(line for name in arm for line in read(name)) == everything, arm
+        assert all(len(read(name)) % 16 == 0 for name in arm)
+    ifd = {json.loads(line)["id"]: json.loads(line)["ifd"] for line in read("ifd")}
+    means = [sum(ifd[json.loads(line)["id"]] for line in read(name)) / len(read(name)) for name in ("i1", "i2", "i3")]
+    assert means == sorted(means)
+    results = {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
+    assert {name: r["steps"] for name, r in results.items()} == {"one-off-0.json": len(everything) // 16, "iterit-20-0.json": 9}
+    assert all(len(r["right"]) == 1 and len(r["right"][0]) == 500 for r in results.values())
+    (tmp_path / "results" / "iterit-20-0.json").unlink()
+    table = (tmp_path / "results.md").read_text()
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((tmp_path / "results" / "iterit-20-0.json").read_text()) == results["iterit-20-0.json"]
+    assert (tmp_path / "results.md").read_text() == table and "| IterIT 20 % |" in table

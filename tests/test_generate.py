@@ -243,7 +243,7 @@ def test_one_prompt_and_a_chat_in_the_terminal(tmp_path):
     assert run("--prompt", "Start with 3, add 1 to it.", "--max-new-tokens", "5").stdout.strip()
     done = run("--chat", "--max-new-tokens", "5", input="hello\nand again\n\n")
     assert done.stdout.count("> ") == 3
-    assert generate.safe("a\x1b[31mb\nc\u202e") == "a[31mb\nc"
+    assert data.printable("a\x1b[31mb\nc\u202e") == "a[31mb\nc"
     assert "needs --out" in run("--prompts", "x", expect=2).stderr
     assert "x: " in run("--prompts", "x", "--out", tmp_path / "o", expect=2).stderr
 

@@ -204,10 +204,11 @@ def test_even_markup_that_got_in_would_not_run(browser, tmp_path):
 
 
 def test_names_of_models_and_datasets_are_escaped(tmp_path):
-    make_verdicts(tmp_path / "v.jsonl", 3, models=("<b>m</b> $x$ {data}",))
+    make_verdicts(tmp_path / "v.jsonl", 3, models=("<b>m</b> $x$ {data} \x1b[2J\ud800",))
     text = (tmp_path / "v.jsonl").read_text().replace('"koala"', '"<i>k"')
     (tmp_path / "v.jsonl").write_text(text)
-    report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--plots", tmp_path / "p")
+    done = report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--plots", tmp_path / "p")
+    assert "\x1b" not in done.stdout
     page = (tmp_path / "r.html").read_text()
     assert "<b>m" not in page and "&lt;b&gt;m&lt;/b&gt;" in page and "<i>k" not in page and "<i>k" not in (tmp_path / "p" / "datasets.svg").read_text()
     assert all(ord(c) < 128 for c in page)
