@@ -175,7 +175,7 @@ def figure(table: dict[str, dict], path: Path) -> None:
         for level, values in enumerate(zip(*table[arm]["level_by_stage"]), 1):
             right.plot([1, 2, 3], 100 * np.array(values), style, color=f"C{level - 1}", label=f"level {level}" if style == "o-" else None)
     right.set(xticks=[1, 2, 3], xlabel="after stage (phased solid, random stages dotted)", ylabel="exact answers, %", ylim=(0, None))
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     fig.savefig(path.with_suffix(".tmp.png"), dpi=110)

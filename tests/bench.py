@@ -352,6 +352,7 @@ def bench_iterit(folder: Path) -> None:
             chose = next(r["seconds"] for r in rows if r["epoch"] == epoch and "chosen" in r)
             ratios.append(chose / sum(r["seconds"] for r in rows if r["epoch"] == epoch and "loss" in r))
     documents = data.load_documents(folder / "rows.jsonl", folder, "phased", 2048, folder / "iterit0" / "cache")
+    documents = data.select(documents, np.arange(768))
     answers = [documents.tokens[a:b][documents.supervised[a:b]] for a, b in zip(documents.starts[:-1], documents.starts[1:])]
     alone = data.Documents(np.concatenate([np.append(np.int32(1), a) for a in answers]), np.concatenate([np.arange(len(a) + 1) > 0 for a in answers]),
                            np.cumsum([0, *(len(a) + 1 for a in answers)]), documents.ids, documents.where, [])
