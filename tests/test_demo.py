@@ -83,22 +83,44 @@ def test_after_three_stages_easy_held_out_instructions_are_solved(trained):
     assert first[0] >= 50 and last[0] >= 40 and last[1] >= 15, table
 
 
-def test_the_study_shows_every_row_once_and_gives_the_same_numbers_again(tmp_path):
-    command = [sys.executable, str(DEMO / "study.py"), "--out", str(tmp_path), "--share", "0.05", "--seeds", "1", "--arms", "IterIT 20 %", "--jobs", "1"]
-    subprocess.run(command, check=True, capture_output=True)
-    read = lambda name: [line for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
-    everything = sorted(read("all"))
-    for arm in (("s1", "s2", "s3"), ("i1", "i2", "i3"), ("r0-1", "r0-2", "r0-3"), ("p0-1", "p0-2", "p0-3")):
-        assert sorted(line for name in arm for line in read(name)) == everything, arm
-        assert all(len(read(name)) % 16 == 0 for name in arm)
-    ifd = {json.loads(line)["id"]: json.loads(line)["ifd"] for line in read("ifd")}
-    means = [sum(ifd[json.loads(line)["id"]] for line in read(name)) / len(read(name)) for name in ("i1", "i2", "i3")]
-    assert means == sorted(means)
-    results = {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
-    assert {name: r["steps"] for name, r in results.items()} == {"one-off-0.json": len(everything) // 16, "iterit-20-0.json": 9}
-    assert all(len(r["right"]) == 1 and len(r["right"][0]) == 500 for r in results.values())
-    (tmp_path / "results" / "iterit-20-0.json").unlink()
-    table = (tmp_path / "results.md").read_text()
-    subprocess.run(command, check=True, capture_output=True)
-    assert json.loads((tmp_path / "results" / "iterit-20-0.json").read_text()) == results["iterit-20-0.json"]
-    assert (tmp_path / "results.md").read_text() == table and "| IterIT 20 % |" in table
+def test_the_study_shows_every_arm_every_row_once_and_the_same_number_of_steps(tmp_path, monkeypatch):
+    sys.path.insert(0, str(DEMO))
+    import numpy as np
+    import study
+
+    ifd = np.random.default_rng(0).uniform(size=240)
+    (tmp_path / "ifd.jsonl").write_text("".join(json.dumps({"ifd": x}) + "\n" for x in ifd))
+    monkeypatch.setattr(study, "call", lambda *a, **k: None)  # the two selections of score.py
+    study.prepare(tmp_path, 0.05, 2)
+    read = lambda name: (tmp_path / f"{name}.jsonl").read_text().splitlines()
+    for arm, (stages, more) in study.arms().items():
+        for seed in (0, 1):
+            if not more or more[0] == "--optimizer":
+                parts = [read(stage.format(seed=seed)) for stage in stages]
+                assert sorted(line for part in parts for line in part) == sorted(read("all")), arm
+                assert sum(-(-len(part) // 16) for part in parts) == len(read("all")) // 16 == 15, arm
+    place = {line: x for line, x in zip(read("all"), ifd)}
+    easy, middle, hard = ([place[line] for line in read(name)] for name in ("i1", "i2", "i3"))
+    assert max(easy) < min(middle) and max(middle) < min(hard)
+    assert read("r0-1") != read("r1-1") and read("p0-2") != read("p1-2")
+    held = sum(line in set(read("s1")) for line in read("p0-2")), sum(line in set(read("s1")) for line in read("p0-3"))
+    assert held == (8, 8) and sum(line in set(read("s2")) for line in read("p0-3")) == 8
+
+
+def test_the_studys_table_is_counted_right():
+    import numpy as np
+    sys.path.insert(0, str(DEMO))
+    import study
+
+    rng, levels = np.random.default_rng(0), np.repeat([1, 2], 50)
+    right = {arm: rng.random((3, 4, 100)) < p for arm, p in (("one-off", 0.5), ("phased", 0.7))}
+    records = [{"arm": arm, "seed": s, "steps": 9, "tokens": 5, "right": right[arm][:, s].tolist()} for arm in right for s in (2, 0, 1, 3)]
+    table = study.summarize(records, levels)
+    mean, low, high = table["phased"]["accuracy"]
+    assert mean == right["phased"][-1].mean() and low < mean < high
+    wins, ties = (right["phased"][-1] & ~right["one-off"][-1]).mean(), (right["phased"][-1] == right["one-off"][-1]).mean()
+    assert abs(table["phased"]["win_rate"][0] - (wins + ties / 2)) < 1e-12
+    assert table["phased"]["levels"][2][0] == right["phased"][-1][:, 50:].mean()
+    draws = [right["phased"][-1][rng.integers(0, 4, 4)][:, rng.integers(0, 100, 100)].mean() for _ in range(4000)]
+    assert abs(low - np.quantile(draws, 0.025)) < 0.02 and abs(high - np.quantile(draws, 0.975)) < 0.02
+    assert f"**{100 * mean:.1f}**" in study.markdown(table, 4)

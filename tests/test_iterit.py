@@ -39,14 +39,14 @@ def test_the_choice_of_every_epoch_is_that_of_transformers_and_scikit_learn(shar
     rows = [r for r in map(json.loads, (shared / "alpaca_scored_stage3.jsonl").read_text().splitlines()) if r["data"][1].strip()]
     rows = rows[:300]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps({"id": i, "data": r["data"]}) + "\n" for i, r in enumerate(rows)))
-    go(tmp_path, tmp_path / "o", "--select", "iterit", "--ratio", "0.08", "--epochs", "3", "--lr", "2e-2", "--max-len", "100", "--warmup-ratio", "0",
+    go(tmp_path, tmp_path / "o", "--select", "iterit", "--ratio", "0.08", "--epochs", "3", "--lr", "2e-2", "--max-len", "140", "--warmup-ratio", "0",
        stages=("s",))
 
     tokenizer = data.load_tokenizer(tmp_path / "m")
     documents = []
     for row in rows:
         tokens, supervised = data.render([("user", row["data"][0]), ("assistant", row["data"][1])], data.TEMPLATES["phased"], tokenizer)
-        documents.append((torch.tensor(tokens[:100]), torch.tensor(supervised[:100])))
+        documents.append((torch.tensor(tokens[:140]), torch.tensor(supervised[:140])))
     answers = [tokenizer.decode(t[s].tolist()) for t, s in documents]
 
     def losses(tokens, supervised):

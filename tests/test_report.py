@@ -135,11 +135,12 @@ def browser():
 def test_the_page_opens_filters_turns_pages_runs_nothing_and_asks_for_nothing(browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import Select
+    from selenium.webdriver.support.ui import Select, WebDriverWait
 
     rows = make_verdicts(tmp_path / "v.jsonl", 1000)
     report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--resamples", "200")
     browser.get((tmp_path / "r.html").as_uri())
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script("return document.readyState") == "complete")
     get = lambda name: browser.find_element(By.ID, name)
     text = lambda name: browser.execute_script("return document.getElementById(arguments[0]).textContent.toWellFormed()", name)
     assert text("place") == "1 of 3000"
