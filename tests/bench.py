@@ -504,20 +504,21 @@ def bench_generate(folder: Path) -> None:
 
 
 MEMORY = """
-import json, resource, sys, torch
+import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 from generate import Cache, decode
 from model import keep_memory, load_model
 keep_memory()
 prompts, limits = json.load(open(sys.argv[3]))
 torch.randn(64, 64, dtype=torch.bfloat16) @ torch.randn(64, 64, dtype=torch.bfloat16)
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss begins with the parent's
 before = peak()
 model = load_model(sys.argv[2], torch.bfloat16)
 for _ in decode(model, prompts, set(), limits): pass
 capacity = max(len(p) + n for p, n in zip(prompts, limits))
+used = peak() - before
 cache = Cache(model.config, 128, capacity, torch.bfloat16, torch.device("cpu"))
-print((peak() - before) / (sum(2 * p.numel() for p in model.parameters()) + cache.k.nbytes + cache.v.nbytes))
+print(used / (sum(2 * p.numel() for p in model.parameters()) + cache.k.nbytes + cache.v.nbytes))
 """
 
 
