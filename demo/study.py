@@ -1,6 +1,6 @@
 """Does the order of the data matter, and which few rows are the best? Every arm on the demo, over several seeds.
 
-    demo/study.sh            about 80 minutes on two cores; killed, the same command goes on
+    demo/study.sh            under two hours on two cores; killed, the same command goes on
     demo/study.sh --quick    a fifth of the rows, two seeds: about ten minutes
 
 Every arm starts from the same base model. Arms on all data take the same number of steps and see every row once; arms on
