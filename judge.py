@@ -464,7 +464,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1300px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right } th { font-weight: 600; white-space: normal; vertical-align: bottom }
+th, td { padding: .25rem .4rem; border-bottom: 1px solid var(--line); text-align: right } th { font-weight: 600; white-space: normal; vertical-align: bottom }
 td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } tr.all { background: var(--soft); font-weight: 600 }
 .bar { display: inline-flex; width: 6rem; height: .8rem; border-radius: 2px; overflow: hidden; background: var(--line) } .bar i { display: block }
 .win { background: var(--win) } .tie { background: var(--tie) } .loss { background: var(--loss) }
