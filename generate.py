@@ -476,6 +476,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.model / 'template.json'}: unknown template {args.template!r}")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     keep_memory()
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product: of oneDNN's compiled
+        os.environ.setdefault(name, "32")  # products, one for every number of tokens, a thousand would take 0.6 GiB
     dtype = compute_dtype(args.dtype)
     args.dtype = str(dtype)
     if world % args.tp or args.tp > 1 and not args.prompts:

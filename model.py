@@ -677,10 +677,7 @@ def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed memory for the next step: mapping it anew costs a CPU run a third of its time. And oneDNN
-    to keep few of its compiled products: a new one for every number of tokens, up to 1,024 of them, takes 0.6 GiB."""
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "32")  # read at the first product
+    """Tell glibc to keep freed memory for the next step: mapping it anew costs a CPU run a third of its time."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         try:
             libc = ctypes.CDLL("libc.so.6")

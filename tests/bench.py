@@ -504,7 +504,8 @@ def bench_generate(folder: Path) -> None:
 
 
 MEMORY = """
-import json, sys, torch
+import json, os, sys, torch
+os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}  # as generate.py's run does
 sys.path.insert(0, sys.argv[1])
 from generate import Cache, decode
 from model import keep_memory, load_model
