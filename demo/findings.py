@@ -304,7 +304,7 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
         for arm in ("one-off", "phased", "random stages", "stage 3 only", "phased, replay 0.1"):
             if arm in table and table[arm]["curve"]:
                 d.plot(*zip(*table[arm]["curve"]), label=arm, linestyle=style(arm))
-        d.set(title="Learning curves", xlabel="step", ylabel="held-out loss, all stages", yscale="log")
+        d.set(title="Learning curves", xlabel="step", ylabel="held-out loss, all stages")
         d.legend(fontsize=8)
         for arm in ("one-off", "phased", "random stages", "stage 3 only", "stages 3-2-1", "phased, replay 0.1"):
             if arm in table and None not in table[arm]["validation"].values():
@@ -312,6 +312,9 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
                 scaled = [y * (1 if judge != "exact" else 100) for _, y in rates]
                 e.plot([x for x, _ in rates], scaled, marker="o", label=arm, linestyle=style(arm))
         e.set(title="The rate decides as well", xlabel="peak learning rate", xscale="log")
+        e.minorticks_off()
+        tried = sorted({rate for r in table.values() for rate in r["validation"]})
+        e.set_xticks(tried, [f"{rate:g}" for rate in tried])  # a scale of its own would want mathematics
         e.set_ylabel("on validation: " + ("exact answers, %" if judge == "exact" else "loss"))
         e.legend(fontsize=8)
         return image(figure, "png", 110)
