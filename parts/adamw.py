@@ -34,8 +34,8 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     Rounding depends on the seed, on "global_step" of the group (to be set before every step, as "lr"), the parameter's
     number and the place in it: a resumed run needs no random state, and the number of ranks changes nothing. Random
-    bits are cheap: one table a step, each stretch of AT_ONCE numbers takes it XOR a key of its own, which makes the
-    draws of any two numbers independent.
+    bits are cheap: one table a step, from which each stretch of AT_ONCE numbers takes as many, from a place of its own
+    on, XOR a key of its own: so the draws of any two numbers are independent.
     """
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, seed: int):
@@ -48,7 +48,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         device, now = parameters[0][1].device, (self.seed, self.param_groups[0]["global_step"])
         length = AT_ONCE[device.type]
         generator = torch.Generator(device).manual_seed(random_key(*now))
-        table = torch.randint(2**16, (2, length), dtype=torch.int32, device=device, generator=generator)
+        table = torch.randint(2**16, (2, 2 * length), dtype=torch.int32, device=device, generator=generator)
         for number, (group, p) in enumerate(parameters):
             state = self.state[p]
             if not state:
@@ -60,11 +60,10 @@ class StochasticAdamW(torch.optim.Optimizer):
             first = offset[0] * local[:1].numel() if offset else 0  # this rank's rows begin here in the whole
             for a in range(first - first % length, first + local.numel(), length):
                 key = random_key(*now, number, a)
-                here = slice(max(a, first) - a, min(a + length, first + local.numel()) - a)  # of the stretch
-                bits = [t[here] ^ (key >> shift & 0xFFFF) for t, shift in zip(table, (0, 16))]
-                self.update(
-                    group, state["step"], [t[a + here.start - first : a + here.stop - first] for t in held], bits
-                )
+                here = slice(max(a, first), min(a + length, first + local.numel()))  # of the stretch, this rank's
+                drawn = slice(key % length + here.start - a, key % length + here.stop - a)
+                bits = [t[drawn] ^ (key >> shift & 0xFFFF) for t, shift in zip(table, (24, 40))]
+                self.update(group, state["step"], [t[here.start - first : here.stop - first] for t in held], bits)
 
     def update(self, group: dict, step: int, held: list[Tensor], bits: list[Tensor]) -> None:
         """One stretch of weight, gradient and moments, as torch.optim.AdamW computes it; then they are rounded."""
