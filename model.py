@@ -341,6 +341,28 @@ class Transformer(nn.Module):
         """(n, V) of what the last block gave (n, C)."""
         return F.linear(self.norm(x), self.head_weight.to(x.dtype))
 
+    # ---- adapters (LoRA)
+
+    def add_adapters(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
+        """To every Linear whose Hugging Face name (q_proj, …) is among the targets; `init_adapters` fills them."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and HF_NAMES[name.rpartition(".")[2]] in targets:
+                module.add_adapter(rank, alpha)
+
+    def adapted(self) -> dict[str, Linear]:
+        """The matrices that have an adapter, by name."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+
+    @torch.no_grad()
+    def init_adapters(self, seed: int) -> None:
+        """As peft does: A kaiming-uniform (a = sqrt 5), B zero. The same for any number of ranks."""
+        generator = torch.Generator().manual_seed(seed)
+        for linear in self.adapted().values():
+            linear.lora_B.zero_()
+            everything = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
+            local, offset = local_part(linear.lora_A.detach())
+            local.copy_(everything[offset[0] : offset[0] + len(local)])
+
 
 # ---------------------------------------------------------------- loading and saving
 
@@ -442,12 +464,15 @@ def init_weights(model: Transformer, seed: int) -> None:
             p.normal_(0, 0.02 / math.sqrt(2 * model.config.n_layers) if residual else 0.02, generator=generator)
 
 
-def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None = None, base: str | Path = "") -> None:
     """Write an HF folder: safetensors as `dtype` (default: that of the parameters) and config.json. Every rank must
-    call, rank 0 writes; every file appears whole or not at all. Adapters are merged. Raises WorkError."""
-    tensors = {hf_name(name): p for name, p in kept_in_files(model).items()}
+    call, rank 0 writes; every file appears whole or not at all. Raises WorkError.
+
+    Adapters are merged into what they belong to, and written to adapter/ by themselves; `base` is told to who reads it.
+    """
+    folder, tensors = Path(folder), {hf_name(name): p for name, p in kept_in_files(model).items()}
     dtype = dtype or next(iter(tensors.values())).dtype
-    adapted = {f"{hf_name(name)}.weight": linear for name, linear in adapted_linears(model).items()}
+    adapted = {f"{hf_name(name)}.weight": linear for name, linear in model.adapted().items()}
 
     def merged(name: str, weight: Tensor) -> Tensor:
         if name not in adapted:
@@ -455,41 +480,17 @@ def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None
         linear = adapted[name]
         return weight.float() + linear.scale * whole(linear.lora_B) @ whole(linear.lora_A)
 
-    save_weights(Path(folder), tensors, dtype, merged)
+    save_weights(folder, tensors, dtype, merged)
     if not dist.is_initialized() or dist.get_rank() == 0:
         config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # transformers 5 writes this instead; one of the two must go
-        write_file(Path(folder) / "config.json", json.dumps(config, indent=1))
+        write_file(folder / "config.json", json.dumps(config, indent=1))
+    if adapted:
+        save_adapters(model.adapted(), folder / "adapter", base)
 
 
-# ---------------------------------------------------------------- adapters (LoRA)
-
-
-def add_adapters(model: Transformer, rank: int, alpha: float, targets: Sequence[str]) -> None:
-    """To every Linear whose Hugging Face name (q_proj, …) is among the targets; `init_adapters` fills them."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and HF_NAMES[name.rpartition(".")[2]] in targets:
-            module.add_adapter(rank, alpha)
-
-
-def adapted_linears(model: Transformer) -> dict[str, Linear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
-
-
-@torch.no_grad()
-def init_adapters(model: Transformer, seed: int) -> None:
-    """As peft does: A kaiming-uniform (a = sqrt 5), B zero. The same for any number of ranks."""
-    generator = torch.Generator().manual_seed(seed)
-    for linear in adapted_linears(model).values():
-        linear.lora_B.zero_()
-        everything = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
-        local, offset = local_part(linear.lora_A.detach())
-        local.copy_(everything[offset[0] : offset[0] + len(local)])
-
-
-def save_adapters(model: Transformer, folder: Path, base: Path) -> None:
-    """Write the adapters alone, as peft does; `base` is what they belong to. Every rank must call, rank 0 writes."""
-    adapted = adapted_linears(model)
+def save_adapters(adapted: dict[str, Linear], folder: Path, base: str | Path) -> None:
+    """In the layout of peft. Every rank must call, rank 0 writes."""
     tensors = {
         f"base_model.model.{hf_name(name)}.{part}.weight": whole(getattr(linear, part)).cpu()
         for name, linear in adapted.items()

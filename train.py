@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 import data
@@ -27,7 +27,6 @@ import generate
 import score
 from data import TEMPLATES, Documents
 from model import Config, Transformer, find_weights, hf_name, load_weights, read_config, save_model, weights_dtype
-from model import add_adapters, adapted_linears, init_adapters, save_adapters
 from parts import cost, options
 from parts.adamw import StochasticAdamW
 from parts.distributed import (
@@ -36,6 +35,7 @@ from parts.distributed import (
     broadcast,
     check_shared,
     compute_dtype,
+    gradient_norm,
     is_first_rank,
     join_ranks,
     reshard,
@@ -61,16 +61,8 @@ from parts.program import (
     sha256,
     write_file,
 )
-from parts.record import GrowingFile, StepLog, check_same_run, describe_run, forgetting, refuse_foreign
-from parts.state import (
-    check_optimizer,
-    describe_optimizer,
-    newest_state,
-    read_state,
-    restore_state,
-    save_state,
-    state_tensors,
-)
+from parts.record import GrowingFile, StepLog, check_same_run, describe_run, refuse_foreign, write_forgetting
+from parts.state import check_optimizer, newest_state, read_state, restore_state, save_training
 from parts.store import lock_folder
 from parts.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
 from parts.weights import checksum, local_part, refuse_nan
@@ -159,7 +151,7 @@ def outline(config: Config, weights: Weights, dtype: torch.dtype) -> Transformer
     with torch.device("meta"):
         model = Transformer(config).to(dtype if weights.lora else DTYPES[weights.weights])
         if weights.lora:
-            add_adapters(model, weights.lora, weights.lora_alpha, weights.lora_targets)
+            model.add_adapters(weights.lora, weights.lora_alpha, weights.lora_targets)
     model.compute_dtype = dtype
     return model
 
@@ -182,7 +174,7 @@ def build_model(folder: Path, config: Config, weights: Weights, computation: Com
         model.embed.sparse = True  # its gradient only at the words that occur
     model.to_empty(device=ranks.device)
     load_weights(model, files)
-    init_adapters(model, weights.seed)
+    model.init_adapters(weights.seed)
     return model
 
 
@@ -193,7 +185,7 @@ def trained_parameters(model: Transformer) -> dict[str, nn.Parameter]:
     To freeze some, leave them out of `chosen` (or freeze them before): what is not trained gets no gradient.
     """
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if adapted_linears(model):
+    if model.adapted():
         chosen = {name: p for name, p in chosen.items() if "lora" in name}
     for name, p in model.named_parameters():
         p.requires_grad_(name in chosen)
@@ -260,17 +252,6 @@ def clip_gradients(trained: dict[str, nn.Parameter], most: float, ranks: Ranks) 
     if most and norm > most:
         torch._foreach_mul_(gradients, most / norm)
     return norm
-
-
-def gradient_norm(gradients: list[Tensor], ranks: Ranks) -> float:
-    """The norm over all these gradients (this rank's parts of them) and all ranks. In pieces and fp64: torch's own norm
-    of a large fp32 tensor on a CPU is wrong in the third digit, and differs with the number of ranks."""
-    square = torch.zeros((), device=ranks.device, dtype=torch.float64)
-    for g in gradients:
-        for piece in g.flatten().split(2**20):
-            square += piece.float().square().sum()
-    dist.all_reduce(square, group=ranks.mesh.get_group("shard"))
-    return square.sqrt().item()
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
@@ -397,9 +378,8 @@ class Run:
     def save(self) -> None:
         reshard(self.model)
         self.done.metrics_size, self.done.order_size = self.log.size, self.order.size if self.order else 0
-        state = {"progress": asdict(self.done), "optimizer": describe_optimizer(self.trained, self.optimizer)}
-        name = f"{self.done.stage:03}-{self.done.step:08}"
-        save_state(self.output.out / "resume", name, self.ranks, state_tensors(self.trained, self.optimizer), state)
+        name, progress = f"{self.done.stage:03}-{self.done.step:08}", asdict(self.done)
+        save_training(self.output.out / "resume", name, self.ranks, self.trained, self.optimizer, progress)
         self.last_saved = time.monotonic()
 
     def save_if_due(self, after_step: bool = False) -> None:
@@ -518,11 +498,7 @@ class Run:
             self.optimizer.state.clear()
             self.save()
             if self.held_out and self.ranks.rank == 0:
-                stages, losses = forgetting(self.output.out / "metrics.jsonl")
-                content = json.dumps({"stages": stages, "losses": losses}, indent=1)
-                write_file(self.output.out / "held_out.json", content)
-                rows = [(name, *("–" if x is None else f"{x:.4f}" for x in of)) for name, of in losses.items()]
-                print_table(("held-out loss after", *stages), rows)
+                write_forgetting(self.output.out)
 
 
 def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, samples: list[dict] | None) -> None:
@@ -532,9 +508,7 @@ def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, sampl
         if ranks.rank == 0:
             remove(new)
         dist.barrier()
-        save_model(model, new, DTYPES.get(output.save_dtype) or weights_dtype(model, output.model))
-        if adapted_linears(model):
-            save_adapters(model, new / "adapter", output.model)
+        save_model(model, new, DTYPES.get(output.save_dtype) or weights_dtype(model, output.model), output.model)
         if ranks.rank == 0:
             template = TEMPLATES[output.template]
             stop_ids = data.stop_ids(template, load_tokenizer(output.model))
@@ -572,7 +546,7 @@ def claim_folder(args: argparse.Namespace):
 def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], worlds: list[int]) -> None:
     """The memory that a rank needs, for each number of ranks: as asked, and with other weights."""
     cuda, planned = args.plan_gpu is not None or torch.cuda.is_available(), {}
-    dtype = compute_dtype("bf16" if args.plan_gpu and args.dtype == "auto" else args.dtype)
+    dtype = compute_dtype("bf16" if args.plan_gpu is not None and args.dtype == "auto" else args.dtype)
     for way, weights in options.other_ways(from_arguments(Weights, args)).items():
         model = outline(config, weights, dtype)
         trained, planned[way] = set(trained_parameters(model)), {}
@@ -581,7 +555,7 @@ def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], wo
             most = (max(numbers) for numbers in zip(*found))  # tokens, supervised
             how = (world // args.replicas, dtype, *most, args.checkpoint_activations, cuda)
             planned[way][world] = cost.memory_plan(model, trained, *how)
-    free = args.plan_gpu * 2**30 if args.plan_gpu else cost.free_memory(cuda)
+    free = args.plan_gpu * 2**30 if args.plan_gpu is not None else cost.free_memory(cuda)
     cost.print_memory(planned, {w: free and free / (1 if cuda else w) for w in worlds})  # a CPU's memory is shared
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from parts.program import EXIT_CODES, HelpFormatter, amount, fraction, natural, positive
 
-
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -101,7 +101,7 @@ def test_adapters_begin_as_pefts_do():
     peft = pytest.importorskip("peft", reason="the oracle is peft, which is not installed")
     theirs = peft.get_peft_model(hf_model(), peft.LoraConfig(r=4, target_modules=TARGETS))
     ours = outlined().to_empty(device="cpu")
-    train.init_adapters(ours, 0)
+    ours.init_adapters(0)
     for name, p in theirs.named_parameters():
         if "lora" in name:
             mine = next(q for n, q in ours.named_parameters() if train.hf_name(n) in name)
