@@ -795,7 +795,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --parts weights")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="of --parts weights: keeps its results; the same command goes on")
     args = parser.parse_args()
     if args.contender:
         name, *more = args.contender.split()  # ours may be followed by flags of train.py
@@ -822,8 +822,10 @@ def main() -> None:
         if "weights" in args.parts:
             from bench_weights import study
 
-            make_folder(Path(temporary) / "weights", "25M")
-            study(Path(temporary) / "weights", SHARED / "alpaca_scored_stage3.jsonl", args.seeds)
+            folder = args.folder or Path(temporary) / "weights"
+            if not (folder / "config.json").exists():
+                make_folder(folder, "25M")
+            study(folder, SHARED / "alpaca_scored_stage3.jsonl", args.seeds)
         if "memory" in args.parts:
             for size in args.sizes:
                 memory(size, args.dtypes, Path(temporary) / f"memory {size}")

@@ -23,7 +23,7 @@ from parts.adamw import StochasticAdamW, round_
 from parts.distributed import join_ranks
 from parts.program import from_arguments
 
-RATES, STEPS, BATCH, HELD_OUT = (3e-4, 5e-6), 300, 1, 50
+RATES, STEPS, BATCH, LONGEST, HELD_OUT = (2e-4, 5e-6), 300, 4, 128, 100
 
 
 class Alternative(torch.optim.Optimizer):
@@ -78,7 +78,7 @@ def read_halves(folder: Path, rows: Path) -> tuple[data.Documents, data.Document
     """Tokenised: rows to pre-train on, others to train on, and a few held out."""
     lines = [line for line in rows.read_bytes().splitlines(keepends=True) if json.loads(line)["data"][1].strip()]
     (folder / "rows.jsonl").write_bytes(b"".join(lines))
-    where = [folder], folder, "phased", 512, folder / "cache"
+    where = [folder], folder, "phased", LONGEST, folder / "cache"
     documents = data.read_documents(["rows.jsonl"], *where, keep=False)[0]["rows.jsonl"]
     half = len(documents) // 2
     parts = (
@@ -121,34 +121,31 @@ def one_run(
 
 
 def study(folder: Path, rows: Path, seeds: list[int], pretraining: int = 200) -> None:
-    """The whole study, a line a run. `folder` holds a random model of 25 M and its tokenizer."""
+    """The whole study, a line a run. `folder` holds a random model of 25 M and its tokenizer; the pre-trained model and
+    results.jsonl appear there, and the same command goes on from them."""
     first, second, held_out = read_halves(folder, rows)
-    base = folder / "base"
-    before, after, _ = one_run(folder, "fp32 weights", 1e-3, pretraining, 8, first, held_out, 0, save_to=base)
-    shutil.copyfile(folder / "tokenizer.model", base / "tokenizer.model")
-    print(
-        f"\nweights in bf16, 25 M: {pretraining} steps in fp32 first, held-out loss {before:.3f} -> {after:.3f}",
-        flush=True,
-    )
-    ratios, shares = {}, {}
-    for seed, rate in itertools.product(seeds, RATES):
-        for way in WAYS:
-            start, end, seconds = one_run(base, way, rate, STEPS, BATCH, second, held_out, seed)
-            if way == "fp32 weights":
-                begin, goal = start, end
-            ratios.setdefault((rate, way), []).append(end / goal)
-            shares.setdefault((rate, way), []).append((begin - end) / (begin - goal))
-            print(
-                f"  seed {seed}, lr {rate:g}, {way:30} {start:.5f} -> {end:.5f}: {end / goal:.5f} of fp32's loss, "
-                f"{shares[rate, way][-1]:.3f} of its fall; {seconds:.3f} s a step",
-                flush=True,
-            )
-    print(f"  means over {len(seeds)} seeds (from, to)")
-    for (rate, way), found in ratios.items():
-        fall = shares[rate, way]
+    base, results = folder / "base", folder / "results.jsonl"
+    if not (base / "tokenizer.model").exists():
+        before, after, _ = one_run(folder, "fp32 weights", 1e-3, pretraining, 8, first, held_out, 0, save_to=base)
+        shutil.copyfile(folder / "tokenizer.model", base / "tokenizer.model")
+        print(f"{pretraining} steps in fp32 first: held-out loss {before:.3f} -> {after:.3f}", flush=True)
+    found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = {(seed, rate, way): losses for seed, rate, way, losses in found}
+    for run in itertools.product(seeds, RATES, WAYS):
+        seed, rate, way = run
+        if run not in known:
+            *known[run], seconds = one_run(base, way, rate, STEPS, BATCH, second, held_out, seed)
+            with results.open("a") as file:
+                file.write(json.dumps([*run, known[run]]) + "\n")
+            print(f"seed {seed}, lr {rate:g}, {way}: {known[run]}, {seconds:.2f} s a step", flush=True)
+    print(f"\nweights in bf16, 25 M, {STEPS} steps, against fp32 weights: means over {len(seeds)} seeds (from, to)")
+    for rate, way in itertools.product(RATES, WAYS):
+        runs = [(known[seed, rate, "fp32 weights"], known[seed, rate, way]) for seed in seeds]
+        ratios = [end / goal for (_, goal), (_, end) in runs]
+        falls = [(begin - end) / (begin - goal) for (begin, goal), (_, end) in runs]
         print(
-            f"  lr {rate:g}, {way:30} {WAYS[way][0]:2} bytes: loss {statistics.mean(found):.5f} "
-            f"({min(found):.5f}, {max(found):.5f}), fall {statistics.mean(fall):.3f} "
-            f"({min(fall):.3f}, {max(fall):.3f})",
+            f"  lr {rate:g}, {way:30} {WAYS[way][0]:2} bytes: held-out loss {statistics.mean(ratios):.5f} "
+            f"({min(ratios):.5f}, {max(ratios):.5f}), fall {statistics.mean(falls):.3f} ({min(falls):.3f}, "
+            f"{max(falls):.3f}); fp32's {statistics.mean(begin - goal for (begin, goal), _ in runs):.4f}",
             flush=True,
         )

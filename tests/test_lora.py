@@ -3,19 +3,21 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import Forked, close, go, hf_model, metrics, run_forked, same, training, weights
+from conftest import ROOT, Forked, close, go, hf_model, metrics, same, training, weights
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from model import Transformer, load_model, parse_config
+from model import Transformer, init_weights, load_model, parse_config, save_model
 from parts import cost
 from parts.options import TARGETS, Weights
 from parts.rows import read_rows
@@ -56,7 +58,6 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
     ours = [row["loss"] for row in metrics(out)]
     assert len(ours) == 20 and ours[-1] < ours[0] - 0.3
 
-    start = train.build_model  # the adapters that a run begins with
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     config = json.loads((out / "stage1" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 12, sorted(TARGETS))
@@ -64,7 +65,7 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
     with train.join_ranks() as ranks:
         args = train.parse_args(training(tmp_path / "x", *more, stages=("s1",)))
         kinds = (train.from_arguments(kind, args) for kind in (train.Weights, train.Computation))
-        model = start(folder, train.read_config(folder), *kinds, ranks)
+        model = train.build_model(folder, train.read_config(folder), *kinds, ranks)
     initial = {train.hf_name(n): p for n, p in model.named_parameters() if "lora" in n}
     found = dict(theirs.named_parameters())
     for name, p in initial.items():
@@ -194,29 +195,37 @@ def test_it_goes_with_selection_replay_samples_and_one_optimizer(bench, tmp_path
 # ---------------------------------------------------------------- what it keeps and costs
 
 
-def test_the_base_is_held_once_in_the_dtype_of_the_computation(bench, tmp_path):
-    """Also while it is loaded: nothing of the size of the base is ever there in fp32."""
-    largest = []
+BUILD = """
+import sys, torch, train
+def peak():  # ru_maxrss begins with the parent's
+    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+folder, flags = sys.argv[1], sys.argv[2:]
+args = train.parse_args(["--model", folder, "--stages", "x", "--lr", "1", "--dtype", "bf16", *flags])
+with train.join_ranks() as ranks:
+    before = peak()
+    kinds = (train.from_arguments(kind, args) for kind in (train.Weights, train.Computation))
+    model = train.build_model(train.Path(folder), train.read_config(folder), *kinds, ranks)
+    print(peak() - before)
+"""
 
-    def main(argv):
-        real, empty = train.load_weights, torch.Tensor.copy_
 
-        def load_weights(model, files):
-            torch.Tensor.copy_ = lambda t, s, *a: (largest.append(max(t.nbytes, s.nbytes)), empty(t, s, *a))[1]
-            real(model, files)
-            torch.Tensor.copy_ = empty
-            dtypes = {("lora" in n): set() for n, _ in model.named_parameters()}
-            for name, p in model.named_parameters():
-                dtypes["lora" in name].add(p.dtype)
-            print("dtypes", dtypes, "held", sum(p.nbytes for p in model.parameters()))
+@pytest.mark.parametrize("flags", [["--lora", "16"], ["--weights", "bf16"]])
+def test_the_weights_are_held_once_in_bf16_also_while_loading_fp32_files(flags, tmp_path):
+    raw = dict(model_type="llama", vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8)
+    model = Transformer(parse_config(raw | dict(num_attention_heads=12)))
+    init_weights(model, 0)
+    save_model(model, tmp_path)
+    numbers = sum(p.numel() for p in model.parameters())
+    command = [sys.executable, "-c", BUILD, tmp_path, *flags]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 1.9 * numbers < int(out) < 2.9 * numbers, f"{int(out) / numbers:.2f} bytes a parameter"
 
-        train.load_weights = load_weights
-        return train.main(argv)
 
-    argv = training(tmp_path / "o", "--lora", "4", "--dtype", "bf16", stages=("s1",))
-    out = run_forked(main, *argv, cwd=bench).stdout
-    assert "dtypes {False: {torch.bfloat16}, True: {torch.float32}}" in out
-    assert f"held {2 * 64944 + 4 * 5760}" in out
+def test_the_base_has_the_dtype_of_the_computation_and_adapters_fp32():
+    for dtype in (torch.bfloat16, torch.float32):
+        parameters = dict(outlined(dtype=dtype).named_parameters())
+        assert {p.dtype for name, p in parameters.items() if "lora" in name} == {torch.float32}
+        assert {p.dtype for name, p in parameters.items() if "lora" not in name} == {dtype}
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "v_proj"], ["down_proj"], ["o_proj", "gate_proj"]])
