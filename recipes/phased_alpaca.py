@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts.program import InputError, print_table, read_json_object, refuse, run_program
+from parts.program import InputError, from_arguments, print_table, read_json_object, refuse, run_program
 
 ORDERS = ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1")
 NAMES = {"phased": "phased (1-2-3)", "random": "random stages", "stage3": "stage 3 only"}
@@ -84,9 +84,10 @@ def plan(args: argparse.Namespace) -> None:
     import generate
     import score
     import train
-    from model import Transformer, read_config
+    from model import read_config
     from parts import cost
     from parts.api import api_options
+    from parts.options import Weights
     from parts.prompts import difficulty_prompt, judge_prompt
     from parts.questions import fence, fill, tokens_in
     from parts.rows import read_good_rows
@@ -102,9 +103,11 @@ def plan(args: argparse.Namespace) -> None:
     refuse([" and ".join(w) for w in places.values() if len(w) > 1], "prompts have the same data set and id")
     rows = read_good_rows(args.alpaca, skip_bad=True)
     documents = data.tokenize_files([args.alpaca], training.model, training.template, training.max_len, shown=True)
-    with torch.device("meta"):
-        model = Transformer(read_config(training.model))
-    parameters, trained = sum(p.numel() for p in model.parameters()), set(train.trained_parameters(model))
+    model = train.outline(read_config(training.model), from_arguments(Weights, training), torch.bfloat16)
+    learned = train.trained_parameters(model)
+    trained = set(learned)
+    parameters = sum(p.numel() for p in model.parameters())
+    state = sum(p.nbytes for p in learned.values())  # of weights; of a moment as much
     stored = read_json_object(training.model / "config.json").get("torch_dtype", "bfloat16")
     weights = parameters * (4 if "32" in str(stored) and training.save_dtype == "same" else 2)
 
@@ -127,10 +130,10 @@ def plan(args: argparse.Namespace) -> None:
         epochs = training.epochs[0]
         stages = {"one-off": 1, "phased": 3, "random": 3, "stage3": 1}.get(arm) or len(arm.split("-"))
         seen, hours = tokens_share * epochs, flops * tokens_share * epochs / speed / 3600
-        disk = stages * weights + 16 * parameters  # folders; states kept: weights and moments, and weights
+        disk = stages * weights + 4 * state  # folders; states kept: weights and moments, and weights
         tokens = round(seen * documents.lengths.sum())
         table.append((f"train {arm}", round(share * len(documents)), tokens, None, hours, disk))
-    table.append(("  while it trains", 0, 0, None, 0.0, 20 * parameters))  # a third state before the oldest goes
+    table.append(("  while it trains", 0, 0, None, 0.0, 5 * state))  # a third state before the oldest goes
     shares, longest, arms = max(1, args.gpus // answering.tp), answering.max_new_tokens, len(args.arms)
     steps = longest * max(1.0, len(prompts) / shares / answering.batch_size)
     hours = arms * args.gpus * steps * 2 * parameters / answering.tp / BANDWIDTH / 3600
