@@ -238,13 +238,11 @@ def decode(
 
 
 def compiled_step(cache: Cache):
-    """`decode_step` compiled; on CUDA a CUDA graph, for which what it writes into must stay where it is, and be known
-    to stay."""
-    if cache.k.device.type == "cuda":
-        torch._dynamo.mark_static_address(cache.k)
-        torch._dynamo.mark_static_address(cache.v)
-        return torch.compile(decode_step, dynamic=False, mode="reduce-overhead")
-    return torch.compile(decode_step, dynamic=False)
+    """`decode_step` compiled; on CUDA as a CUDA graph, which must not write into tensors that could move: without the
+    marks, torch would leave it out, and only say so in a log."""
+    for x in (cache.k, cache.v):
+        torch._dynamo.mark_static_address(x)
+    return torch.compile(decode_step, dynamic=False, mode="reduce-overhead" if cache.k.device.type == "cuda" else None)
 
 
 def decode_group(
