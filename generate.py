@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import TEMPLATES, check_vocabulary, render, stop_ids
-from model import Config, Transformer, WithinDocuments, load_model
+from model import Config, Transformer, WithinDocuments, load_model, read_config
 from parts.distributed import compute_dtype, join_ranks
 from parts.program import (
     EXIT_CODES,
@@ -42,9 +42,20 @@ from parts.program import (
     write_file,
 )
 from parts.rows import is_exact
-from parts.slots import MOST, USED, Group, cache_bytes, free_memory, plan_groups, ran_out, slot_bytes, working_bytes
+from parts.slots import (
+    MOST,
+    USED,
+    Group,
+    describe,
+    free_memory,
+    plan_groups,
+    ran_out,
+    slot_bytes,
+    told_of_memory,
+    working_bytes,
+)
 from parts.store import Store
-from parts.testsets import Prompt, read_prompts
+from parts.testsets import Prompt, read_prompts, too_long
 from parts.tokenizers import load_tokenizer
 from parts.weights import checksum
 
@@ -364,27 +375,11 @@ def answer_all(
     if rank == 0:
         seconds = time.monotonic() - started
         print(f"{len(todo):,} answers made now on rank 0 in {seconds:.1f} s, {made / max(seconds, 1e-9):,.0f} tokens/s")
-    return read_partial(out)
-
-
-def describe(groups: list[Group], prompts: list[list[int]], config: Config, dtype: torch.dtype) -> str:
-    lengths, caches = [len(p) for p in prompts], []
-    for g in groups:
-        size = g.slots * cache_bytes(config, g.capacity, dtype) / 2**30
-        caches.append(f"{g.slots:,} at once in caches of {g.capacity:,} tokens ({size:,.2f} GiB)")
-    return f"{len(prompts):,} prompts of {min(lengths):,} to {max(lengths):,} tokens: " + ", then ".join(caches)
-
-
-def told_of_memory(answering: Iterator, groups: list[Group]) -> Iterator:
-    """The same; running out of memory becomes a WorkError that says what to change."""
-    try:
-        yield from answering
-    except (RuntimeError, MemoryError) as e:
-        if not ran_out(e):
-            raise
-        fewer = max(1, max(g.slots for g in groups) // 2)
-        advice = f"try --batch-size {fewer}" + " with a smaller --max-new-tokens" * (fewer == 1)
-        raise WorkError(f"out of memory: {advice}; what is answered is kept ({ran_out(e)})") from None
+    found = read_partial(out)
+    for p in prompts:
+        if error := too_long(len(p.tokens), model.config.max_positions):
+            found[p.key] = {"output_tokens": 0, "finish_reason": "error", "error": error}
+    return found
 
 
 def partial_files(out: Path) -> list[Path]:
@@ -401,18 +396,15 @@ def read_partial(out: Path) -> dict[str, dict]:
     return found
 
 
-def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, context: int, out: Path) -> None:
+def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, out: Path) -> None:
     """AlpacaEval's format, in the order of the prompts, and a table by dataset."""
     rows, errors, by_dataset = [], [], {}
     for prompt in prompts:
         row = {"id": prompt.id, "dataset": prompt.dataset, "instruction": prompt.instruction, "output": ""}
         row |= {"generator": generator, "prompt_tokens": len(prompt.tokens)}
-        if prompt.key in done:
-            row |= {k: v for k, v in done[prompt.key].items() if k != "key"}
-        else:
-            error = f"the prompt has {len(prompt.tokens)} tokens, the model's context ends at {context}"
-            row |= {"output_tokens": 0, "finish_reason": "error", "error": error}
-            errors.append(f"{prompt.where}: {error}")
+        row |= {k: v for k, v in done[prompt.key].items() if k != "key"}
+        if "error" in row:
+            errors.append(f"{prompt.where}: {row['error']}")
         rows.append(row if prompt.expected is None else row | {"expected": prompt.expected})
         by_dataset.setdefault(prompt.dataset, []).append(rows[-1])
     write_file(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
@@ -451,6 +443,42 @@ def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) 
         else:
             rows[fitting[i]]["output"] = tokenizer.decode(answers[i])
             yield rows
+
+
+# ---------------------------------------------------------------- answers from a server
+
+
+def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: str | None, tokenizer) -> None:
+    """Ask the model `--server` at OPENAI_BASE_URL; everything that comes is kept in OUT.partial.jsonl at once."""
+    from parts import api, served  # here, because training imports this file and needs no httpx
+
+    extra = {"top_p": args.top_p} | ({"top_k": args.top_k} if args.top_k else {})
+    context, texts, specials = math.inf, [], []
+    if args.completions:
+        render_prompts(prompts, tokenizer, template)
+        adds_bos = read_json_object(args.model / "tokenizer_config.json").get("add_bos_token") is not False
+        pieces, context = served.Pieces(tokenizer, adds_bos), read_config(args.model).max_positions
+        texts = [pieces.text(render(p.turns, TEMPLATES[template], pieces)[0]) for p in prompts]
+        specials = list(pieces.specials)
+        stop = stop_ids(TEMPLATES[template], tokenizer)
+        if stop[0] not in tokenizer.eos_ids:  # at which servers end by themselves; vLLM and SGLang take this as well
+            extra["stop_token_ids"] = stop
+    options = api.api_options(
+        args, model=args.server, max_tokens=args.max_new_tokens, temperature=args.temperature, extra=extra
+    )
+    questions, done = served.make_questions(prompts, options, args.seed, args.completions, context, texts, specials)
+    store = api.ask_questions(options, args.out, questions, served.any_reply, "")
+    if store is None:
+        return
+    done |= {q.key: served.answer_of(store.of(q.key)) for q in questions}
+    write_answers(prompts, done, args.name, args.out)
+    if args.completions:
+        counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts]
+        other = [f"{p.where}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
+        print_listed("prompts have another number of tokens at the server: another BOS, or another tokenizer", other)
+    refused = sum("error" in done[q.key] for q in questions)
+    if refused > 0.05 * len(questions):
+        raise WorkError(f"{refused:,} of {len(questions):,} prompts were refused (--ask-refused asks them again)")
 
 
 # ---------------------------------------------------------------- in the terminal
@@ -500,20 +528,22 @@ def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    from parts import api  # here, because training imports this file and needs no httpx
+
     parser = argparse.ArgumentParser(
         description="Answer prompts with a Llama or Mistral checkpoint.",
         formatter_class=HelpFormatter,
         epilog=EXIT_CODES,
     )
     add, default = parser.add_argument, Options()
-    add("--model", type=Path, required=True, metavar="DIR", help="HF folder, say out/stage3")
+    add("--model", type=Path, metavar="DIR", help="HF folder, say out/stage3")
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     prompts_help = "test sets, data files, or text with a prompt a line"
     source("--prompts", type=Path, nargs="+", metavar="F", help=prompts_help)
     source("--prompt", metavar="TEXT", help="one prompt; the answer goes to stdout")
     source("--chat", action="store_true", help="talk in the terminal")
     add("--out", type=Path, metavar="F", help="JSON list of answers (needed with --prompts)")
-    add("--name", help="of the generator in the answers (default: the model's folder)")
+    add("--name", help="of the generator in the answers (default: the model's folder, or --server)")
     add("--template", choices=TEMPLATES, help="(default: what the folder's template.json says, else phased)")
     add("--max-new-tokens", type=positive, default=default.max_new_tokens, metavar="N", help="longest answer")
     add("--temperature", type=float, default=default.temperature, help="0: always the likeliest token")
@@ -526,12 +556,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help=compile_help)
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
     add("--debug", action="store_true", help="show tracebacks")
+    add(
+        "--server",
+        metavar="NAME",
+        help="have the model of this name at OPENAI_BASE_URL answer, instead of --model here",
+    )
+    add(
+        "--completions",
+        nargs="?",
+        const="ids",
+        choices=["ids", "text"],
+        help="with --server: ask for the completion of what --model's tokenizer and template make of a prompt, sent as "
+        "token ids (the default) or as text, instead of sending chat messages",
+    )
+    api.add_api_arguments(parser, sampling=False)
     args = parser.parse_args(argv)
     if args.prompts and args.out is None:
         parser.error("--prompts needs --out")
+    if args.server:
+        if not args.prompts or args.compile or args.batch_size:
+            parser.error("--server needs --prompts, and has no use for --batch-size and --compile")
+        if bool(args.model) != bool(args.completions) or (args.template and not args.completions):
+            parser.error("--server: --model and --template go with --completions, and --completions with --model")
+    elif args.completions or not args.model or args.dry_run or args.batch or args.budget < math.inf:
+        parser.error("--model is needed, or --server (for --completions, --dry-run, --budget and --batch, too)")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0 and args.seed >= 0):
         parser.error("--temperature, --top-k and --seed must be at least 0, --top-p above 0 and at most 1")
-    args.name = args.name or os.path.relpath(args.model)
+    args.name = args.name or args.server or os.path.relpath(args.model)
     return args
 
 
@@ -539,10 +590,14 @@ def run(args: argparse.Namespace) -> None:
     if args.out and args.out.resolve() in [path.resolve() for path in args.prompts or []]:
         raise InputError(f"--out {args.out} is read as prompts: it would be overwritten")
     prompts = [p for path in args.prompts or [] for p in read_prompts(path)]
+    if args.server and not args.completions:
+        return answer_by_server(prompts, args, None, None)
     tokenizer = load_tokenizer(args.model)
     template = args.template or read_json_object(args.model / "template.json").get("template", "phased")
     if template not in TEMPLATES:
         raise InputError(f"{args.model / 'template.json'}: unknown template {template!r}")
+    if args.server:
+        return answer_by_server(prompts, args, template, tokenizer)
     stop, dtype, options = (
         set(stop_ids(TEMPLATES[template], tokenizer)),
         compute_dtype(args.dtype),
@@ -553,13 +608,12 @@ def run(args: argparse.Namespace) -> None:
     with join_ranks() as ranks:
         try:
             model = load_model(args.model, dtype, ranks.device)
-            context = model.config.max_positions
             if args.chat:
                 chat(model, tokenizer, template, stop, options)
             elif args.prompt is not None:
                 tokens = render([("user", args.prompt)], TEMPLATES[template], tokenizer)[0]
-                if len(tokens) >= context:
-                    raise InputError(f"the prompt has {len(tokens)} tokens, the model's context ends at {context}")
+                if error := too_long(len(tokens), model.config.max_positions):
+                    raise InputError(error)
                 print_answer(model, tokenizer, tokens, stop, options)
             else:
                 made_by = (
@@ -574,7 +628,7 @@ def run(args: argparse.Namespace) -> None:
                 place = ranks.rank, ranks.world_size
                 done = answer_all(model, tokenizer, prompts, stop, options, args.out, *place)
                 if ranks.rank == 0:
-                    write_answers(prompts, done, args.name, context, args.out)
+                    write_answers(prompts, done, args.name, args.out)
         except (RuntimeError, MemoryError) as e:
             if not ran_out(e):
                 raise

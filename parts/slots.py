@@ -1,12 +1,14 @@
 """How many answers fit into memory at once: what is free, what a slot takes, which prompts share a cache."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
+
+from parts.program import WorkError
 
 MOST = 128  # slots: more gain little, and on CPUs nothing
 USED = 0.85  # of what is free; the rest is for what is not foreseen
@@ -77,6 +79,8 @@ def address_space() -> list[float]:
 def ran_out(e: BaseException) -> str:
     """What a MemoryError or RuntimeError says if it is about memory that is not there (CPUs have no class of their own
     for it), else ""."""
+    if isinstance(e, WorkError):  # says all already
+        return ""
     said = (str(e) or type(e).__name__).splitlines()[0]
     words = ("can't allocate memory", "out of memory", "not enough memory")
     return said if isinstance(e, MemoryError | torch.OutOfMemoryError) or any(w in str(e) for w in words) else ""
@@ -139,3 +143,23 @@ def plan_groups(needs: list[int], slots_of: Callable[[int], int], window: int | 
         groups.append(Group(waiting[:count], slots, capacity))
         waiting = waiting[count:]
     return groups
+
+
+def describe(groups: list[Group], prompts: list[list[int]], config, dtype: torch.dtype) -> str:
+    lengths, caches = [len(p) for p in prompts], []
+    for g in groups:
+        size = g.slots * cache_bytes(config, g.capacity, dtype) / 2**30
+        caches.append(f"{g.slots:,} at once in caches of {g.capacity:,} tokens ({size:,.2f} GiB)")
+    return f"{len(prompts):,} prompts of {min(lengths):,} to {max(lengths):,} tokens: " + ", then ".join(caches)
+
+
+def told_of_memory(answering: Iterator, groups: list[Group]) -> Iterator:
+    """The same; running out of memory becomes a WorkError that says what to change."""
+    try:
+        yield from answering
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out(e):
+            raise
+        fewer = max(1, max(g.slots for g in groups) // 2)
+        advice = f"try --batch-size {fewer}" + " with a smaller --max-new-tokens" * (fewer == 1)
+        raise WorkError(f"out of memory: {advice}; what is answered is kept ({ran_out(e)})") from None

@@ -77,3 +77,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise InputError(f"{path}: no prompts")
     return prompts
+
+
+def too_long(tokens: int, context: float) -> str:
+    """What is wrong with a prompt that leaves no room for an answer; "" if nothing is."""
+    return f"the prompt has {tokens} tokens, the model's context ends at {context}" if tokens >= context else ""
