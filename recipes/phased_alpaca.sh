@@ -72,7 +72,7 @@ once() {
 together() { cat "${@:2}" > "$1.new" && mv "$1.new" "$1"; }
 answer() { # --model FOLDER FLAGS…: of generate.py
     [ -n "${SERVE:-}" ] || { "${launch[@]}" "$root/generate.py" "$@"; return; }
-    local url=${SERVE_URL:-http://127.0.0.1:8000/v1} engine
+    local url=${SERVE_URL:-http://127.0.0.1:8000/v1}
     $SERVE "$2" &
     engine=$!
     trap 'kill $engine 2> /dev/null || true' EXIT
@@ -82,6 +82,7 @@ answer() { # --model FOLDER FLAGS…: of generate.py
     done
     OPENAI_BASE_URL=$url OPENAI_API_KEY='' "$python" "$root/generate.py" --server "$2" --completions "$@"
     kill $engine && wait $engine 2> /dev/null || true
+    trap - EXIT
 }
 arm() { # NAME STAGE…: train, answer
     local name=$1 stages=("${@:2}")

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server around transformers' generate, one request at a time, fp32: for tests, and no engine.
 
-    python tests/hf_server.py FOLDER [PORT]   prints its port, serves until it is killed
+    PORT=8000 python tests/hf_server.py FOLDER   serves until it is killed
 
 As vLLM documents it: /v1/completions takes a text (its tokenizer adds special tokens as it is configured to) or a list
 of token ids (taken as they are); /v1/chat/completions applies the folder's chat template; answers end at the eos ids of
@@ -8,6 +8,7 @@ generation_config.json and at `stop_token_ids`; special tokens are left out of t
 """
 
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -58,6 +59,11 @@ def make_server(folder, port: int = 0) -> HTTPServer:
             self.end_headers()
             self.wfile.write(body)
 
+        def do_GET(self):  # /v1/models: whether it is there
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
         def log_message(self, *_):
             pass
 
@@ -72,6 +78,4 @@ def start(folder) -> HTTPServer:
 
 
 if __name__ == "__main__":
-    server = make_server(sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else 0)
-    print(server.server_address[1], flush=True)
-    server.serve_forever()
+    make_server(sys.argv[1], int(os.environ["PORT"])).serve_forever()

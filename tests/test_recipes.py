@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -173,3 +174,22 @@ def test_every_model_of_the_paper_is_known_and_its_numbers_stand_beside_ours(tmp
     assert title.startswith(f"{name}: ") and re.split(r"  +", header)[1:] == ["all", "95 %", "paper"]
     assert cells["phased (1-2-3)"] == ["+12.50", "+0.0 to +25.0", numbers[0]]
     assert cells.get("stages 3-2-1", [None])[-1] == numbers[1]
+
+
+def test_an_engine_answers_for_a_model_that_one_gpu_cannot_hold(tmp_path):
+    """The recipe's own function: starts SERVE for the folder, asks it, ends it."""
+    function = re.search(r"^answer\(\) \{.*?^\}$", RECIPE.with_suffix(".sh").read_text(), re.MULTILINE | re.DOTALL)[0]
+    (tmp_path / "p.txt").write_text("Start with 3, add 1 to it.\nStart with 4, add 1 to it.\n")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    values = {"python": sys.executable, "root": ROOT, "SERVE_URL": f"http://127.0.0.1:{port}/v1"}
+    values["SERVE"] = f"env PORT={port} {sys.executable} {ROOT / 'tests' / 'hf_server.py'}"
+    flags = f"--name arm --prompts {tmp_path / 'p.txt'} --out {tmp_path / 'a.json'} --max-new-tokens 4"
+    script = f"set -euo pipefail\n{function}\nanswer --model {ROOT / 'demo' / 'model'} {flags}\n"
+    env = os.environ | {k: str(v) for k, v in values.items()}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [r["generator"] for r in json.loads((tmp_path / "a.json").read_text())] == ["arm", "arm"]
+    with socket.socket() as s:
+        assert s.connect_ex(("127.0.0.1", port))  # nobody listens any more
