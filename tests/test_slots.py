@@ -72,17 +72,17 @@ def test_a_small_memory_is_used_and_not_passed(tmp_path):
 def test_answers_do_not_depend_on_the_memory_or_on_the_order_of_prompts(kind, tmp_path, monkeypatch):
     _, model = make(tmp_path, kind)  # mistral: a window of 24, and prompts that are longer and shorter
     lengths = [5, 300, 9, 24, 23, 25, 60, 7, 150, 12, 40, 3]
-    prompts = prompts_of(lengths)
-    wanted, reasons = collect(model, prompts, n=40, batch_size=1)
+    prompts, limits = prompts_of(lengths), [40, 40, 8, 17, 30, 9, 21, 40, 5, 33, 12, 26]  # so that slots get free apart
+    wanted, reasons = collect(model, prompts, limits=limits, batch_size=1)
     needed = working_bytes(model, 512, 300, torch.float32)
     for slots in (1.5, 3.5):
         one = slot_bytes(model.config, 24 if kind == "mistral" else 340, torch.float32, sampled=False)
         monkeypatch.setattr(generate, "free_memory", lambda device, n=slots, one=one: int((needed + n * one) / USED))
-        groups = plan_slots(model, prompts, [40] * len(prompts), Options())
+        groups = plan_slots(model, prompts, limits, Options())
         assert groups[0].slots == int(slots) and (kind == "mistral") == (len(groups) == 1)
-        assert collect(model, prompts, n=40) == (wanted, reasons)
+        assert collect(model, prompts, limits=limits) == (wanted, reasons)
     shuffled = np.random.default_rng(1).permutation(len(prompts))
-    again, _ = collect(model, [prompts[i] for i in shuffled], n=40)
+    again, _ = collect(model, [prompts[i] for i in shuffled], limits=[limits[i] for i in shuffled])
     assert [again[list(shuffled).index(i)] for i in range(len(prompts))] == wanted
 
 
@@ -94,6 +94,24 @@ def test_a_windowed_cache_is_no_longer_than_the_window_and_answers_like_a_whole_
         for p, ours in zip(prompts, collect(model, prompts, n=50)[0]):
             theirs = hf.generate(torch.tensor([p]), max_new_tokens=50, do_sample=False, pad_token_id=0)[0, len(p) :]
             assert ours == theirs.tolist()
+
+
+def test_prefill_writes_no_place_of_the_cache_twice(tmp_path, monkeypatch):
+    """On a GPU the order of such writes is not fixed."""
+    _, model = make(tmp_path, "mistral")
+    written = []
+
+    def keep(within, keys, values, kept, slots, places, q, k, v):
+        written.append(list(zip(slots.tolist(), places.tolist())))
+        return within(q, k, v)
+
+    monkeypatch.setattr(generate, "attend_and_keep", keep)
+    cache = generate.Cache(model.config, 3, 24, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        generate.prefill(model, cache, prompts_of([60, 24, 10]), [2, 0, 1])
+    assert sorted(written[0]) == sorted(
+        {(2, i) for i in range(24)} | {(0, i) for i in range(24)} | {(1, i) for i in range(10)}
+    )
 
 
 # ---------------------------------------------------------------- what is free, what is taken
