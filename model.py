@@ -9,7 +9,7 @@ Sizes in shape comments: T tokens, D documents, C dim, H query heads, G key/valu
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -266,7 +266,6 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c)
         self.mlp = MLP(c)
         self.checkpointed = False  # keep only the block's input for the backward pass, compute the rest again
-        self.tensor_parallel: dist.ProcessGroup | None = None  # ranks that have a share of heads and MLP each
 
     def forward(self, *inputs) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
@@ -274,13 +273,8 @@ class Block(nn.Module):
         return self.compute(*inputs)
 
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Callable) -> Tensor:
-        x = x + self.summed(self.attention(self.attention_norm(x), cos, sin, attention))
-        return x + self.summed(self.mlp(self.mlp_norm(x)))
-
-    def summed(self, x: Tensor) -> Tensor:
-        if self.tensor_parallel is not None:
-            dist.all_reduce(x, group=self.tensor_parallel)
-        return x
+        x = x + self.attention(self.attention_norm(x), cos, sin, attention)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 @dataclass(frozen=True)
@@ -418,37 +412,17 @@ def load_weights(model: Transformer, files: dict[str, Path]) -> None:
 
 
 def load_model(
-    folder: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    tensor_parallel: dist.ProcessGroup | None = None,
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
     """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`.
 
     Nothing is allocated before all headers are checked against config.json; memory stays near that of the weights.
-    With a group of tensor-parallel ranks: this rank's share of the heads and of the MLP's width, all else whole.
     Raises InputError.
     """
-    config = read_config(folder)
-    rank, world_size = (
-        (dist.get_rank(tensor_parallel), dist.get_world_size(tensor_parallel)) if tensor_parallel else (0, 1)
-    )
     with torch.device("meta"):
-        unshared = Transformer(config)
-        files = find_weights(unshared, folder)
-        widths = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "hidden_dim": config.hidden_dim}
-        if any(n % world_size for n in widths.values()):
-            raise InputError(f"{folder}: {world_size} ranks do not divide {widths}")
-        model = Transformer(replace(config, **{key: n // world_size for key, n in widths.items()})).to(dtype)
-    model.to_empty(device=device)
-    shapes = {name: p.shape for name, p in unshared.named_parameters()}
-    for name, p in model.named_parameters():
-        offset = tuple(rank * own if own != all_ranks else 0 for own, all_ranks in zip(p.shape, shapes[name]))
-        read_slice(files[name], hf_name(name), p.detach(), offset)
-        if rank > 0 and name.endswith(("o.bias", "down.bias")):
-            p.detach().zero_()  # added once
-    for layer in model.layers:
-        layer.tensor_parallel = tensor_parallel
+        model = Transformer(read_config(folder)).to(dtype)
+    files = find_weights(model, folder)
+    load_weights(model.to_empty(device=device), files)
     return model
 
 

@@ -40,6 +40,7 @@ from parts.distributed import (
     join_ranks,
     reshard,
 )
+from parts.memory import free_memory, memory_in_use
 from parts.options import Computation, Optimization, Output, Weights
 from parts.program import (
     InputError,
@@ -473,7 +474,7 @@ class Run:
         row |= {"loss": loss, "lr": lr, "grad_norm": norm, "documents": len(batch), "tokens": tokens}
         row |= {"supervised": supervised, "seconds": round(seconds, 4)}
         row |= {"mfu": round(flops / seconds / self.peak, 4) if self.peak else None}
-        self.log.step(row | {"memory_bytes": cost.memory_in_use(self.ranks.device)})
+        self.log.step(row | {"memory_bytes": memory_in_use(self.ranks.device)})
         if self.order:
             ids = [stage.documents.ids[d] for d in batch]
             self.order.write({"stage": stage.name, "step": done.step, "epoch": epoch + 1, "ids": ids})
@@ -555,7 +556,7 @@ def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], wo
             most = (max(numbers) for numbers in zip(*found))  # tokens, supervised
             how = (world // args.replicas, dtype, *most, args.checkpoint_activations, cuda)
             planned[way][world] = cost.memory_plan(model, trained, *how)
-    free = args.plan_gpu * 2**30 if args.plan_gpu is not None else cost.free_memory(cuda)
+    free = args.plan_gpu * 2**30 if args.plan_gpu is not None else free_memory(torch.device("cuda" if cuda else "cpu"))
     cost.print_memory(planned, {w: free and free / (1 if cuda else w) for w in worlds})  # a CPU's memory is shared
 
 

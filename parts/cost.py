@@ -1,10 +1,8 @@
 """What training costs: floating-point operations of a batch, what a device can do, and the memory plan."""
 
 import math
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,17 +141,6 @@ def memory_plan(
     }
 
 
-def free_memory(cuda: bool) -> float | None:
-    """Bytes that are free on this rank's GPU, or on this machine; None where nobody says."""
-    if cuda:
-        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
 def print_memory(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, float | None]) -> None:
     """Memory plans by way (flags), the chosen one first, and by number of ranks, side by side; then what each other way
     would need, and the first of them that fits where the chosen one does not. `free`: bytes a rank has."""
@@ -176,13 +163,3 @@ def print_memory(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, 
                 else "no way fits: try --checkpoint-activations, fewer --micro-tokens, more ranks"
             )
             print(f"{chosen} does not fit into the {has / 2**30:,.1f} GiB free on each of {world} rank(s); {advice}.")
-
-
-def memory_in_use(device: torch.device) -> int:
-    """The most memory this process has held so far, in bytes: of the GPU, or resident on a CPU machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -788,22 +788,36 @@ PARTS = ["train", "lora", "weights", "memory", "select", "ifd", "api", "iterit",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, "cuda"])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --parts weights")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="of --parts cuda: where rows and tokenizers lie")
+    parser.add_argument("--small", action="store_true", help="of --parts cuda: a tiny model, to try the script")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="of --parts weights: keeps its results; the same command goes on")
     args = parser.parse_args()
     if args.contender:
         name, *more = args.contender.split()  # ours may be followed by flags of train.py
+        if name == "cuda":
+            from bench_cuda import contend
+
+            return contend(" ".join(more), args.folder)
         how = (args.folder, args.dtypes[0], args.steps)
         print(json.dumps(ours(*how, more) if name == "ours" else theirs(*how, name)))
         return
-    if not SHARED.is_dir():
-        sys.exit(f"needs the real rows and tokenizers of {SHARED}")
+    if not args.shared.is_dir():
+        sys.exit(f"needs the real rows and tokenizers of {args.shared}")
+    if "cuda" in args.parts:
+        from bench_cuda import bench_cuda
+
+        with tempfile.TemporaryDirectory() as temporary:
+            bench_cuda(Path(temporary), args.shared, args.small)
+        args.parts = [part for part in args.parts if part != "cuda"]
+        if not args.parts:
+            return
     print(f"{os.cpu_count()} cores; ratios are of medians, both sides in the same precision")
     with tempfile.TemporaryDirectory() as temporary:
         if "train" in args.parts:
