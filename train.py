@@ -531,11 +531,6 @@ def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, sampl
 # ---------------------------------------------------------------- the start
 
 
-# Arguments which do not change what is computed: a run may go on with others.
-FREE_ARGUMENTS = {"out", "save_every", "sample", "skip_nonfinite", "micro_tokens", "checkpoint_activations", "compile"}
-FREE_ARGUMENTS |= {"replicas", "dry_run", "plan_world_size", "debug"}
-
-
 def claim_folder(args: argparse.Namespace):
     """Refuse an --out that is not this run's to write; else hold its lock, which goes with the process."""
     inputs = [args.model, *map(Path, [*args.stages, *args.eval, *args.scores]), *([args.sample] if args.sample else [])]
@@ -576,7 +571,7 @@ def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Sta
     description = describe_run(vars(args), {"torch": torch.__version__, "numpy": np.__version__}, hashes)
     description["skipped_rows"] = [line for documents in everything for line in documents.bad]
     defaults = vars(parse_args(["--stages", *args.stages, "--lr", "5e-4"]))
-    before = check_same_run(args.out / "run.json", description, FREE_ARGUMENTS, defaults)
+    before = check_same_run(args.out / "run.json", description, options.FREE, defaults)
     worlds = [int(os.environ.get("WORLD_SIZE", 1)), *([args.plan_world_size] if args.plan_world_size else [])]
     if uneven := [str(world) for world in worlds if world % args.replicas]:
         raise InputError(f"--replicas {args.replicas} does not divide {' and '.join(uneven)} ranks")
@@ -636,8 +631,8 @@ def start(args: argparse.Namespace) -> None:
             run = Run(output, ranks, model, trained, optimizer, held_out, args.micro_tokens, len(stages), stop)
             phased_training(stages, model, trained, optimization, from_arguments(SelectionOptions, args), run)
         except torch.OutOfMemoryError as e:
-            advice = f"try --micro-tokens {args.micro_tokens // 2} or --checkpoint-activations"
-            raise WorkError(f"out of GPU memory: {advice} ({e})") from None
+            ways = f"--micro-tokens {args.micro_tokens // 2}, --checkpoint-activations, --weights bf16 or --lora 16"
+            raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None
     if is_first_rank():
         lock.close()
         data.clear_cache(args.out / "cache")  # a run that ended well needs it no more

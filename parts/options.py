@@ -132,6 +132,20 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
     return args
 
 
+# Arguments which do not change what is computed: a run may go on with others.
+FREE = {
+    "out",
+    "save_every",
+    "sample",
+    "skip_nonfinite",
+    "micro_tokens",
+    "checkpoint_activations",
+    "compile",
+    "replicas",
+}
+FREE |= {"dry_run", "plan_world_size", "plan_gpu", "debug"}
+
+
 @dataclass(frozen=True)
 class Optimization:
     weight_decay: float
