@@ -162,4 +162,5 @@ def print_memory(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, 
                 if fits
                 else "no way fits: try --checkpoint-activations, fewer --micro-tokens, more ranks"
             )
-            print(f"{chosen} does not fit into the {has / 2**30:,.1f} GiB free on each of {world} rank(s); {advice}.")
+            where = f"the {has / 2**30:,.1f} GiB free on each of {world} rank{'s' * (world > 1)}"
+            print(f"{chosen} does not fit into {where}; {advice}.")
