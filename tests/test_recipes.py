@@ -13,7 +13,7 @@ import api_helpers
 import forking_python
 import pytest
 from api_helpers import lines, paid
-from conftest import ROOT
+from conftest import ROOT, metrics, training
 from fake_api import Server
 
 DEMO, RECIPE = ROOT / "demo", ROOT / "recipes" / "phased_alpaca.sh"
@@ -193,3 +193,56 @@ def test_an_engine_answers_for_a_model_that_one_gpu_cannot_hold(tmp_path):
     assert [r["generator"] for r in json.loads((tmp_path / "a.json").read_text())] == ["arm", "arm"]
     with socket.socket() as s:
         assert s.connect_ex(("127.0.0.1", port))  # nobody listens any more
+
+
+# ---------------------------------------------------------------- several nodes
+
+SRUN = """#!/bin/sh
+# One task on this node: the first argument is srun's own, then comes the program.
+shift
+exec "$@"
+"""
+SCONTROL = """#!/bin/sh
+case "$1" in
+    show) echo 127.0.0.1 ;;
+    requeue) echo "$2" >> requeued ;;
+esac
+"""
+
+
+def test_under_slurm_a_run_saves_at_the_warning_queues_itself_again_and_goes_on(bench, tmp_path):
+    """With stand-ins for srun and scontrol; the rest is the real thing, on one rank."""
+    launch = f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n'
+    (tmp_path / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": launch}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    for name in ("m", "s1.jsonl", "s2.jsonl", "s3.jsonl"):
+        (tmp_path / name).symlink_to(bench / name)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    job = dict(SLURM_SUBMIT_DIR=tmp_path, SLURM_JOB_NODELIST="here", SLURM_NNODES=1, SLURM_GPUS_ON_NODE=1)
+    job |= dict(SLURM_JOB_ID=7, PORT=port, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", OMP_NUM_THREADS=1)
+    environment = os.environ | {k: str(v) for k, v in job.items()}
+    argv = training(tmp_path / "o", "--epochs", "12", "--save-every", "1")
+
+    def submit():
+        command = ["bash", ROOT / "recipes" / "slurm.sh", *argv]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    first = submit()
+    while first.poll() is None and not (tmp_path / "o" / "resume").exists():
+        time.sleep(0.01)
+    first.send_signal(signal.SIGUSR1)  # to the batch script alone, as --signal=B:USR1 does
+    said = first.communicate(timeout=100)[1]
+    assert first.returncode == 0 and "queued again" in said, said
+    assert (tmp_path / "requeued").read_text().split() == ["7"] and not (tmp_path / "o" / "stage3").exists()
+    second = submit()
+    said = second.communicate(timeout=200)[1]
+    assert second.returncode == 0, said
+    assert (tmp_path / "o" / "stage3" / "model.safetensors").exists()
+    assert (tmp_path / "requeued").read_text().split() == ["7"]
+    steps = [(row["stage"], row["step"]) for row in metrics(tmp_path / "o")]
+    assert len(steps) == len(set(steps)) == 132

@@ -2,7 +2,8 @@
 
 import json
 import math
-import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from test_generate import collect, make
 
 import generate
 from generate import Options, plan_slots
-from model import load_model
 from parts.memory import cgroup_memory
 from parts.program import WorkError
 from parts.slots import MOST, USED, plan_groups, slot_bytes, working_bytes
@@ -137,28 +137,40 @@ def test_the_limits_of_control_groups_count_of_either_version(tmp_path):
     assert cgroup_memory(tmp_path / "v1", tmp_path / "absent") == []
 
 
+DECODING = """
+import json, re, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+import generate
+from generate import Options, plan_slots
+from model import load_model
+from parts.slots import slot_bytes, working_bytes
+
+def memory(key):  # VmRSS: now, VmHWM: at most since clear_refs
+    return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+prompts = [[i + 1] * n for i, n in enumerate([700] * 8 + [90] * 56)]
+options = Options(max_new_tokens=12, temperature={temperature})
+model = load_model({folder!r})
+list(generate.decode(model, prompts[-2:], {{-1}}, options))  # what torch itself loads at first
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+groups = plan_slots(model, prompts, [12] * 64, options)
+list(generate.decode(model, prompts, {{-1}}, options, groups=groups))
+slot = max(g.slots * slot_bytes(model.config, g.capacity, torch.float32, {temperature} > 0) for g in groups)
+print(json.dumps([memory("VmHWM") - before, slot + working_bytes(model, 700, 700, torch.float32)]))
+"""
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_estimate_covers_what_decoding_really_takes(temperature, tmp_path):
+    """In a fresh process: a fork would find room in memory that its parent has freed."""
     sizes = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8)
     hf_model(vocab_size=32000, max_position_embeddings=2048, scale=0.02, **sizes).save_pretrained(tmp_path)
-    prompts = prompts_of([700] * 8 + [90] * 56)
-    options = Options(max_new_tokens=12, temperature=temperature)
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def main(argv):
-        model = load_model(tmp_path)
-        list(generate.decode(model, prompts[-2:], {-1}, options))  # what torch itself loads at first
-        before = peak()
-        groups = plan_slots(model, prompts, [12] * 64, options)
-        list(generate.decode(model, prompts, {-1}, options, groups=groups))
-        slot = max(g.slots * slot_bytes(model.config, g.capacity, torch.float32, temperature > 0) for g in groups)
-        work = working_bytes(model, 700, 700, torch.float32)
-        print(json.dumps([peak() - before, slot + work]))
-        return 0
-
-    taken, estimate = json.loads(run_forked(main).stdout)
+    code = DECODING.format(root=str(ROOT), temperature=temperature, folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    taken, estimate = json.loads(done.stdout)
     assert 0.4 * estimate < taken <= estimate / USED, (taken / MiB, estimate / MiB)
 
 
