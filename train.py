@@ -195,7 +195,7 @@ def trained_parameters(model: Transformer) -> dict[str, nn.Parameter]:
 
 def make_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization) -> torch.optim.Optimizer:
     """Any optimizer of torch that can step on sharded parameters may stand here: its whole state is saved and resumed.
-    The rate is set at every step, and "global_step": a group that wants another rate has a factor, "lr_scale"."""
+    The rate is set at every step: a group that wants another has a factor, "lr_scale"."""
     decayed = [p for p in trained.values() if p.dim() > 1]
     others = [p for p in trained.values() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -315,7 +315,7 @@ def phased_training(
                 lr = learning_rate(step, steps, stage.lr, optimization.schedule, optimization.warmup_ratio)
                 if math.isfinite(loss) and math.isfinite(norm):
                     for group in run.optimizer.param_groups:
-                        group["lr"], group["global_step"] = lr * group.get("lr_scale", 1.0), done.global_step
+                        group["lr"] = lr * group.get("lr_scale", 1.0)
                     run.optimizer.step()
                 else:
                     run.skip_step(stage, batch, loss, norm, optimization.skip_nonfinite)

@@ -32,28 +32,29 @@ def random_key(*numbers: int) -> int:
 class StochasticAdamW(torch.optim.Optimizer):
     """Weights and both moments bf16, plain or sharded; computed in fp32, AT_ONCE numbers at a time.
 
-    Rounding depends on the seed, on "global_step" of the group (to be set before every step, as "lr"), the parameter's
-    number and the place in it: a resumed run needs no random state, and the number of ranks changes nothing. Random
+    Rounding depends on the seed, the step (which is in the state), the parameter's number and the place in it: a
+    resumed run needs no random state, and the number of ranks changes nothing. Random
     bits are cheap: one table a step, from which each stretch of AT_ONCE numbers takes as many, from a place of its own
     on, XOR a key of its own: so the draws of any two numbers are independent.
     """
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, seed: int):
-        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0, "global_step": 0})
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0, "step": 0})
         self.seed = seed
 
     @torch.no_grad()
     def step(self) -> None:
+        for group in self.param_groups:
+            group["step"] += 1
         parameters = [(group, p) for group in self.param_groups for p in group["params"]]
-        device, now = parameters[0][1].device, (self.seed, self.param_groups[0]["global_step"])
+        device, now = parameters[0][1].device, (self.seed, self.param_groups[0]["step"])
         length = AT_ONCE[device.type]
         generator = torch.Generator(device).manual_seed(random_key(*now))
         table = torch.randint(2**16, (2, 2 * length), dtype=torch.int32, device=device, generator=generator)
         for number, (group, p) in enumerate(parameters):
             state = self.state[p]
             if not state:
-                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
+                state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             local, offset = local_part(p)
             held = (local, *(local_part(t)[0] for t in (p.grad, state["exp_avg"], state["exp_avg_sq"])))
             held = [t.view(-1) for t in held]
@@ -63,12 +64,12 @@ class StochasticAdamW(torch.optim.Optimizer):
                 here = slice(max(a, first), min(a + length, first + local.numel()))  # of the stretch, this rank's
                 drawn = slice(key % length + here.start - a, key % length + here.stop - a)
                 bits = [t[drawn] ^ (key >> shift & 0xFFFF) for t, shift in zip(table, (24, 40))]
-                self.update(group, state["step"], [t[here.start - first : here.stop - first] for t in held], bits)
+                self.update(group, [t[here.start - first : here.stop - first] for t in held], bits)
 
-    def update(self, group: dict, step: int, held: list[Tensor], bits: list[Tensor]) -> None:
+    def update(self, group: dict, held: list[Tensor], bits: list[Tensor]) -> None:
         """One stretch of weight, gradient and moments, as torch.optim.AdamW computes it; then they are rounded."""
         w, g, m, v = (t.float() for t in held)
-        (beta1, beta2), lr = group["betas"], group["lr"]
+        (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         root = torch.sqrt(v, out=g).mul_((1 - beta2**step) ** -0.5).add_(group["eps"])

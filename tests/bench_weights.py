@@ -111,7 +111,7 @@ def one_run(
             train.batch_gradients(model, trained, documents, batch, 2048, ranks, int)
             train.clip_gradients(trained, 1.0, ranks)
             for group in optimizer.param_groups:
-                group["lr"], group["global_step"] = train.learning_rate(step, steps, rate, "cosine", 0.1), step
+                group["lr"] = train.learning_rate(step, steps, rate, "cosine", 0.1)
             optimizer.step()
         seconds = (time.perf_counter() - start) / steps
         after = train.held_out_loss(model, held_out, 4096, ranks, int)
