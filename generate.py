@@ -9,9 +9,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import TEMPLATES, check_vocabulary, render, stop_ids
-from model import Config, Transformer, WithinDocuments, load_model
+from model import Config, Transformer, WithinDocuments, load_model, read_config
 from parts.distributed import compute_dtype, join_ranks
+from parts.memory import free_memory, ran_out
 from parts.program import (
     EXIT_CODES,
     HelpFormatter,
@@ -37,106 +39,29 @@ from parts.program import (
     printable,
     progress,
     read_json_object,
-    read_text,
-    refuse,
     run_program,
     write_file,
 )
-from parts.rows import FORMATS, check_characters, check_turns, is_exact, json_values, row_turns
+from parts.rows import is_exact
+from parts.slots import MOST, USED, Group, describe, plan_groups, slot_bytes, told_of_memory, working_bytes
 from parts.store import Store
+from parts.testsets import Prompt, read_prompts, too_long
 from parts.tokenizers import load_tokenizer
 from parts.weights import checksum
-
-# ---------------------------------------------------------------- prompts
-
-
-@dataclass
-class Prompt:
-    id: str
-    dataset: str
-    instruction: str  # as the answers file shows it
-    turns: list[tuple[str, str]]  # ends with a user turn
-    expected: str | None = None
-    where: str = ""
-    tokens: list[int] = field(default_factory=list)  # rendered
-    key: str = ""  # what an answer belongs to: these tokens, the weights, template and options
-
-
-def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
-    """A prompt from a row of any known test set or data format. Raises InputError."""
-    if isinstance(raw, str):
-        raw = {"prompt": raw}
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: a prompt must be an object or a text")
-    if isinstance(raw.get("turns"), list) and raw["turns"]:  # vicuna
-        turns = [("user", raw["turns"][0])]
-    elif "instances" in raw:  # self-instruct
-        instances = raw["instances"]
-        if not (isinstance(instances, list) and instances and isinstance(instances[0], dict)):
-            raise InputError(f"{where}: instances must be a list of objects")
-        row = {"instruction": raw.get("instruction"), "input": instances[0].get("input"), "output": ""}
-        turns = row_turns(row, "alpaca")
-    elif "instruction" in raw:  # AlpacaEval, Alpaca
-        turns = row_turns({"output": "", **raw}, "alpaca")
-    elif "Instruction" in raw:  # wizardlm
-        turns = [("user", raw["Instruction"])]
-    else:
-        form = next((name for name in ("phased", "messages", "sharegpt") if FORMATS[name][0] in raw), None)
-        if form:
-            turns = row_turns(raw, form)
-        else:
-            text = raw.get("prompt", raw.get("text"))
-            if text is None:
-                raise InputError(f"{where}: no known prompt format; its keys are {', '.join(raw)[:80] or 'none'}")
-            turns = [("user", text)]
-    while turns and turns[-1][0] == "assistant":
-        turns.pop()
-    if not turns or any(not isinstance(text, str) for _, text in turns):
-        raise InputError(f"{where}: a prompt's text is missing or not a string")
-    check_turns([*turns, ("assistant", "x")])
-    check_characters(raw)
-    name = next((raw[k] for k in ("id", "question_id", "idx") if isinstance(raw.get(k), (str, int))), number)
-    expected = raw["expected"] if isinstance(raw.get("expected"), str) else None
-    return Prompt(str(name), str(raw.get("dataset", dataset)), turns[-1][1], turns, expected, where)
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a JSON or JSONL file, or of a plain text file with one a line. Raises InputError with all bad
-    rows."""
-    text = read_text(path)
-    if text.lstrip()[:1] in ("{", "["):
-        values = list(json_values(text))
-    else:
-        values = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    prompts, bad = [], []
-    for number, (line, value) in enumerate(values):
-        try:
-            if isinstance(value, InputError):
-                raise InputError(f"{path}:{line}: {value}")
-            prompts.append(prompt_of(value, f"{path}:{line}", path.stem, number))
-        except InputError as e:
-            bad.append(str(e) if str(e).startswith(str(path)) else f"{path}:{line}: {e}")
-    refuse(bad, "prompts cannot be used")
-    if not prompts:
-        raise InputError(f"{path}: no prompts")
-    return prompts
-
 
 # ---------------------------------------------------------------- the engine
 
 
 class Cache:
-    """Keys and values of `slots` sequences of at most `capacity` tokens, allocated once: (slots, G, capacity, hd) a
-    layer.
-
-    With tensor parallelism each rank has the cache of its own heads.
-    """
+    """Keys and values of `slots` sequences, allocated once: (slots, G, capacity, hd) a layer. A token lies at its
+    position modulo `capacity`: where that is the window, a new one takes the place of the one it no longer sees."""
 
     def __init__(self, config: Config, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layers, slots, config.n_kv_heads, capacity, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def move(self, source: int, target: int, length: int) -> None:
+        length = min(length, self.k.shape[3])
         for x in (self.k, self.v):
             x[:, target, :, :length] = x[:, source, :, :length]
 
@@ -145,25 +70,27 @@ def attend_and_keep(
     within: WithinDocuments,
     keys: Tensor,
     values: Tensor,
+    kept: Tensor,
     slots: Tensor,
-    positions: Tensor,
+    places: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
 ) -> Tensor:
-    """Attention of prefill: what each document sees of itself; its keys and values go to the cache of the layer."""
-    keys[slots, :, positions], values[slots, :, positions] = k, v
+    """Attention of prefill: what each document sees of itself; keys and values of the tokens `kept` (an index of them)
+    go to their slots and places in the cache of the layer."""
+    keys[slots, :, places], values[slots, :, places] = k[kept], v[kept]
     return within(q, k, v)
 
 
 def attend_to_cache(
-    keys: Tensor, values: Tensor, positions: Tensor, reach: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    keys: Tensor, values: Tensor, places: Tensor, reach: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """Attention of decode: one token for each of the first n slots, to the first `reach` places of the layer's cache.
     The R query heads of a key/value head are R queries to the same keys: nothing is repeated."""
     n = len(q)
     slots = torch.arange(n, device=q.device)
-    keys[slots, :, positions], values[slots, :, positions] = k, v
+    keys[slots, :, places], values[slots, :, places] = k, v
     q = q.unflatten(1, (k.shape[1], -1))  # (n, G, R, hd)
     return F.scaled_dot_product_attention(q, keys[:n, :, :reach], values[:n, :, :reach], attn_mask=mask).flatten(1, 2)
 
@@ -171,32 +98,35 @@ def attend_to_cache(
 def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], slots: list[int]) -> Tensor:
     """Run prompts through the model as documents of one flat run: fp32 logits (D, V) after the last token of each."""
     device = cache.k.device
-    lengths = torch.tensor([len(p) for p in prompts])
+    capacity, lengths = cache.k.shape[3], torch.tensor([len(p) for p in prompts])
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
     tokens = torch.tensor([t for p in prompts for t in p], device=device)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    of_document = lengths.repeat_interleave(lengths).to(device)
-    owners = torch.tensor(slots).repeat_interleave(lengths).to(device)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    of_document = lengths.repeat_interleave(lengths)
+    owners = torch.tensor(slots).repeat_interleave(lengths)
+    kept = (positions >= of_document - capacity).nonzero().squeeze(1)  # in a window's cache: the last that fit
+    where = [x.to(device) for x in (kept, owners[kept], positions[kept] % capacity)]
     within = WithinDocuments(cu_seqlens, int(lengths.max()), model.config.window)
-    attentions = [partial(attend_and_keep, within, k, v, owners, positions) for k, v in zip(cache.k, cache.v)]
-    return model.next_logits(tokens, positions, of_document, attentions, cu_seqlens[1:].long() - 1)
+    attentions = [partial(attend_and_keep, within, k, v, *where) for k, v in zip(cache.k, cache.v)]
+    last = cu_seqlens[1:].long() - 1
+    return model.next_logits(tokens, positions.to(device), of_document.to(device), attentions, last)
 
 
 def decode_step(model: Transformer, cache: Cache, tokens: Tensor, lengths: Tensor, reach: int, masked: bool) -> Tensor:
     """One more token for each of the first n slots: tokens (n,) at positions `lengths` (n,) -> fp32 logits (n, V).
 
     The first `reach` places of the cache are read, which covers all; `masked` says whether some of them are to be
-    hidden from some slot.
+    hidden from some slot: those that it has not filled. (What a window hides, the cache no longer has.)
     """
     mask = None
     if masked:
-        seen = torch.arange(reach, device=tokens.device)
-        mask = seen <= lengths[:, None]
-        if model.config.window is not None:
-            mask &= seen > lengths[:, None] - model.config.window
-        mask = mask[:, None, None]  # (n, 1, 1, reach)
-    attentions = [partial(attend_to_cache, k, v, lengths, reach, mask) for k, v in zip(cache.k, cache.v)]
+        mask = (torch.arange(reach, device=tokens.device) <= lengths[:, None])[:, None, None]  # (n, 1, 1, reach)
+    places = lengths % cache.k.shape[3]
+    attentions = [partial(attend_to_cache, k, v, places, reach, mask) for k, v in zip(cache.k, cache.v)]
     return model.next_logits(tokens, lengths, lengths + 1, attentions, slice(None))
+
+
+PREFILL_TOKENS = 512  # at once, unless one prompt has more
 
 
 @dataclass(frozen=True)
@@ -208,7 +138,7 @@ class Options:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 0
-    batch_size: int = 128  # slots: changes speed and the cache's memory only
+    batch_size: int | None = None  # slots; None: as many as free memory allows. Changes speed and memory only
     compile: bool = False  # torch.compile on the step, with shapes that change seldom: all slots, a reach that doubles
 
 
@@ -256,6 +186,36 @@ def close_gaps(slots: list[Slot | None], cache: Cache) -> None:
             slots[i] = slots.pop()
 
 
+def computed_in(model: Transformer) -> torch.dtype:
+    return model.compute_dtype or model.embed.weight.dtype
+
+
+def plan_slots(
+    model: Transformer, prompts: list[list[int]], limits: list[int], options: Options, free: int | None = None
+) -> list[Group]:
+    """Which prompts are answered together, the longest first, and with which cache; `free`: bytes (default: those that
+    are). With `batch_size`, or compiled for one shape, all share one. Raises WorkError where not one answer fits."""
+    if not prompts:
+        return []
+    config, dtype, longest = model.config, computed_in(model), max(map(len, prompts))
+    needs = [min(config.max_positions, len(p) + n) for p, n in zip(prompts, limits)]
+    if options.batch_size:
+        return plan_groups(needs, lambda _: options.batch_size, config.window, divided=False)
+    work = working_bytes(model, max(PREFILL_TOKENS, longest), longest, dtype)
+    free = free_memory(model.embed.weight.device) if free is None else free
+
+    def slots_of(capacity: int) -> int:
+        fitting = int((USED * free - work) // slot_bytes(config, capacity, dtype, options.temperature > 0))
+        if fitting < 1:
+            raise WorkError(
+                f"{free / 2**30:,.2f} GiB of memory are free: too little for an answer of {capacity:,} tokens with its "
+                "prompt. Try a smaller --max-new-tokens, shorter prompts, --dtype bf16 (--batch-size 1 tries it anyway)"
+            )
+        return min(fitting, MOST)
+
+    return plan_groups(needs, slots_of, config.window, divided=not options.compile)
+
+
 @torch.no_grad()  # and not inference_mode: a model that is sharded, and trained on, would not bear it
 def decode(
     model: Transformer,
@@ -263,27 +223,44 @@ def decode(
     stop: set[int],
     options: Options,
     limits: list[int] | None = None,
-    prefill_tokens: int = 512,
+    prefill_tokens: int = PREFILL_TOKENS,
+    groups: list[Group] | None = None,
 ) -> Iterator[tuple[int, int | None, str]]:
     """Yields (prompt, token, "") for every new token and (prompt, None, "stop" | "length") when its answer ends.
 
     An answer does not depend on what else is in the batch. `limits`: most new tokens of each prompt, instead of one
-    number for all. A prompt must be shorter than the context, where an answer ends at the latest. Tensor-parallel ranks
-    all take the same prompts.
+    number for all. A prompt must be shorter than the context, where an answer ends at the latest. `groups`: of
+    `plan_slots`, for ranks that have to agree on them.
     """
-    if not prompts:
-        return
-    context, device = model.config.max_positions, model.embed.weight.device
-    dtype = model.compute_dtype or model.embed.weight.dtype
     limits = limits or [options.max_new_tokens] * len(prompts)
-    capacity = min(context, max(len(p) + n for p, n in zip(prompts, limits)))
-    slots: list[Slot | None] = [None] * min(options.batch_size, len(prompts))
-    cache = Cache(model.config, len(slots), capacity, dtype, device)
-    advance = decode_step
-    if options.compile:
-        mode = "reduce-overhead" if device.type == "cuda" else None
-        advance = torch.compile(decode_step, dynamic=False, mode=mode)
-    waiting = list(range(len(prompts)))[::-1]
+    groups = plan_slots(model, prompts, limits, options) if groups is None else groups
+    for group in groups:
+        yield from decode_group(model, prompts, stop, options, limits, prefill_tokens, group)
+
+
+def compiled_step(cache: Cache):
+    """`decode_step` compiled; on CUDA as a CUDA graph, which must not write into tensors that could move: without the
+    marks, torch would leave it out, and only say so in a log."""
+    for x in (cache.k, cache.v):
+        torch._dynamo.mark_static_address(x)
+    return torch.compile(decode_step, dynamic=False, mode="reduce-overhead" if cache.k.device.type == "cuda" else None)
+
+
+def decode_group(
+    model: Transformer,
+    prompts: list[list[int]],
+    stop: set[int],
+    options: Options,
+    limits: list[int],
+    prefill_tokens: int,
+    group: Group,
+) -> Iterator[tuple[int, int | None, str]]:
+    """The answers to a group's members: slots in one cache, each taking the next prompt as soon as its answer ends."""
+    context, device = model.config.max_positions, model.embed.weight.device
+    slots: list[Slot | None] = [None] * group.slots
+    cache = Cache(model.config, group.slots, group.capacity, computed_in(model), device)
+    advance = compiled_step(cache) if options.compile else decode_step
+    waiting = group.members[::-1]
 
     def accept(places: list[int], logits: Tensor) -> Iterator[tuple[int, int | None, str]]:
         """Draw a token for the slots at `places`; one whose answer ends becomes None."""
@@ -317,10 +294,11 @@ def decode(
             return
         state = [(s.token, s.length) for s in slots]
         reach = max(length for _, length in state) + 1
-        masked = any(length + 1 < reach for _, length in state) or reach > (model.config.window or reach)
         if options.compile:
-            state += [(0, 0)] * (cache.k.shape[1] - len(slots))
-            reach, masked = min(capacity, max(128, 1 << (reach - 1).bit_length())), True
+            state += [(0, 0)] * (group.slots - len(slots))
+            reach = max(128, 1 << (reach - 1).bit_length())
+        reach = min(reach, group.capacity)
+        masked = options.compile or any(length + 1 < reach for _, length in state)
         newest, lengths = (torch.tensor(x, device=device) for x in zip(*state))
         # For a single row torch's own product of a matrix with a vector is twice as fast on a CPU as oneDNN's.
         torch.backends.mkldnn.set_flags(_enabled=len(state) > 1)
@@ -356,43 +334,48 @@ def answer_all(
     stop: set[int],
     options: Options,
     out: Path,
-    share: int,
-    shares: int,
-    writes: bool,
+    rank: int,
+    world_size: int,
 ) -> dict[str, dict]:
-    """Answer one of `shares` shares of the prompts (those that fit into the context and that OUT.partial.*.jsonl do not
-    hold yet), a line as each one ends. Returns the answers of all ranks by key. Where ranks have a share in common, one
-    of them writes."""
+    """Answer this rank's share of the prompts (those that fit into the context and that OUT.partial.*.jsonl do not hold
+    yet), a line as each one ends. Returns the answers of all ranks by key."""
     done = read_partial(out)
     dist.barrier()  # all have read before one writes
     open_ones = {p.key: p for p in prompts if p.key not in done and len(p.tokens) < model.config.max_positions}
-    todo = list(open_ones.values())[share::shares]
-    store = Store(out.with_name(f"{out.name}.partial.{share}.jsonl")) if writes else None
+    todo = list(open_ones.values())[rank::world_size]
+    rendered, limits = [p.tokens for p in todo], [options.max_new_tokens] * len(todo)
+    groups = plan_slots(model, rendered, limits, options)
+    if rank == 0 and todo:
+        print(describe(groups, rendered, model.config, computed_in(model)), flush=True)
+    store = Store(out.with_name(f"{out.name}.partial.{rank}.jsonl"))
     answers: list[list[int]] = [[] for _ in todo]
     made, started = 0, time.monotonic()
-    with progress(len(todo), out.name, "answer", shown=writes and share == 0) as bar:
-        for i, token, reason in decode(model, [p.tokens for p in todo], stop, options):
+    with progress(len(todo), out.name, "answer", shown=rank == 0) as bar:
+        for i, token, reason in told_of_memory(decode(model, rendered, stop, options, groups=groups), groups):
             if token is not None:
                 answers[i].append(token)
                 made += 1
                 continue
             text = tokenizer.decode(answers[i])
-            if store:
-                record = {"output": text, "output_tokens": len(answers[i]), "finish_reason": reason}
-                store.add({"key": todo[i].key, **record})
+            record = {"output": text, "output_tokens": len(answers[i]), "finish_reason": reason}
+            store.add({"key": todo[i].key, **record})
             bar.set_postfix_str(f"{made / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
             bar.update()
     dist.barrier()
-    if writes and share == 0:
+    if rank == 0:
         seconds = time.monotonic() - started
         print(f"{len(todo):,} answers made now on rank 0 in {seconds:.1f} s, {made / max(seconds, 1e-9):,.0f} tokens/s")
-    return read_partial(out)
+    found = read_partial(out)
+    for p in prompts:
+        if error := too_long(len(p.tokens), model.config.max_positions):
+            found[p.key] = {"output_tokens": 0, "finish_reason": "error", "error": error}
+    return found
 
 
 def partial_files(out: Path) -> list[Path]:
-    """The files that hold the ranks' answers until all are there."""
-    begins = f"{out.name}.partial."
-    return [path for path in sorted(out.parent.glob("*.jsonl")) if path.name.startswith(begins)]
+    """The files that hold the ranks' answers until all are there. (What a server was paid for is kept elsewhere.)"""
+    name = re.compile(re.escape(out.name) + r"\.partial\.\d+\.jsonl")
+    return [path for path in sorted(out.parent.glob("*.jsonl")) if name.fullmatch(path.name)]
 
 
 def read_partial(out: Path) -> dict[str, dict]:
@@ -403,18 +386,15 @@ def read_partial(out: Path) -> dict[str, dict]:
     return found
 
 
-def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, context: int, out: Path) -> None:
+def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, out: Path) -> None:
     """AlpacaEval's format, in the order of the prompts, and a table by dataset."""
     rows, errors, by_dataset = [], [], {}
     for prompt in prompts:
         row = {"id": prompt.id, "dataset": prompt.dataset, "instruction": prompt.instruction, "output": ""}
         row |= {"generator": generator, "prompt_tokens": len(prompt.tokens)}
-        if prompt.key in done:
-            row |= {k: v for k, v in done[prompt.key].items() if k != "key"}
-        else:
-            error = f"the prompt has {len(prompt.tokens)} tokens, the model's context ends at {context}"
-            row |= {"output_tokens": 0, "finish_reason": "error", "error": error}
-            errors.append(f"{prompt.where}: {error}")
+        row |= {k: v for k, v in done[prompt.key].items() if k != "key"}
+        if "error" in row:
+            errors.append(f"{prompt.where}: {row['error']}")
         rows.append(row if prompt.expected is None else row | {"expected": prompt.expected})
         by_dataset.setdefault(prompt.dataset, []).append(rows[-1])
     write_file(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
@@ -439,13 +419,56 @@ def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) 
     rows = [{"id": p.id, "instruction": p.instruction, "output": ""} for p in asked]
     fitting = [i for i, p in enumerate(asked) if len(p.tokens) < model.config.max_positions]
     answers: list[list[int]] = [[] for _ in fitting]
-    stop = set(stop_ids(TEMPLATES[template], tokenizer))
-    for i, token, _ in decode(model, [asked[k].tokens for k in fitting], stop, Options(max_new_tokens=256)):
+    stop, options = set(stop_ids(TEMPLATES[template], tokenizer)), Options(max_new_tokens=256)
+    rendered, limits = [asked[k].tokens for k in fitting], [options.max_new_tokens] * len(fitting)
+    free = torch.tensor(float(free_memory(model.embed.weight.device)), dtype=torch.float64)
+    dist.all_reduce(free, dist.ReduceOp.MIN)  # all have to plan alike
+    try:
+        groups = plan_slots(model, rendered, limits, options, free.item())
+    except WorkError:  # samples are no reason to end a training
+        groups = plan_slots(model, rendered, limits, replace(options, batch_size=1))
+    for i, token, _ in decode(model, rendered, stop, options, groups=groups):
         if token is not None:
             answers[i].append(token)
         else:
             rows[fitting[i]]["output"] = tokenizer.decode(answers[i])
             yield rows
+
+
+# ---------------------------------------------------------------- answers from a server
+
+
+def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: str | None, tokenizer) -> None:
+    """Ask the model `--server` at OPENAI_BASE_URL; everything that comes is kept in OUT.partial.jsonl at once."""
+    from parts import api, served  # here, because training imports this file and needs no httpx
+
+    extra = {"top_p": args.top_p} | ({"top_k": args.top_k} if args.top_k else {})
+    context, texts, specials = math.inf, [], []
+    if args.completions:
+        render_prompts(prompts, tokenizer, template)
+        adds_bos = read_json_object(args.model / "tokenizer_config.json").get("add_bos_token") is not False
+        pieces, context = served.Pieces(tokenizer, adds_bos), read_config(args.model).max_positions
+        texts = [pieces.text(render(p.turns, TEMPLATES[template], pieces)[0]) for p in prompts]
+        specials = list(pieces.specials)
+        stop = stop_ids(TEMPLATES[template], tokenizer)
+        if stop[0] not in tokenizer.eos_ids:  # at which servers end by themselves; vLLM and SGLang take this as well
+            extra["stop_token_ids"] = stop
+    options = api.api_options(
+        args, model=args.server, max_tokens=args.max_new_tokens, temperature=args.temperature, extra=extra
+    )
+    questions, done = served.make_questions(prompts, options, args.seed, args.completions, context, texts, specials)
+    store = api.ask_questions(options, args.out, questions, served.any_reply, "")
+    if store is None:
+        return
+    done |= {q.key: served.answer_of(store.of(q.key)) for q in questions}
+    write_answers(prompts, done, args.name, args.out)
+    if args.completions:
+        counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts]
+        other = [f"{p.where}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
+        print_listed("prompts have another number of tokens at the server: another BOS, or another tokenizer", other)
+    refused = sum("error" in done[q.key] for q in questions)
+    if refused > 0.05 * len(questions):
+        raise WorkError(f"{refused:,} of {len(questions):,} prompts were refused (--ask-refused asks them again)")
 
 
 # ---------------------------------------------------------------- in the terminal
@@ -495,40 +518,61 @@ def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    from parts import api  # here, because training imports this file and needs no httpx
+
     parser = argparse.ArgumentParser(
         description="Answer prompts with a Llama or Mistral checkpoint.",
         formatter_class=HelpFormatter,
         epilog=EXIT_CODES,
     )
     add, default = parser.add_argument, Options()
-    add("--model", type=Path, required=True, metavar="DIR", help="HF folder, say out/stage3")
+    add("--model", type=Path, metavar="DIR", help="HF folder, say out/stage3")
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     prompts_help = "test sets, data files, or text with a prompt a line"
     source("--prompts", type=Path, nargs="+", metavar="F", help=prompts_help)
     source("--prompt", metavar="TEXT", help="one prompt; the answer goes to stdout")
     source("--chat", action="store_true", help="talk in the terminal")
     add("--out", type=Path, metavar="F", help="JSON list of answers (needed with --prompts)")
-    add("--name", help="of the generator in the answers (default: the model's folder)")
+    add("--name", help="of the generator in the answers (default: the model's folder, or --server)")
     add("--template", choices=TEMPLATES, help="(default: what the folder's template.json says, else phased)")
     add("--max-new-tokens", type=positive, default=default.max_new_tokens, metavar="N", help="longest answer")
     add("--temperature", type=float, default=default.temperature, help="0: always the likeliest token")
     add("--top-k", type=int, default=default.top_k, help="sample from the K likeliest (0: from all)")
     add("--top-p", type=float, default=default.top_p, help="sample from the fewest that hold this probability")
-    batch_help = "prompts at once: changes speed and the cache's memory only"
-    add("--batch-size", type=positive, default=default.batch_size, metavar="N", help=batch_help)
+    batch_help = "prompts at once: changes speed and memory only (default: as many as free memory allows, at most 128)"
+    add("--batch-size", type=positive, metavar="N", help=batch_help)
     add("--seed", type=int, default=default.seed, help="of the samples")
-    tp_help = "tensor parallelism: shard the model over N ranks of a node"
-    add("--tp", type=positive, default=1, metavar="N", help=tp_help)
     compile_help = "torch.compile the decode step (on CUDA as a CUDA graph); with --prompts"
     add("--compile", action="store_true", help=compile_help)
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
     add("--debug", action="store_true", help="show tracebacks")
+    add(
+        "--server",
+        metavar="NAME",
+        help="have the model of this name at OPENAI_BASE_URL answer, instead of --model here",
+    )
+    add(
+        "--completions",
+        nargs="?",
+        const="ids",
+        choices=["ids", "text"],
+        help="with --server: ask for the completion of what --model's tokenizer and template make of a prompt, sent as "
+        "token ids (the default) or as text, instead of sending chat messages",
+    )
+    api.add_api_arguments(parser, sampling=False)
     args = parser.parse_args(argv)
     if args.prompts and args.out is None:
         parser.error("--prompts needs --out")
+    if args.server:
+        if not args.prompts or args.compile or args.batch_size:
+            parser.error("--server needs --prompts, and has no use for --batch-size and --compile")
+        if bool(args.model) != bool(args.completions) or (args.template and not args.completions):
+            parser.error("--server: --model and --template go with --completions, and --completions with --model")
+    elif args.completions or not args.model or args.dry_run or args.batch or args.budget < math.inf:
+        parser.error("--model is needed, or --server (for --completions, --dry-run, --budget and --batch, too)")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0 and args.seed >= 0):
         parser.error("--temperature, --top-k and --seed must be at least 0, --top-p above 0 and at most 1")
-    args.name = args.name or os.path.relpath(args.model)
+    args.name = args.name or args.server or os.path.relpath(args.model)
     return args
 
 
@@ -536,10 +580,14 @@ def run(args: argparse.Namespace) -> None:
     if args.out and args.out.resolve() in [path.resolve() for path in args.prompts or []]:
         raise InputError(f"--out {args.out} is read as prompts: it would be overwritten")
     prompts = [p for path in args.prompts or [] for p in read_prompts(path)]
+    if args.server and not args.completions:
+        return answer_by_server(prompts, args, None, None)
     tokenizer = load_tokenizer(args.model)
     template = args.template or read_json_object(args.model / "template.json").get("template", "phased")
     if template not in TEMPLATES:
         raise InputError(f"{args.model / 'template.json'}: unknown template {template!r}")
+    if args.server:
+        return answer_by_server(prompts, args, template, tokenizer)
     stop, dtype, options = (
         set(stop_ids(TEMPLATES[template], tokenizer)),
         compute_dtype(args.dtype),
@@ -548,24 +596,14 @@ def run(args: argparse.Namespace) -> None:
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product: of oneDNN's
         os.environ.setdefault(name, "32")  # compiled ones, one a number of tokens, a thousand would take 0.6 GiB
     with join_ranks() as ranks:
-        if ranks.world_size % args.tp or (args.tp > 1 and not args.prompts):
-            raise InputError(
-                f"--tp {args.tp} needs --prompts and a number of ranks that it divides, not {ranks.world_size}: "
-                "torchrun --nproc-per-node"
-            )
-        groups = (
-            [dist.new_group(range(a, a + args.tp)) for a in range(0, ranks.world_size, args.tp)] if args.tp > 1 else []
-        )
-        share, place = divmod(ranks.rank, args.tp)  # ranks that shard one model have one share of the prompts
         try:
-            model = load_model(args.model, dtype, ranks.device, groups[share] if groups else None)
-            context = model.config.max_positions
+            model = load_model(args.model, dtype, ranks.device)
             if args.chat:
                 chat(model, tokenizer, template, stop, options)
             elif args.prompt is not None:
                 tokens = render([("user", args.prompt)], TEMPLATES[template], tokenizer)[0]
-                if len(tokens) >= context:
-                    raise InputError(f"the prompt has {len(tokens)} tokens, the model's context ends at {context}")
+                if error := too_long(len(tokens), model.config.max_positions):
+                    raise InputError(error)
                 print_answer(model, tokenizer, tokens, stop, options)
             else:
                 made_by = (
@@ -575,14 +613,17 @@ def run(args: argparse.Namespace) -> None:
                 highest = max(render_prompts(prompts, tokenizer, template))
                 check_vocabulary(highest, model.config.vocab_size, args.model)
                 for p in prompts:
-                    about = json.dumps([*made_by, args.tp, template, str(dtype), p.tokens])
+                    about = json.dumps([*made_by, template, str(dtype), p.tokens])
                     p.key = hashlib.sha256(about.encode()).hexdigest()[:32]
-                shares = ranks.world_size // args.tp
-                done = answer_all(model, tokenizer, prompts, stop, options, args.out, share, shares, writes=place == 0)
+                place = ranks.rank, ranks.world_size
+                done = answer_all(model, tokenizer, prompts, stop, options, args.out, *place)
                 if ranks.rank == 0:
-                    write_answers(prompts, done, args.name, context, args.out)
-        except torch.OutOfMemoryError as e:
-            raise WorkError(f"out of GPU memory: try --batch-size {args.batch_size // 2}, or --tp ({e})") from None
+                    write_answers(prompts, done, args.name, args.out)
+        except (RuntimeError, MemoryError) as e:
+            if not ran_out(e):
+                raise
+            advice = "try --dtype bf16, or have an engine answer (--server)"
+            raise WorkError(f"out of memory with the weights alone: {advice} ({ran_out(e)})") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,8 +8,8 @@ Sizes in shape comments: T tokens, D documents, C dim, H query heads, G key/valu
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parts.kernels import attend, cross_entropy, rms_norm, rotate, swiglu
 from parts.program import InputError, read_json_object, write_file
-from parts.weights import find_tensors, local_part, read_slice, save_weights, stored_dtype
+from parts.weights import find_tensors, local_part, read_slice, save_weights, stored_dtype, whole, write_tensors
 
 # ---------------------------------------------------------------- configuration
 
@@ -194,10 +194,28 @@ def rope_tables(config: Config, positions: Tensor, lengths: Tensor) -> tuple[Ten
 
 
 class Linear(nn.Linear):
-    """Computes in the dtype of its input, whatever that of its weights."""
+    """Computes in the dtype of its input, whatever that of its weights. It may have an adapter: W + scale * B A."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__(n_in, n_out, bias)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.scale = 0.0
+
+    def add_adapter(self, rank: int, alpha: float) -> None:
+        """LoRA (arXiv 2106.09685): of the sum W + alpha / rank * B A only A (rank, in) and B (out, rank) are trained;
+        both fp32."""
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=torch.float32, device=self.weight.device))
+        self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y if self.lora_A is None else self.adapted(y, F.linear(x, self.lora_A.to(x.dtype)))
+
+    def adapted(self, y: Tensor, a: Tensor) -> Tensor:
+        """y (T, out) and what the adapter adds to it, given a = A x (T, rank)."""
+        return torch.addmm(y, a, self.lora_B.to(y.dtype).T, alpha=self.scale)
 
 
 class RMSNorm(nn.Module):
@@ -233,8 +251,11 @@ class MLP(nn.Module):
         self.down = Linear(c.hidden_dim, c.dim, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = swiglu(self.gate(x), self.up(x), self.down.weight)
-        return y if self.down.bias is None else y + self.down.bias.to(x.dtype)
+        gate, up, down = self.gate(x), self.up(x), self.down
+        y = swiglu(gate, up, down.weight)
+        if down.lora_A is not None:
+            y = down.adapted(y, swiglu(gate, up, down.lora_A))
+        return y if down.bias is None else y + down.bias.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -245,7 +266,6 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c)
         self.mlp = MLP(c)
         self.checkpointed = False  # keep only the block's input for the backward pass, compute the rest again
-        self.tensor_parallel: dist.ProcessGroup | None = None  # ranks that have a share of heads and MLP each
 
     def forward(self, *inputs) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
@@ -253,13 +273,8 @@ class Block(nn.Module):
         return self.compute(*inputs)
 
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Callable) -> Tensor:
-        x = x + self.summed(self.attention(self.attention_norm(x), cos, sin, attention))
-        return x + self.summed(self.mlp(self.mlp_norm(x)))
-
-    def summed(self, x: Tensor) -> Tensor:
-        if self.tensor_parallel is not None:
-            dist.all_reduce(x, group=self.tensor_parallel)
-        return x
+        x = x + self.attention(self.attention_norm(x), cos, sin, attention)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 @dataclass(frozen=True)
@@ -320,6 +335,28 @@ class Transformer(nn.Module):
         """(n, V) of what the last block gave (n, C)."""
         return F.linear(self.norm(x), self.head_weight.to(x.dtype))
 
+    # ---- adapters (LoRA)
+
+    def add_adapters(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
+        """To every Linear whose Hugging Face name (q_proj, …) is among the targets; `init_adapters` fills them."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and HF_NAMES[name.rpartition(".")[2]] in targets:
+                module.add_adapter(rank, alpha)
+
+    def adapted(self) -> dict[str, Linear]:
+        """The matrices that have an adapter, by name."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+
+    @torch.no_grad()
+    def init_adapters(self, seed: int) -> None:
+        """As peft does: A kaiming-uniform (a = sqrt 5), B zero. The same for any number of ranks."""
+        generator = torch.Generator().manual_seed(seed)
+        for linear in self.adapted().values():
+            linear.lora_B.zero_()
+            everything = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
+            local, offset = local_part(linear.lora_A.detach())
+            local.copy_(everything[offset[0] : offset[0] + len(local)])
+
 
 # ---------------------------------------------------------------- loading and saving
 
@@ -347,12 +384,17 @@ def hf_name(name: str) -> str:
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 
+def kept_in_files(model: Transformer) -> dict[str, nn.Parameter]:
+    """The parameters that an HF folder has: all but the adapters."""
+    return {name: p for name, p in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))}
+
+
 def find_weights(model: Transformer, folder: str | Path) -> dict[str, Path]:
     """Where each parameter of `model` (built on meta) lies: {its name: file}. Reads only headers. Raises InputError."""
-    shapes = {hf_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {hf_name(name): tuple(p.shape) for name, p in kept_in_files(model).items()}
     # An export of a tied model may repeat the embedding as a head.
     files = find_tensors(Path(folder), shapes, surplus={"lm_head.weight"} if model.config.tied else set())
-    return {name: files[hf_name(name)] for name, _ in model.named_parameters()}
+    return {name: files[hf_name(name)] for name in kept_in_files(model)}
 
 
 def weights_dtype(model: Transformer, folder: str | Path) -> torch.dtype:
@@ -364,43 +406,23 @@ def weights_dtype(model: Transformer, folder: str | Path) -> torch.dtype:
 
 def load_weights(model: Transformer, files: dict[str, Path]) -> None:
     """Fill the model's parameters, plain or sharded, from `find_weights`' files; each rank reads its own slices."""
-    for name, p in model.named_parameters():
+    for name, p in kept_in_files(model).items():
         local, offset = local_part(p.detach())
         read_slice(files[name], hf_name(name), local, offset)
 
 
 def load_model(
-    folder: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    tensor_parallel: dist.ProcessGroup | None = None,
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
     """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`.
 
     Nothing is allocated before all headers are checked against config.json; memory stays near that of the weights.
-    With a group of tensor-parallel ranks: this rank's share of the heads and of the MLP's width, all else whole.
     Raises InputError.
     """
-    config = read_config(folder)
-    rank, world_size = (
-        (dist.get_rank(tensor_parallel), dist.get_world_size(tensor_parallel)) if tensor_parallel else (0, 1)
-    )
     with torch.device("meta"):
-        whole = Transformer(config)
-        files = find_weights(whole, folder)
-        widths = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "hidden_dim": config.hidden_dim}
-        if any(n % world_size for n in widths.values()):
-            raise InputError(f"{folder}: {world_size} ranks do not divide {widths}")
-        model = Transformer(replace(config, **{key: n // world_size for key, n in widths.items()})).to(dtype)
-    model.to_empty(device=device)
-    shapes = {name: p.shape for name, p in whole.named_parameters()}
-    for name, p in model.named_parameters():
-        offset = tuple(rank * own if own != all_ranks else 0 for own, all_ranks in zip(p.shape, shapes[name]))
-        read_slice(files[name], hf_name(name), p.detach(), offset)
-        if rank > 0 and name.endswith(("o.bias", "down.bias")):
-            p.detach().zero_()  # added once
-    for layer in model.layers:
-        layer.tensor_parallel = tensor_parallel
+        model = Transformer(read_config(folder)).to(dtype)
+    files = find_weights(model, folder)
+    load_weights(model.to_empty(device=device), files)
     return model
 
 
@@ -416,13 +438,43 @@ def init_weights(model: Transformer, seed: int) -> None:
             p.normal_(0, 0.02 / math.sqrt(2 * model.config.n_layers) if residual else 0.02, generator=generator)
 
 
-def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None = None, base: str | Path = "") -> None:
     """Write an HF folder: safetensors as `dtype` (default: that of the parameters) and config.json. Every rank must
-    call, rank 0 writes; every file appears whole or not at all. Raises WorkError."""
-    tensors = {hf_name(name): p for name, p in model.named_parameters()}
+    call, rank 0 writes; every file appears whole or not at all. Raises WorkError.
+
+    Adapters are merged into what they belong to, and written to adapter/ by themselves; `base` is told to who reads it.
+    """
+    folder, tensors = Path(folder), {hf_name(name): p for name, p in kept_in_files(model).items()}
     dtype = dtype or next(iter(tensors.values())).dtype
-    save_weights(Path(folder), tensors, dtype)
+    adapted = {f"{hf_name(name)}.weight": linear for name, linear in model.adapted().items()}
+
+    def merged(name: str, weight: Tensor) -> Tensor:
+        if name not in adapted:
+            return weight
+        linear = adapted[name]
+        return weight.float() + linear.scale * whole(linear.lora_B) @ whole(linear.lora_A)
+
+    save_weights(folder, tensors, dtype, merged)
     if not dist.is_initialized() or dist.get_rank() == 0:
         config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # transformers 5 writes this instead; one of the two must go
-        write_file(Path(folder) / "config.json", json.dumps(config, indent=1))
+        write_file(folder / "config.json", json.dumps(config, indent=1))
+    if adapted:
+        save_adapters(model.adapted(), folder / "adapter", base)
+
+
+def save_adapters(adapted: dict[str, Linear], folder: Path, base: str | Path) -> None:
+    """In the layout of peft. Every rank must call, rank 0 writes."""
+    tensors = {
+        f"base_model.model.{hf_name(name)}.{part}.weight": whole(getattr(linear, part)).cpu()
+        for name, linear in adapted.items()
+        for part in ("lora_A", "lora_B")
+    }
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    first, targets = next(iter(adapted.values())), {hf_name(name).rpartition(".")[2] for name in adapted}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none"}
+    config |= {"r": len(first.lora_A), "lora_alpha": first.scale * len(first.lora_A), "lora_dropout": 0.0}
+    config |= {"target_modules": sorted(targets), "inference_mode": True}
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=1))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 import data
@@ -28,17 +28,20 @@ import score
 from data import TEMPLATES, Documents
 from model import Config, Transformer, find_weights, hf_name, load_weights, read_config, save_model, weights_dtype
 from parts import cost, options
+from parts.adamw import StochasticAdamW
 from parts.distributed import (
     Ranks,
     all_reduce,
     broadcast,
     check_shared,
     compute_dtype,
+    gradient_norm,
     is_first_rank,
     join_ranks,
     reshard,
 )
-from parts.options import Computation, Optimization, Output
+from parts.memory import free_memory, memory_in_use
+from parts.options import Computation, Optimization, Output, Weights
 from parts.program import (
     InputError,
     Interrupted,
@@ -59,16 +62,8 @@ from parts.program import (
     sha256,
     write_file,
 )
-from parts.record import GrowingFile, StepLog, check_same_run, describe_run, forgetting, refuse_foreign
-from parts.state import (
-    check_optimizer,
-    describe_optimizer,
-    newest_state,
-    read_state,
-    restore_state,
-    save_state,
-    state_tensors,
-)
+from parts.record import GrowingFile, StepLog, check_same_run, describe_run, refuse_foreign, write_forgetting
+from parts.state import check_optimizer, newest_state, read_state, restore_state, save_training
 from parts.store import lock_folder
 from parts.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
 from parts.weights import checksum, local_part, refuse_nan
@@ -148,13 +143,25 @@ def print_stages(stages: list[Stage], chosen: bool) -> None:
 # ---------------------------------------------------------------- the model and what is trained of it
 
 
-def build_model(folder: Path, config: Config, computation: Computation, ranks: Ranks) -> Transformer:
-    """The model of an HF folder, fp32, sharded over the ranks (FSDP2), computing in the dtype asked for. Each rank
-    reads its part."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def outline(config: Config, weights: Weights, dtype: torch.dtype) -> Transformer:
+    """The model as it is trained, on meta: without memory. `dtype` is that of the computation; beside adapters (LoRA)
+    the frozen weights have it, too."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config).to(dtype if weights.lora else DTYPES[weights.weights])
+        if weights.lora:
+            model.add_adapters(weights.lora, weights.lora_alpha, weights.lora_targets)
+    model.compute_dtype = dtype
+    return model
+
+
+def build_model(folder: Path, config: Config, weights: Weights, computation: Computation, ranks: Ranks) -> Transformer:
+    """The model of an HF folder, sharded over the ranks (FSDP2). Each rank reads its part."""
+    dtype = compute_dtype(computation.dtype)
+    model = outline(config, weights, dtype)
     files = find_weights(model, folder)
-    model.compute_dtype = dtype = compute_dtype(computation.dtype)
     for block in model.layers:
         block.checkpointed = computation.checkpoint_activations
         if computation.compile:
@@ -168,15 +175,19 @@ def build_model(folder: Path, config: Config, computation: Computation, ranks: R
         model.embed.sparse = True  # its gradient only at the words that occur
     model.to_empty(device=ranks.device)
     load_weights(model, files)
+    model.init_adapters(weights.seed)
     return model
 
 
 def trained_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """Which parameters are trained, by name. Step, optimizer, clipping, saved state, memory plan and MFU ask here.
+    """Which parameters are trained, by name: the adapters where there are some (LoRA), else all. Step, optimizer,
+    clipping, saved state, memory plan and MFU ask here.
 
     To freeze some, leave them out of `chosen` (or freeze them before): what is not trained gets no gradient.
     """
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if model.adapted():
+        chosen = {name: p for name, p in chosen.items() if "lora" in name}
     for name, p in model.named_parameters():
         p.requires_grad_(name in chosen)
     return chosen
@@ -188,8 +199,10 @@ def make_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization)
     decayed = [p for p in trained.values() if p.dim() > 1]
     others = [p for p in trained.values() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(optimization.betas), eps=1e-8, fused=True)
+    groups, settings = [g for g in groups if g["params"]], {"betas": tuple(optimization.betas), "eps": 1e-8}
+    if any(p.dtype == torch.bfloat16 for p in trained.values()):  # --weights bf16
+        return StochasticAdamW(groups, **settings, seed=optimization.seed)
+    return torch.optim.AdamW(groups, lr=0.0, **settings, fused=True)
 
 
 def check_reached(model: Transformer, trained: dict[str, nn.Parameter], documents: Documents, ranks: Ranks) -> None:
@@ -240,17 +253,6 @@ def clip_gradients(trained: dict[str, nn.Parameter], most: float, ranks: Ranks) 
     if most and norm > most:
         torch._foreach_mul_(gradients, most / norm)
     return norm
-
-
-def gradient_norm(gradients: list[Tensor], ranks: Ranks) -> float:
-    """The norm over all these gradients (this rank's parts of them) and all ranks. In pieces and fp64: torch's own norm
-    of a large fp32 tensor on a CPU is wrong in the third digit, and differs with the number of ranks."""
-    square = torch.zeros((), device=ranks.device, dtype=torch.float64)
-    for g in gradients:
-        for piece in g.flatten().split(2**20):
-            square += piece.square().sum()
-    dist.all_reduce(square, group=ranks.mesh.get_group("shard"))
-    return square.sqrt().item()
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
@@ -377,9 +379,8 @@ class Run:
     def save(self) -> None:
         reshard(self.model)
         self.done.metrics_size, self.done.order_size = self.log.size, self.order.size if self.order else 0
-        state = {"progress": asdict(self.done), "optimizer": describe_optimizer(self.trained, self.optimizer)}
-        name = f"{self.done.stage:03}-{self.done.step:08}"
-        save_state(self.output.out / "resume", name, self.ranks, state_tensors(self.trained, self.optimizer), state)
+        name, progress = f"{self.done.stage:03}-{self.done.step:08}", asdict(self.done)
+        save_training(self.output.out / "resume", name, self.ranks, self.trained, self.optimizer, progress)
         self.last_saved = time.monotonic()
 
     def save_if_due(self, after_step: bool = False) -> None:
@@ -473,7 +474,7 @@ class Run:
         row |= {"loss": loss, "lr": lr, "grad_norm": norm, "documents": len(batch), "tokens": tokens}
         row |= {"supervised": supervised, "seconds": round(seconds, 4)}
         row |= {"mfu": round(flops / seconds / self.peak, 4) if self.peak else None}
-        self.log.step(row | {"memory_bytes": cost.memory_in_use(self.ranks.device)})
+        self.log.step(row | {"memory_bytes": memory_in_use(self.ranks.device)})
         if self.order:
             ids = [stage.documents.ids[d] for d in batch]
             self.order.write({"stage": stage.name, "step": done.step, "epoch": epoch + 1, "ids": ids})
@@ -498,21 +499,17 @@ class Run:
             self.optimizer.state.clear()
             self.save()
             if self.held_out and self.ranks.rank == 0:
-                stages, losses = forgetting(self.output.out / "metrics.jsonl")
-                content = json.dumps({"stages": stages, "losses": losses}, indent=1)
-                write_file(self.output.out / "held_out.json", content)
-                rows = [(name, *("–" if x is None else f"{x:.4f}" for x in of)) for name, of in losses.items()]
-                print_table(("held-out loss after", *stages), rows)
+                write_forgetting(self.output.out)
 
 
 def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, samples: list[dict] | None) -> None:
     """Write a stage's HF folder: weights, config, tokenizer, generation settings, template, samples. All or nothing."""
-    new, dtypes = aside(folder), {"bf16": torch.bfloat16, "fp32": torch.float32}
+    new = aside(folder)
     try:
         if ranks.rank == 0:
             remove(new)
         dist.barrier()
-        save_model(model, new, dtypes.get(output.save_dtype) or weights_dtype(model, output.model))
+        save_model(model, new, DTYPES.get(output.save_dtype) or weights_dtype(model, output.model), output.model)
         if ranks.rank == 0:
             template = TEMPLATES[output.template]
             stop_ids = data.stop_ids(template, load_tokenizer(output.model))
@@ -534,11 +531,6 @@ def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, sampl
 # ---------------------------------------------------------------- the start
 
 
-# Arguments which do not change what is computed: a run may go on with others.
-FREE_ARGUMENTS = {"out", "save_every", "sample", "skip_nonfinite", "micro_tokens", "checkpoint_activations", "compile"}
-FREE_ARGUMENTS |= {"replicas", "dry_run", "plan_world_size", "debug"}
-
-
 def claim_folder(args: argparse.Namespace):
     """Refuse an --out that is not this run's to write; else hold its lock, which goes with the process."""
     inputs = [args.model, *map(Path, [*args.stages, *args.eval, *args.scores]), *([args.sample] if args.sample else [])]
@@ -547,9 +539,26 @@ def claim_folder(args: argparse.Namespace):
     return None if args.dry_run else lock_folder(args.out)
 
 
-def check_everything(args: argparse.Namespace, model: Transformer) -> tuple[list[Stage], dict[str, Documents]]:
+def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], worlds: list[int]) -> None:
+    """The memory that a rank needs, for each number of ranks: as asked, and with other weights."""
+    cuda, planned = args.plan_gpu is not None or torch.cuda.is_available(), {}
+    dtype = compute_dtype("bf16" if args.plan_gpu is not None and args.dtype == "auto" else args.dtype)
+    for way, weights in options.other_ways(from_arguments(Weights, args)).items():
+        model = outline(config, weights, dtype)
+        trained, planned[way] = set(trained_parameters(model)), {}
+        for world in worlds:
+            found = [data.largest_micro_batch(s.documents, s.batch_size, world, args.micro_tokens) for s in stages]
+            most = (max(numbers) for numbers in zip(*found))  # tokens, supervised
+            how = (world // args.replicas, dtype, *most, args.checkpoint_activations, cuda)
+            planned[way][world] = cost.memory_plan(model, trained, *how)
+    free = args.plan_gpu * 2**30 if args.plan_gpu is not None else free_memory(torch.device("cuda" if cuda else "cpu"))
+    cost.print_memory(planned, {w: free and free / (1 if cuda else w) for w in worlds})  # a CPU's memory is shared
+
+
+def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict[str, Documents]]:
     """What can be wrong is found before the first weight is read; the plan is printed, run.json written. A dry run
     writes nothing."""
+    model = outline(config, from_arguments(Weights, args), compute_dtype(args.dtype))
     stages, held_out, hashes = read_data(args, first=True)
     everything = [*(s.documents for s in stages), *held_out.values()]
     highest = max(int(d.tokens.max()) for d in everything)
@@ -562,7 +571,7 @@ def check_everything(args: argparse.Namespace, model: Transformer) -> tuple[list
     description = describe_run(vars(args), {"torch": torch.__version__, "numpy": np.__version__}, hashes)
     description["skipped_rows"] = [line for documents in everything for line in documents.bad]
     defaults = vars(parse_args(["--stages", *args.stages, "--lr", "5e-4"]))
-    before = check_same_run(args.out / "run.json", description, FREE_ARGUMENTS, defaults)
+    before = check_same_run(args.out / "run.json", description, options.FREE, defaults)
     worlds = [int(os.environ.get("WORLD_SIZE", 1)), *([args.plan_world_size] if args.plan_world_size else [])]
     if uneven := [str(world) for world in worlds if world % args.replicas]:
         raise InputError(f"--replicas {args.replicas} does not divide {' and '.join(uneven)} ranks")
@@ -576,13 +585,7 @@ def check_everything(args: argparse.Namespace, model: Transformer) -> tuple[list
     if not args.dry_run or list(args.model.glob("*.safetensors")):  # a plan needs no weights
         find_weights(model, args.model)
     if args.dry_run:
-        cuda, plans = torch.cuda.is_available(), {}
-        for world in worlds:
-            found = [data.largest_micro_batch(s.documents, s.batch_size, world, args.micro_tokens) for s in stages]
-            tokens, supervised = (max(numbers) for numbers in zip(*found))
-            shards, checkpointed = world // args.replicas, args.checkpoint_activations
-            plans[world] = cost.memory_plan(model, set(trained), shards, dtype, tokens, supervised, checkpointed, cuda)
-        cost.print_memory(plans)
+        print_plan(args, config, stages, worlds)
     else:
         description["weights"] = before.get("weights")
         write_file(args.out / "run.json", json.dumps(description, indent=1))
@@ -603,12 +606,11 @@ def check_weights(model: Transformer, folder: Path, out: Path) -> None:
 
 def start(args: argparse.Namespace) -> None:
     config = read_config(args.model)
-    with torch.device("meta"):
-        skeleton = Transformer(config)
+    weights = from_arguments(Weights, args)
     if is_first_rank():  # the others wait for it to join them, then take what it has cached
         with catch_signals():
             lock = claim_folder(args)
-            stages, held_out = check_everything(args, skeleton)
+            stages, held_out = check_everything(args, config)
     if args.dry_run:
         return
     if args.deterministic:
@@ -620,7 +622,7 @@ def start(args: argparse.Namespace) -> None:
         if ranks.rank > 0:
             stages, held_out, _ = read_data(args, first=False)
         try:
-            model = build_model(args.model, config, from_arguments(Computation, args), ranks)
+            model = build_model(args.model, config, weights, from_arguments(Computation, args), ranks)
             check_weights(model, args.model, args.out)
             trained = trained_parameters(model)
             check_reached(model, trained, stages[0].documents, ranks)
@@ -629,8 +631,8 @@ def start(args: argparse.Namespace) -> None:
             run = Run(output, ranks, model, trained, optimizer, held_out, args.micro_tokens, len(stages), stop)
             phased_training(stages, model, trained, optimization, from_arguments(SelectionOptions, args), run)
         except torch.OutOfMemoryError as e:
-            advice = f"try --micro-tokens {args.micro_tokens // 2} or --checkpoint-activations"
-            raise WorkError(f"out of GPU memory: {advice} ({e})") from None
+            ways = f"--micro-tokens {args.micro_tokens // 2}, --checkpoint-activations, --weights bf16 or --lora 16"
+            raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None
     if is_first_rank():
         lock.close()
         data.clear_cache(args.out / "cache")  # a run that ended well needs it no more

@@ -11,14 +11,14 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import httpx
 
 from parts.program import InputError, Interrupted, WorkError, above_zero, positive, printable, progress, whole
-from parts.questions import Question, state_of, tokens_in, value_of
+from parts.questions import Question, bytes_in, state_of, tokens_in, value_of
 from parts.replies import (
     LONGEST,
     BadReply,
@@ -79,6 +79,7 @@ class ApiOptions:
     batch_poll: float = 30.0  # seconds between looks at a batch
     ask_refused: bool = False  # ask again what was refused or could not be read before
     dry_run: bool = False  # print the plan, send nothing
+    extra: dict = field(default_factory=dict)  # what else goes into every request: top_p …
 
     def prices(self) -> list[float | None]:
         """Dollars per million tokens in and out, half of them in batches; None where they are not known."""
@@ -88,9 +89,11 @@ class ApiOptions:
         return [p / 2 if p and self.batch else p for p in given]
 
 
-def add_api_arguments(parser: argparse.ArgumentParser) -> None:
+def add_api_arguments(parser: argparse.ArgumentParser, sampling: bool = True) -> None:
+    """`sampling`: also the model's name and how it answers, for programs that have no such flags of their own."""
     group, default = parser.add_argument_group("API (OPENAI_API_KEY and OPENAI_BASE_URL are honoured)"), ApiOptions()
-    group.add_argument("--api-model", default=default.model, metavar="M", help="name of the model that is asked")
+    if sampling:
+        group.add_argument("--api-model", default=default.model, metavar="M", help="name of the model that is asked")
     for name, kind, metavar, text in (
         ("concurrency", positive, "N", "requests in flight at once"),
         ("rpm", above_zero, "N", "requests a minute, at most"),
@@ -104,6 +107,8 @@ def add_api_arguments(parser: argparse.ArgumentParser) -> None:
         ("price_out", float, "USD", "the same, of replies"),
         ("batch_poll", above_zero, "S", "seconds between looks at a batch"),
     ):
+        if name in ("max_tokens", "temperature") and not sampling:
+            continue
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, default=getattr(default, name), metavar=metavar, help=text)
     group.add_argument("--batch", action="store_true", help="use the Batch API: half the price, within 24 hours")
@@ -112,10 +117,10 @@ def add_api_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ask-refused", action="store_true", help=again)
 
 
-def api_options(args: argparse.Namespace) -> ApiOptions:
-    """The arguments that add_api_arguments added."""
-    named = {f.name: getattr(args, f.name) for f in fields(ApiOptions) if f.name != "model"}
-    return ApiOptions(model=args.api_model, **named)
+def api_options(args: argparse.Namespace, **own) -> ApiOptions:
+    """The arguments that add_api_arguments added, and those of the program's own."""
+    named = {f.name: getattr(args, f.name) for f in fields(ApiOptions) if hasattr(args, f.name)}
+    return ApiOptions(**named | {"model": getattr(args, "api_model", "")} | own)
 
 
 # ---------------------------------------------------------------- the client
@@ -133,9 +138,9 @@ class Client:
     """Asks request by request; keeps to pace and budget; counts what it costs.
 
     Each reply becomes a record of the store the moment it comes: {"key", "id", "reply", "value", "usage", "dollars",
-    "model", "fingerprint"} or {"key", "id", "refused"}; `value` is what `parse` makes of the reply, None where it
-    cannot be parsed: then `reminder` is sent behind it, up to twice. `dollars` is what it cost, None where no price is
-    known.
+    "model", "fingerprint", "finish_reason"} or {"key", "id", "refused"}; `value` is what `parse` makes of the reply,
+    None where it cannot be parsed: then `reminder` is sent behind it, up to twice. `dollars` is what it cost, None
+    where no price is known.
     """
 
     def __init__(self, options: ApiOptions, store: Store, parse: Callable[[str], object], reminder: str):
@@ -185,7 +190,8 @@ class Client:
 
     def most_dollars(self, payload: dict) -> float:
         """The most that a request can cost: no tokenizer makes more tokens than there are bytes."""
-        sent = sum(len(m["content"].encode()) + 16 for m in payload["messages"])
+        asked = payload.get("messages") or payload["prompt"]
+        sent = bytes_in(asked) + 16 * len(payload.get("messages", ()))
         return self.dollars(sent, payload.get("max_tokens") or payload["max_completion_tokens"])
 
     def stop_for_the_budget(self) -> None:
@@ -269,32 +275,34 @@ class Client:
             return reply.headers["x-should-retry"] == "false"
         return not (status in (200, 408, 409, 429) or status >= 500)
 
-    async def post(self, http: httpx.AsyncClient, messages: list[dict], seed: int) -> Reply:
+    async def post(self, http: httpx.AsyncClient, question: Question) -> Reply:
         """One try of a completion when the pace allows it; again at once without what the server does not support."""
-        tokens = tokens_in(messages) + self.options.max_tokens
+        tokens = tokens_in(self.asked_of(question)) + self.options.max_tokens
         while True:
             await self.pace.wait(tokens)
-            payload = self.payload(messages, seed)
-            reply = await self.fetch(http, "POST", "/chat/completions", json=payload)
+            payload = self.payload(question)
+            reply = await self.fetch(http, "POST", question.endpoint, json=payload)
             self.pace.learn(reply.headers, tokens)
-            if reply.status != 400 or not self.adapt(error_of(reply.body), payload):
+            if reply.status not in (400, 422) or not self.adapt(error_of(reply.body), payload):
                 return reply
 
-    def payload(self, messages: list[dict], seed: int) -> dict:
-        options = self.options
-        body = {"model": options.model, "messages": messages, "temperature": options.temperature, "seed": seed}
+    def payload(self, question: Question) -> dict:
+        options, asked = self.options, "messages" if question.prompt is None else "prompt"
+        body = {"model": options.model, asked: self.asked_of(question), "temperature": options.temperature}
+        body |= {"seed": question.seed, **options.extra}
+        most = question.max_tokens or options.max_tokens
         if "max_tokens" in self.unsupported:
-            body["max_completion_tokens"] = options.max_tokens + THINKING
+            body["max_completion_tokens"] = most + THINKING
         else:
-            body["max_tokens"] = options.max_tokens
+            body["max_tokens"] = most
         return {k: v for k, v in body.items() if k not in self.unsupported}
 
     def adapt(self, error: dict, payload: dict) -> bool:
         """Whether the server rejected a parameter that can be left out or renamed; remembered for all requests."""
         text = str(error.get("message", "")).lower()
-        if not any(word in text for word in ("unsupported", "not support", "unrecognized")):
+        if not any(word in text for word in ("unsupported", "not support", "unrecognized", "unexpected field")):
             return False
-        for name in ("max_tokens", "temperature", "seed"):
+        for name in ("max_tokens", "temperature", "seed", *self.options.extra):
             if name in payload and (error.get("param") == name or f"'{name}'" in text):
                 self.unsupported.add(name)
                 return True
@@ -309,9 +317,11 @@ class Client:
 
     # -------- one question
 
-    def messages_of(self, question: Question) -> list[dict]:
+    def asked_of(self, question: Question) -> list[dict] | str | list[int]:
         """The question; after a reply that could not be parsed, that reply and a reminder of what is wanted."""
         records = self.store.of(question.key)
+        if question.prompt is not None:
+            return question.prompt
         if not records or "reply" not in records[-1]:
             return question.messages
         reply = {"role": "assistant", "content": records[-1]["reply"]}
@@ -324,8 +334,7 @@ class Client:
         """Ask until there is a value, a refusal or an end of the tries; everything that comes is kept at once."""
         answers_before = self.answers
         while self.is_open(question) and not self.end:
-            messages = self.messages_of(question)
-            cost = self.most_dollars(self.payload(messages, question.seed))
+            cost = self.most_dollars(self.payload(question))
             while self.spent + self.reserved + cost > self.options.budget:
                 if not self.in_flight:  # else what is in flight costs less, in the end, than it could
                     return self.stop_for_the_budget()
@@ -333,7 +342,7 @@ class Client:
             self.in_flight += 1
             self.reserved += cost
             try:
-                send = partial(self.post, http, messages, question.seed)
+                send = partial(self.post, http, question)
                 reply, problem = await self.retrying(send, self.options.retries, is_completion)
             finally:
                 self.in_flight -= 1
@@ -352,13 +361,14 @@ class Client:
         """Record a chat completion, without the key wherever it stands."""
         choice, message = body["choices"][0], message_of(body)
         text = self.without_key(whole(message.get("content") or ""))
-        sent, back = usage_of(body, tokens_in(question.messages), len(text) // 4 + 1)
+        sent, back = usage_of(body, tokens_in(self.asked_of(question)), len(text) // 4 + 1)
         dollars = None if None in self.prices else float(self.dollars(sent, back))
         record = {"key": question.key, "id": question.row, "reply": text, "value": self.parse(text)}
         record |= {"usage": {"prompt_tokens": sent, "completion_tokens": back}, "dollars": dollars}
         for name, said in (("model", body.get("model")), ("fingerprint", body.get("system_fingerprint"))):
             record[name] = self.clean(said) if isinstance(said, str) else None
         reason, refusal = choice.get("finish_reason"), message.get("refusal")
+        record["finish_reason"] = self.clean(reason) if isinstance(reason, str) else None
         if reason == "content_filter" or isinstance(refusal, str):
             record |= {"refused": self.clean(f"{reason}: {refusal or 'content filter'}"), "value": None}
         self.store.add(record)
@@ -505,7 +515,8 @@ def ask_questions(
 
 
 def print_plan(client: Client, questions: int, unique: int, todo: list[Question]) -> None:
-    sent, back = sum(tokens_in(q.messages) for q in todo), len(todo) * client.options.max_tokens
+    sent = sum(tokens_in(q.messages if q.prompt is None else q.prompt) for q in todo)
+    back = len(todo) * client.options.max_tokens
     price = "price unknown: --price-in, --price-out"
     if None not in client.prices:
         each = f"${client.prices[0]:g} and ${client.prices[1]:g} per million tokens"
@@ -518,4 +529,5 @@ def print_plan(client: Client, questions: int, unique: int, todo: list[Question]
 def print_end(client: Client, states: list[str], rate: float) -> None:
     counts = ", ".join(f"{states.count(state):,} {state}" for state in ("parsed", "refused", "unparsed", "open"))
     tokens = f"{client.tokens_in:,} tokens in, {client.tokens_out:,} out, ${client.spent:,.2f} in all"
-    print(f"{counts}; {client.retries:,} retries, {tokens}; {rate:,.1f} rows/s", flush=True)
+    without = f"; without {', '.join(sorted(client.unsupported))}, which it does not take" if client.unsupported else ""
+    print(f"{counts}; {client.retries:,} retries, {tokens}; {rate:,.1f} rows/s{without}", flush=True)

@@ -30,6 +30,7 @@ class BatchClient(Client):
             await self.ask_in_batches(questions)
 
     async def ask_in_batches(self, questions: list[Question]) -> None:
+        self.endpoint = f"/v1{questions[0].endpoint}"
         async with self.http() as http:
             for _ in range(2 * TRIES * (1 + len(questions) // BATCH_ROWS)):
                 todo = {f"{q.key}-{len(self.store.of(q.key))}": q for q in questions if self.is_open(q)}
@@ -62,8 +63,8 @@ class BatchClient(Client):
         """The lines of a batch's upload: as many questions as the API takes at once and the budget allows."""
         lines, size, cost = [], 0, self.spent
         for name, question in todo.items():
-            payload = self.payload(self.messages_of(question), question.seed)
-            request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": payload}
+            payload = self.payload(question)
+            request = {"custom_id": name, "method": "POST", "url": f"/v1{question.endpoint}", "body": payload}
             line = json.dumps(request).encode() + b"\n"
             size, cost = size + len(line), cost + self.most_dollars(payload)
             if len(lines) == BATCH_ROWS or size > BATCH_BYTES:
@@ -93,7 +94,7 @@ class BatchClient(Client):
         for batch in batches if isinstance(batches, list) else []:
             if isinstance(batch, dict) and batch.get("input_file_id") == file:
                 return self.id_of(batch)
-        wanted = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        wanted = {"input_file_id": file, "endpoint": self.endpoint, "completion_window": "24h"}
         return self.id_of((await self.call(http, "POST", "/batches", retries=0, json=wanted)).body)
 
     async def wait_for(self, http: httpx.AsyncClient, name: str, rows: int) -> dict:
@@ -130,7 +131,7 @@ class BatchClient(Client):
                     continue  # kept before a kill
                 if status == 200 and message_of(body) is not None:
                     self.keep(question, body)
-                elif status == 400 and self.adapt(error_of(body), self.payload([], 0)):
+                elif status in (400, 422) and self.adapt(error_of(body), self.payload(question)):
                     continue  # the next batch asks it without what is not supported
                 elif isinstance(status, int):
                     self.judge_line(question, Reply(status, httpx.Headers(), json.dumps(body).encode()))

@@ -1,7 +1,6 @@
 """What training costs: floating-point operations of a batch, what a device can do, and the memory plan."""
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 
@@ -60,23 +59,27 @@ class Flops:
         return self.per_token * n.sum() + self.per_pair * pairs + self.per_supervised * supervised
 
 
+PLACES = {"attention_norm": 0, "q": 1, "k": 1, "v": 1, "o": 2, "mlp_norm": 3, "gate": 4, "up": 4, "down": 5}
+
+
+def place(name: str, layers: int) -> tuple[int, int, bool]:
+    """How far along the computation a parameter comes in: its block, where in it, and whether behind LoRA's A."""
+    if not name.startswith("layers."):
+        return (-1 if name == "embed.weight" else layers, 0, False)
+    block, *_, module, kind = name.removeprefix("layers.").split(".")
+    return (int(block), PLACES.get(module, 0), kind == "lora_B")
+
+
 def training_flops(model: torch.nn.Module, trained: set[str]) -> Flops:
     """A product costs 2 a matrix entry forward, 2 for the gradient of its input where something before it is trained,
-    and 2 for that of the matrix where it is trained itself. (The lowest trained block counts as if its first norm
-    were.)"""
+    and 2 for that of the matrix where it is trained itself."""
     config, parameters = model.config, dict(model.named_parameters())
-
-    def depth(name: str) -> int:
-        return (
-            int(name.split(".")[1]) if name.startswith("layers.") else -1 if name == "embed.weight" else config.n_layers
-        )
-
-    lowest = min((depth(name) for name in trained), default=config.n_layers)
+    first = min((place(name, config.n_layers) for name in trained), default=(config.n_layers, 0, False))
     per_token = 0.0
     for name, p in parameters.items():
         if name.startswith("layers.") and p.dim() > 1:
-            per_token += (2 + 2 * (depth(name) >= lowest) + 2 * (name in trained)) * p.numel()
-    blocks_back = config.n_layers - max(0, lowest)
+            per_token += (2 + 2 * (place(name, config.n_layers) > first) + 2 * (name in trained)) * p.numel()
+    blocks_back = sum((k, PLACES["o"], False) > first for k in range(config.n_layers))
     head = "embed.weight" if config.tied else "head.weight"
     head_gradients = 2 * bool(trained - {head}) + 2 * (head in trained)
     return Flops(
@@ -102,46 +105,62 @@ def memory_plan(
     Held against the peak that runs have on a CPU in tests/bench.py --parts memory.
     """
     c, parameters = model.config, dict(model.named_parameters())
-    total = sum(p.numel() for p in parameters.values())
-    learned = sum(p.numel() for name, p in parameters.items() if name in trained)
-    block = sum(p.numel() for name, p in parameters.items() if name.startswith("layers.0."))
-    rest, size = total - block * c.n_layers, dtype.itemsize
-    heads, keys, narrow = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, dtype.itemsize < 4
+    size, narrow = dtype.itemsize, dtype.itemsize < 4
+
+    def numbers(prefix: str = "", only: set[str] | None = None) -> int:
+        return sum(p.numel() for n, p in parameters.items() if n.startswith(prefix) and (only is None or n in only))
+
+    block, learned_block = numbers("layers.0."), numbers("layers.0.", trained)
+    rest, learned_rest = numbers() - block * c.n_layers, numbers(only=trained) - learned_block * c.n_layers
+    heads, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    ranks = sum(p.shape[0] for name, p in parameters.items() if name.startswith("layers.0.") and "lora_A" in name)
     # Kept of each block for the backward pass, per token: the inputs of norms and matrices, q, k, v, gate and up.
-    kept = size * (4 * c.dim + 2 * heads + 2 * keys + 2 * c.hidden_dim) + 4 * c.n_heads
+    kept = size * (4 * c.dim + 2 * heads + 2 * keys + 2 * c.hidden_dim + ranks) + 4 * c.n_heads
     passing = size * (c.dim + heads + 2 * keys + 4 * c.hidden_dim)  # of one block at a time
     layers = passing + (c.n_layers * c.dim * size + kept if checkpointed else c.n_layers * kept)
     logits = min(LOGITS_AT_ONCE, supervised * c.vocab_size)
-    head = (4 + size * narrow) * logits + (4 + 2 * size * narrow) * c.dim * c.vocab_size
-    gathered = size * total * narrow  # one rank: what is cast for the computation
-    if shards > 1:  # what FSDP gathers and reduces: embedding and head, and a block or two at a time
-        gathered = (2.5 * size + 4 + 4 / shards) * rest + (3 * size + 4) * block
-        gathered += 0 if cuda else 2 * size * (total - rest)  # of the others, freed, a CPU's allocator holds these back
+    head = (4 + size * narrow) * logits
+    if ("embed.weight" if c.tied else "head.weight") in trained:  # its gradient, fp32, and what is added to it
+        head += (4 + 2 * size * narrow) * c.dim * c.vocab_size
+    # One rank: what is cast for the computation. More: what FSDP gathers and reduces (embedding and head, and a block
+    # or two at a time).
+    gathered = size * sum(p.numel() for p in parameters.values() if p.dtype != dtype)
+    if shards > 1:
+        gathered = 2.5 * size * rest + (4 + 4 / shards) * learned_rest + 3 * size * block + 4 * learned_block
+        gathered += 0 if cuda else 2 * size * (numbers() - rest)  # of the others, freed, a CPU's allocator holds these
     # Without a GPU: Python with torch, what the allocator holds back, oneDNN's kernels for bf16, the process group.
     runtime = 0 if cuda else 2**20 * (380 + 100 * narrow + 50 * (shards > 1))
+    learned = sum(p.nbytes for name, p in parameters.items() if name in trained)
     return {
-        "weights": 4 * total / shards,
-        "gradients": 4 * learned / shards,
-        "optimizer": 8 * learned / shards,
+        "weights": sum(p.nbytes for p in parameters.values()) / shards,
+        "gradients": learned / shards,
+        "optimizer": 2 * learned / shards,
         "gathered": gathered,
         "activations": tokens * layers + head,
         "runtime": runtime,
     }
 
 
-def print_memory(plans: dict[int, dict[str, float]]) -> None:
-    """Memory plans by number of ranks, side by side."""
-    parts = next(iter(plans.values()))
-    rows = [(part, *(f"{plan[part] / 2**30:,.2f}" for plan in plans.values())) for part in parts]
-    rows.append(("together", *(f"{sum(plan.values()) / 2**30:,.2f}" for plan in plans.values())))
-    print_table(("GiB per rank, estimated", *(f"{w} rank{'s' * (w > 1)}" for w in plans)), rows)
+def print_memory(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, float | None]) -> None:
+    """Memory plans by way (flags), the chosen one first, and by number of ranks, side by side; then what each other way
+    would need, and the first of them that fits where the chosen one does not. `free`: bytes a rank has."""
+    chosen, *others = plans
 
+    def gib(way: str, part: str | None = None) -> list[str]:
+        found = (plan[part] if part else sum(plan.values()) for plan in plans[way].values())
+        return [f"{n / 2**30:,.2f}" for n in found]
 
-def memory_in_use(device: torch.device) -> int:
-    """The most memory this process has held so far, in bytes: of the GPU, or resident on a CPU machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    rows = [(part, *gib(chosen, part)) for part in next(iter(plans[chosen].values()))]
+    rows += [("together", *gib(chosen)), *((f"with {way}", *gib(way)) for way in others)]
+    print_table(("GiB per rank, estimated", *(f"{w} rank{'s' * (w > 1)}" for w in free)), rows)
+    for world, has in free.items():
+        needs = {way: sum(plans[way][world].values()) for way in plans}
+        if has is not None and needs[chosen] > has:
+            fits = next((way for way in others if needs[way] <= has), None)
+            advice = (
+                f"{fits} fits"
+                if fits
+                else "no way fits: try --checkpoint-activations, fewer --micro-tokens, more ranks"
+            )
+            where = f"the {has / 2**30:,.1f} GiB free on each of {world} rank{'s' * (world > 1)}"
+            print(f"{chosen} does not fit into {where}; {advice}.")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -79,6 +80,17 @@ def all_reduce(numbers: list[float]) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def gradient_norm(gradients: list[Tensor], ranks: Ranks) -> float:
+    """The norm over all these gradients (this rank's parts of them) and all ranks. In pieces and fp64: torch's own norm
+    of a large fp32 tensor on a CPU is wrong in the third digit, and differs with the number of ranks."""
+    square = torch.zeros((), device=ranks.device, dtype=torch.float64)
+    for g in gradients:
+        for piece in g.flatten().split(2**20):
+            square += piece.float().square().sum()
+    dist.all_reduce(square, group=ranks.mesh.get_group("shard"))
+    return square.sqrt().item()
 
 
 def check_shared(file: Path) -> None:

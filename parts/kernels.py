@@ -16,6 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 
+def on_cuda(x: Tensor) -> bool:
+    """The only question about devices that is asked here; tests answer yes to walk the CUDA branches on a CPU."""
+    return x.is_cuda
+
+
 def at_least_fp32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -30,7 +35,7 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (T, C) over the root of its mean square, times weight (C,); in the dtype of x."""
-    if x.is_cuda:
+    if on_cuda(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return RMSNorm.apply(x, weight, eps)  # the CPU has no such kernel, and of the plain one autograd keeps six copies
 
@@ -134,24 +139,30 @@ def plain_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: in
     return torch.einsum("hqk,khd->qhd", p, v)
 
 
-VARLEN_OPTIONS = signature(varlen_attn).parameters  # torch 2.10 has neither window_size nor enable_gqa
+VARLEN_OPTIONS = signature(varlen_attn).parameters  # torch 2.10 has no window_size; enable_gqa came later still
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # FlashAttention's
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int | None) -> Tensor:
     """Causal attention inside each document: q (T, H, hd), k and v (T, G, hd) -> (T, H, hd), in the dtype of q.
 
     `cu_seqlens` (D+1,) int32: where documents begin and end; `longest`: tokens of the longest; `window`: a token sees
-    itself and the window - 1 before it.
+    itself and the window - 1 before it. On CUDA by varlen_attn wherever that can; it wants heads of at most 256
+    dimensions, a multiple of 8.
     """
-    if q.is_cuda and q.dtype != torch.float32 and (window is None or "window_size" in VARLEN_OPTIONS):
-        if "window_size" in VARLEN_OPTIONS:
-            options = {"window_size": (-1 if window is None else window - 1, 0)}
-        else:
-            options = {"is_causal": True}
-        if "enable_gqa" in VARLEN_OPTIONS:
-            options["enable_gqa"] = True
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-    return attend_each(q, k, v, cu_seqlens, window)
+    heads_fit = q.shape[2] <= 256 and q.shape[2] % 8 == 0
+    windows_fit = window is None or "window_size" in VARLEN_OPTIONS
+    if not (on_cuda(q) and q.dtype in VARLEN_DTYPES and heads_fit and windows_fit):
+        return attend_each(q, k, v, cu_seqlens, window)
+    if "window_size" in VARLEN_OPTIONS:
+        options = {"window_size": (-1 if window is None else window - 1, 0)}
+    else:
+        options = {"is_causal": True}
+    if "enable_gqa" in VARLEN_OPTIONS:
+        options["enable_gqa"] = True
+    else:  # it asks for as many heads in k and v as in q
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
 @torch.compiler.disable  # a Python loop whose length changes with every batch: left out of compiled graphs

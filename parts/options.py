@@ -2,10 +2,13 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from parts.program import EXIT_CODES, HelpFormatter, amount, fraction, natural, positive
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argparse.Namespace:
@@ -47,7 +50,17 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
     add("--clip", type=amount, default=1.0, help="largest gradient norm")
     state_help = "at a new stage: fresh optimizer and schedule (the paper), or one of each over all stages"
     add("--optimizer-state", choices=["reset", "keep"], default="reset", help=state_help)
-    add("--seed", type=natural, default=0, help="of the order of the rows")
+    add("--seed", type=natural, default=0, help="of the order of the rows, of adapters and of rounding")
+
+    title = "weights: all in fp32 (16 bytes a parameter in training), all in bf16 (8), or small adapters alone (LoRA)"
+    add = parser.add_argument_group(title).add_argument
+    weights_help = "of weights, gradients and AdamW's moments; bf16 is rounded stochastically after every step"
+    add("--weights", choices=["fp32", "bf16"], default="fp32", help=weights_help)
+    lora_help = "freeze the weights and train adapters of rank R beside them; stageN/ is merged, stageN/adapter/ is not"
+    add("--lora", type=positive, metavar="R", help=lora_help)
+    add("--lora-alpha", type=amount, metavar="X", help="adapters count X / R times (default: 2 R)")
+    targets_help = "the matrices that get adapters"
+    add("--lora-targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="NAME", help=targets_help)
 
     title = "selection (IterIT): train on the best rows of a stage only"
     add = parser.add_argument_group(title).add_argument
@@ -64,7 +77,7 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
 
     title = "machine (changes speed and memory, not what is computed)"
     add = parser.add_argument_group(title).add_argument
-    dtype_help = "of the computation; auto: bf16 where the device has it. Weights and optimizer are fp32"
+    dtype_help = "of the computation; auto: bf16 where the device has it"
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=dtype_help)
     add("--micro-tokens", type=positive, default=2048, help="tokens that go through the model at once")
     add("--checkpoint-activations", action="store_true", help="less memory for a third more computation")
@@ -83,6 +96,8 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
     add("--skip-nonfinite", type=natural, default=0, metavar="N", help=skip_help)
     add("--dry-run", action="store_true", help="read data and config, print the plan and stop")
     add("--plan-world-size", type=positive, metavar="N", help="with --dry-run: memory on N ranks as well")
+    gpu_help = "with --dry-run: plan for GPUs with X GiB free, wherever this is run"
+    add("--plan-gpu", type=amount, metavar="X", help=gpu_help)
     add("--debug", action="store_true", help="show tracebacks")
 
     args = parser.parse_args(argv)
@@ -106,7 +121,29 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
     if args.replay is None:  # a model as small as the demo's forgets at once what it no longer sees
         args.replay = 0.1 if args.model is None and args.select == "none" else 0.0
     args.model = args.model or demo / "model"
+    if args.lora and args.weights == "bf16":
+        parser.error(
+            "--lora keeps its frozen weights in the dtype of the computation: not together with --weights bf16"
+        )
+    if not args.lora and (args.lora_alpha is not None or args.lora_targets != TARGETS):
+        parser.error("--lora-alpha and --lora-targets need --lora")
+    if args.lora and args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora
     return args
+
+
+# Arguments which do not change what is computed: a run may go on with others.
+FREE = {
+    "out",
+    "save_every",
+    "sample",
+    "skip_nonfinite",
+    "micro_tokens",
+    "checkpoint_activations",
+    "compile",
+    "replicas",
+}
+FREE |= {"dry_run", "plan_world_size", "plan_gpu", "debug"}
 
 
 @dataclass(frozen=True)
@@ -119,6 +156,25 @@ class Optimization:
     optimizer_state: str  # keep: one optimizer and schedule over all stages; reset: fresh ones at each (the paper)
     skip_nonfinite: int  # steps
     seed: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """In what the model is held, and what of it is trained."""
+
+    weights: str = "fp32"  # or bf16; with LoRA the frozen ones have the dtype of the computation, adapters fp32
+    lora: int | None = None  # rank of the adapters; None: everything is trained
+    lora_alpha: float | None = None  # adapters count lora_alpha / lora times
+    lora_targets: Sequence[str] = tuple(TARGETS)
+    seed: int = 0  # of the adapters
+
+
+def other_ways(chosen: Weights) -> dict[str, Weights]:
+    """The ways to hold and train weights, by their flags: the chosen one, then from the most memory to the least."""
+    lora = chosen if chosen.lora else Weights(lora=16, lora_alpha=32.0)
+    ways = {"--weights fp32": Weights(), "--weights bf16": Weights("bf16"), f"--lora {lora.lora}": lora}
+    mine = f"--lora {lora.lora}" if chosen.lora else f"--weights {chosen.weights}"
+    return {mine: chosen} | ways
 
 
 @dataclass(frozen=True)

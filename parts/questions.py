@@ -18,6 +18,12 @@ class Question:
     row: str
     messages: list[dict]
     seed: int = 0
+    prompt: str | list[int] | None = None  # instead of messages, asked as a completion: text, or token ids
+    max_tokens: int | None = None  # of this reply, where there is room for fewer than the options allow
+
+    @property
+    def endpoint(self) -> str:
+        return "/chat/completions" if self.prompt is None else "/completions"
 
 
 def make_question(model: str, prompt: str, row: str, vote: int = 0) -> Question:
@@ -52,6 +58,15 @@ def value_of(records: list[dict]):
     return next((r["value"] for r in records if r.get("value") is not None), None)
 
 
-def tokens_in(messages: list[dict]) -> int:
-    """A rough count, for pace and plan: four bytes a token."""
-    return sum(len(m["content"].encode()) for m in messages) // 4 + 8
+def tokens_in(asked: list[dict] | str | list[int]) -> int:
+    """Of messages or text a rough count, for pace and plan: four bytes a token; token ids are counted."""
+    if isinstance(asked, list) and asked and isinstance(asked[0], int):
+        return len(asked)
+    return bytes_in(asked) // 4 + 8
+
+
+def bytes_in(asked: list[dict] | str | list[int]) -> int:
+    """Of messages or text; of token ids their number: no tokenizer makes more tokens than that."""
+    if isinstance(asked, str):
+        return len(asked.encode())
+    return sum(1 if isinstance(m, int) else len(m["content"].encode()) for m in asked)

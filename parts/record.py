@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from parts.program import InputError, listed, progress, read_json_object, read_text
+from parts.program import InputError, listed, print_table, progress, read_json_object, read_text, write_file
 from parts.rows import json_values
 
 
@@ -78,6 +78,14 @@ def forgetting(metrics: Path) -> tuple[list[str], dict[str, list[float | None]]]
     sets, stages = (list(dict.fromkeys(str(row.get(key)) for row in rows)) for key in ("eval", "stage"))
     last = {(str(row.get("eval")), str(row.get("stage"))): row["eval_loss"] for row in rows}
     return stages, {name: [last.get((name, stage)) for stage in stages] for name in sets}
+
+
+def write_forgetting(out: Path) -> None:
+    """The matrix of held-out losses of a run: out/held_out.json, and a table on the screen."""
+    stages, losses = forgetting(out / "metrics.jsonl")
+    write_file(out / "held_out.json", json.dumps({"stages": stages, "losses": losses}, indent=1))
+    rows = [(name, *("–" if x is None else f"{x:.4f}" for x in of)) for name, of in losses.items()]
+    print_table(("held-out loss after", *stages), rows)
 
 
 class GrowingFile:

@@ -57,14 +57,15 @@ def unpack(content: bytes, encoding: str, most: int) -> bytes:
 
 
 def error_of(body: dict) -> dict:
-    error = body.get("error") if isinstance(body, dict) else None
+    error = (body.get("error") or body.get("detail")) if isinstance(body, dict) else None  # "detail": FastAPI's
     return error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else {}
 
 
 def message_of(body: dict) -> dict | None:
-    """The message of a chat completion; None if this is none."""
+    """The message of a chat completion, the text of a completion as one; None if this is neither."""
     try:
-        message = body["choices"][0]["message"]
+        choice = body["choices"][0]
+        message = choice["message"] if "message" in choice else {"content": choice["text"]}
         return message if isinstance(message.get("content"), str | None) else None
     except (KeyError, IndexError, TypeError, AttributeError):
         return None

@@ -180,6 +180,19 @@ def describe_optimizer(trained: dict[str, nn.Parameter], optimizer: torch.optim.
     return {"kind": type(optimizer).__name__, "numbers": numbers, "groups": groups}
 
 
+def save_training(
+    folder: Path,
+    name: str,
+    ranks: Ranks,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: dict,
+) -> None:
+    """`save_state` of what a run needs to go on."""
+    state = {"progress": progress, "optimizer": describe_optimizer(trained, optimizer)}
+    save_state(folder, name, ranks, state_tensors(trained, optimizer), state)
+
+
 def restore_state(saved: dict, about: dict, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Put saved tensors where they belong, made for this run's sharding. Raises InputError for one that has no place,
     and for a weight that is not there."""

@@ -375,6 +375,8 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str, stop_ids: lis
     if isinstance(tokenizer, SentencePieceTokenizer):
         settings.setdefault("tokenizer_class", "LlamaTokenizer")
         settings["legacy"] = True  # transformers' name for a space before every piece, as we encode
+    # Whether engines put a BOS in front of plain text; where it is not said, transformers 4 does and 5 does not.
+    settings["add_bos_token"] = tokenizer.bos_id is not None and chat_template.startswith("{{ bos_token }}")
     settings.setdefault("bos_token", texts.get(tokenizer.bos_id))
     settings.setdefault("eos_token", texts.get((tokenizer.eos_ids or [None])[0]))
     generation = read_json_object(source / "generation_config.json")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -123,6 +124,11 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return tensor.to_local(), tuple(offset)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, plain or sharded; of a sharded one every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 @torch.no_grad()
 def read_slice(path: Path, key: str, target: Tensor, offset: tuple[int, ...]) -> None:
     """Fill `target` with the part at `offset` of the tensor `key`, converting its dtype, a few rows at a time."""
@@ -142,9 +148,12 @@ def read_slice(path: Path, key: str, target: Tensor, offset: tuple[int, ...]) ->
 
 
 @torch.no_grad()
-def save_weights(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+def save_weights(
+    folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, merged: Callable[[str, Tensor], Tensor]
+) -> None:
     """Write tensors, plain or sharded over the ranks, as `dtype` to the safetensors of an HF folder: one file, or
-    shards of at most 5 GB with an index. Rank 0 writes, a shard at a time; every rank must call. Raises WorkError.
+    shards of at most 5 GB with an index. Rank 0 writes, a shard at a time; every rank must call. `merged` turns a name
+    and its whole tensor into what is written. Raises WorkError.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -164,10 +173,9 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -
     for file, names in zip(files, shards):
         part = {}
         for name in names:
-            tensor = tensors[name]
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            tensor = merged(name, whole(tensors[name]))
             if writes:
-                part[name] = whole.to("cpu", dtype).contiguous()
+                part[name] = tensor.to("cpu", dtype).contiguous()
         if writes:
             write_tensors(folder / file, part, {"format": "pt"})
     if writes and len(shards) > 1:

@@ -1,18 +1,19 @@
 """What phased_alpaca.sh asks: what is usual for a model, what the whole of it costs, and the table beside the paper's.
 
-phased_alpaca.py usual MODEL GPUS     flags of train.py and, on a second line, of generate.py
+phased_alpaca.py usual MODEL          flags of train.py
 phased_alpaca.py plan …               rows, tokens, dollars, GPU hours, disk
 phased_alpaca.py table MODEL REPORT   win rates against one-off - 50 %, beside the paper's
 """
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts.program import InputError, print_table, read_json_object, refuse, run_program
+from parts.program import InputError, from_arguments, print_table, read_json_object, refuse, run_program
 
 ORDERS = ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1")
 NAMES = {"phased": "phased (1-2-3)", "random": "random stages", "stage3": "stage 3 only"}
@@ -25,8 +26,6 @@ class Usual:
 
     name: str
     micro_tokens: int
-    tp: int  # GPUs that share one model while it answers
-    at_once: int  # answers
     paper: dict[str, str] = field(default_factory=dict)
 
 
@@ -36,17 +35,13 @@ def paper(*orders: str, **others: str) -> dict[str, str]:
 
 USUAL = {  # by hidden size, intermediate size, layers, vocabulary; the paper's numbers as far as it gives them
     (4096, 11008, 32, 32000): Usual(
-        "Llama-2 7B", 16384, 1, 32, paper("+7.26", "+4.59", "+2.14", "+2.26", "below 0", "below 0", stage3="+4.44")
+        "Llama-2 7B", 16384, paper("+7.26", "+4.59", "+2.14", "+2.26", "below 0", "below 0", stage3="+4.44")
     ),
-    (5120, 13824, 40, 32000): Usual(
-        "Llama-2 13B", 8192, 1, 16, paper("+7.35", "+5.57", "+3.53", "+2.71", "–", "-7.09")
-    ),
-    (8192, 28672, 80, 32000): Usual("Llama-2 70B", 4096, 8, 64, paper("+2.82")),
-    (4096, 14336, 32, 128256): Usual(
-        "Llama-3 8B", 16384, 1, 64, paper("+7.64", "+3.02", "+1.40", "+2.32", "-13.57", "-8.26")
-    ),
-    (8192, 28672, 80, 128256): Usual("Llama-3 70B", 4096, 8, 64, paper("over +5")),
-    (4096, 14336, 32, 32000): Usual("Mistral 7B", 16384, 1, 64, paper("+6.30")),
+    (5120, 13824, 40, 32000): Usual("Llama-2 13B", 8192, paper("+7.35", "+5.57", "+3.53", "+2.71", "–", "-7.09")),
+    (8192, 28672, 80, 32000): Usual("Llama-2 70B", 4096, paper("+2.82")),
+    (4096, 14336, 32, 128256): Usual("Llama-3 8B", 16384, paper("+7.64", "+3.02", "+1.40", "+2.32", "-13.57", "-8.26")),
+    (8192, 28672, 80, 128256): Usual("Llama-3 70B", 4096, paper("over +5")),
+    (4096, 14336, 32, 32000): Usual("Mistral 7B", 16384, paper("+6.30")),
 }
 
 
@@ -59,15 +54,13 @@ def usual_of(folder: Path) -> tuple[Usual, bool]:
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{folder / 'config.json'}: no config of a Llama or Mistral model") from None
     parameters = 12 * layers * dim**2
-    tp = next(n for n in (1, 2, 4, 8) if n == 8 or 2 * parameters / n <= 40e9)
     micro_tokens = 2**14 if parameters <= 10e9 else 2**13 if parameters <= 20e9 else 2**12
-    return USUAL.get(key) or Usual(folder.name, micro_tokens, tp, 64 if parameters <= 4e9 else 16), parameters > 1e9
+    return USUAL.get(key) or Usual(folder.name, micro_tokens), parameters > 1e9
 
 
 def usual(args: argparse.Namespace) -> None:
     found, large = usual_of(args.model)
     print(f"--micro-tokens {found.micro_tokens}" + " --checkpoint-activations" * large)
-    print(f"--batch-size {found.at_once} --tp {min(found.tp, args.gpus)}")
 
 
 # ---------------------------------------------------------------- the plan
@@ -84,27 +77,31 @@ def plan(args: argparse.Namespace) -> None:
     import generate
     import score
     import train
-    from model import Transformer, read_config
+    from model import read_config
     from parts import cost
     from parts.api import api_options
+    from parts.options import Weights
     from parts.prompts import difficulty_prompt, judge_prompt
     from parts.questions import fence, fill, tokens_in
     from parts.rows import read_good_rows
+    from parts.testsets import read_prompts
 
     training = train.parse_args(["--stages", str(args.alpaca), *args.training])
     files = ["--prompts", *map(str, args.prompts), "--out", "answers.json"]
     answering = generate.parse_args(["--model", str(training.model), *files, *args.answers.split()])
     api = api_options(score.parse_args(["difficulty", str(args.alpaca), "--out", "scored.jsonl", *args.api.split()]))
-    prompts = [p for path in args.prompts for p in generate.read_prompts(path)]
+    prompts = [p for path in args.prompts for p in read_prompts(path)]
     places: dict[tuple[str, str], list[str]] = {}
     for p in prompts:
         places.setdefault((p.dataset, p.id), []).append(p.where)
     refuse([" and ".join(w) for w in places.values() if len(w) > 1], "prompts have the same data set and id")
     rows = read_good_rows(args.alpaca, skip_bad=True)
     documents = data.tokenize_files([args.alpaca], training.model, training.template, training.max_len, shown=True)
-    with torch.device("meta"):
-        model = Transformer(read_config(training.model))
-    parameters, trained = sum(p.numel() for p in model.parameters()), set(train.trained_parameters(model))
+    model = train.outline(read_config(training.model), from_arguments(Weights, training), torch.bfloat16)
+    learned = train.trained_parameters(model)
+    trained = set(learned)
+    parameters = sum(p.numel() for p in model.parameters())
+    state = sum(p.nbytes for p in learned.values())  # of weights; of a moment as much
     stored = read_json_object(training.model / "config.json").get("torch_dtype", "bfloat16")
     weights = parameters * (4 if "32" in str(stored) and training.save_dtype == "same" else 2)
 
@@ -127,13 +124,14 @@ def plan(args: argparse.Namespace) -> None:
         epochs = training.epochs[0]
         stages = {"one-off": 1, "phased": 3, "random": 3, "stage3": 1}.get(arm) or len(arm.split("-"))
         seen, hours = tokens_share * epochs, flops * tokens_share * epochs / speed / 3600
-        disk = stages * weights + 16 * parameters  # folders; states kept: weights and moments, and weights
+        disk = stages * weights + 4 * state  # folders; states kept: weights and moments, and weights
         tokens = round(seen * documents.lengths.sum())
         table.append((f"train {arm}", round(share * len(documents)), tokens, None, hours, disk))
-    table.append(("  while it trains", 0, 0, None, 0.0, 20 * parameters))  # a third state before the oldest goes
-    shares, longest, arms = max(1, args.gpus // answering.tp), answering.max_new_tokens, len(args.arms)
-    steps = longest * max(1.0, len(prompts) / shares / answering.batch_size)
-    hours = arms * args.gpus * steps * 2 * parameters / answering.tp / BANDWIDTH / 3600
+    table.append(("  while it trains", 0, 0, None, 0.0, 5 * state))  # a third state before the oldest goes
+    held = max(1, math.ceil(2 * parameters / 60e9))  # GPUs that one model takes; if several, an engine's work
+    shares, longest, arms = max(1, args.gpus // held), answering.max_new_tokens, len(args.arms)
+    steps = longest * max(1.0, len(prompts) / shares / (answering.batch_size or 64))
+    hours = arms * args.gpus * steps * 2 * parameters / held / BANDWIDTH / 3600
     table.append(("answers", arms * len(prompts), arms * len(prompts) * longest, None, hours, 0.0))
     one = {"question": "", "answer_1": "", "answer_2": ""}
     each = question(judge_prompt(None, False), one) + 2 * longest
@@ -196,9 +194,8 @@ def lead(row: dict | None) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What phased_alpaca.sh asks.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("usual", help="flags of train.py, then of generate.py, that are usual for a model")
+    p = commands.add_parser("usual", help="flags of train.py that are usual for a model")
     p.add_argument("model", type=Path, metavar="MODEL", help="HF folder")
-    p.add_argument("gpus", type=int, metavar="GPUS")
     p.set_defaults(work=usual)
     p = commands.add_parser("plan", help="what the whole of it costs")
     p.add_argument("--alpaca", type=Path, required=True, metavar="F")

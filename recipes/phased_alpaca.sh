@@ -16,6 +16,8 @@
 # ORDERS   further arms: other orders of the stages; the paper has "2-1-3 1-3-2 3-1-2 2-3-1 3-2-1"
 # API      flags of score.py difficulty and of judge.py compare: "--batch --budget 900" (dollars for each of the two)
 # ANSWERS  flags of generate.py: "--max-new-tokens 1024"
+# SERVE    for a model that one GPU cannot hold (70B): an engine that serves the HF folder named behind it, say
+#          "vllm serve --tensor-parallel-size 8"; SERVE_URL where it does (http://127.0.0.1:8000/v1)
 # API_MODEL (gpt-4-0613, the paper's), OUT (out/phased-alpaca), PYTHON
 set -euo pipefail
 for name in MODEL ALPACA PROMPTS; do [ -n "${!name:-}" ] || { echo "$0: set $name; see $0" >&2; exit 2; }; done
@@ -41,9 +43,8 @@ for word in "$@"; do
 done
 
 helper() { PYTHONPATH=$root "$python" "$root/recipes/phased_alpaca.py" "$@"; }
-usual=$(helper usual "$MODEL" "${GPUS:-$nproc}")
-read -ra usual_training <<< "${usual%%$'\n'*}"
-read -ra answers <<< "${usual#*$'\n'} ${ANSWERS:-}"
+read -ra usual_training <<< "$(helper usual "$MODEL")"
+read -ra answers <<< "${ANSWERS:-}"
 # The paper's values (its section 4 and its scripts), then what only changes speed and memory.
 training=(--model "$MODEL" --epochs 2 --lr 5e-6 --batch-size 128 --max-len 2048 --schedule cosine --warmup-ratio 0.1
     --weight-decay 0.1 --betas 0.9 0.95 --clip 1.0 --seed 3517 --dtype bf16 --skip-bad-rows
@@ -69,13 +70,27 @@ once() {
     echo "$words" > "$result.done"
 }
 together() { cat "${@:2}" > "$1.new" && mv "$1.new" "$1"; }
+answer() { # --model FOLDER FLAGS…: of generate.py
+    [ -n "${SERVE:-}" ] || { "${launch[@]}" "$root/generate.py" "$@"; return; }
+    local url=${SERVE_URL:-http://127.0.0.1:8000/v1}
+    $SERVE "$2" &
+    engine=$!
+    trap 'kill $engine 2> /dev/null || true' EXIT
+    until "$python" -c "import sys, httpx; sys.exit(httpx.get('$url/models').status_code != 200)" 2> /dev/null; do
+        kill -0 $engine || { echo "$0: SERVE has ended" >&2; return 1; }
+        sleep 2
+    done
+    OPENAI_BASE_URL=$url OPENAI_API_KEY='' "$python" "$root/generate.py" --server "$2" --completions "$@"
+    kill $engine && wait $engine 2> /dev/null || true
+    trap - EXIT
+}
 arm() { # NAME STAGE…: train, answer
     local name=$1 stages=("${@:2}")
     local last=$out/$name/stage${#stages[@]}
     once "$last" "${stages[@]}" -- \
         "${launch[@]}" "$root/train.py" --stages "${stages[@]}" --out "$out/$name" "${training[@]}"
-    once "$out/answers/$name.json" "$last.done" "${test_sets[@]}" -- "${launch[@]}" "$root/generate.py" \
-        --model "$last" --name "$name" --prompts "${test_sets[@]}" --out "$out/answers/$name.json" "${answers[@]}"
+    once "$out/answers/$name.json" "$last.done" "${test_sets[@]}" -- answer --model "$last" --name "$name" \
+        --prompts "${test_sets[@]}" --out "$out/answers/$name.json" ${answers[@]+"${answers[@]}"}
 }
 
 scored=$out/scored.jsonl s=$out/stages/s r=$out/random-stages/s

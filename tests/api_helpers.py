@@ -72,4 +72,5 @@ def paid(tmp_path):
     log = tmp_path / "server.log"
     if not log.exists():
         return {}
-    return collections.Counter(json.dumps(r["request"]["messages"]) for r in lines(log) if "request" in r)
+    asked = (r["request"] for r in lines(log) if "request" in r)
+    return collections.Counter(json.dumps(r.get("messages", r.get("prompt"))) for r in asked)

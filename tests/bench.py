@@ -53,17 +53,19 @@ def peak_memory() -> int:
 # ---------------------------------------------------------------- one contender, in its own process
 
 
-def build(folder: Path, dtype: str, ranks):
-    """train.py's documents, model, trained parameters and optimizer, at a rate of 1e-4."""
+def build(folder: Path, dtype: str, ranks, more: list[str]):
+    """train.py's documents, model, trained parameters and optimizer, at a rate of 1e-4; `more` flags."""
     import train
     from model import read_config
     from parts.program import from_arguments
 
     where = ["--model", str(folder), "--stages", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
-    args = train.parse_args([*where, "--skip-bad-rows", "--dtype", dtype, "--lr", "1e-4"])
+    args = train.parse_args([*where, "--skip-bad-rows", "--dtype", dtype, "--lr", "1e-4", *more])
     documents = train.read_data(args, first=False)[0][0].documents
     base = peak_memory()
-    model = train.build_model(folder, read_config(folder), from_arguments(train.Computation, args), ranks)
+    model = train.build_model(
+        folder, read_config(folder), *(from_arguments(kind, args) for kind in (train.Weights, train.Computation)), ranks
+    )
     trained = train.trained_parameters(model)
     optimizer = train.make_optimizer(trained, from_arguments(train.Optimization, args))
     for group in optimizer.param_groups:
@@ -71,7 +73,7 @@ def build(folder: Path, dtype: str, ranks):
     return documents, model, trained, optimizer, base
 
 
-def ours(folder: Path, dtype: str, steps: int) -> dict:
+def ours(folder: Path, dtype: str, steps: int, more: list[str]) -> dict:
     import numpy as np
 
     import train
@@ -80,7 +82,7 @@ def ours(folder: Path, dtype: str, steps: int) -> dict:
     from parts.distributed import join_ranks
 
     with join_ranks() as ranks:
-        documents, model, trained, optimizer, base = build(folder, dtype, ranks)
+        documents, model, trained, optimizer, base = build(folder, dtype, ranks, more)
         of = training_flops(model, set(trained))
         seconds, supervised, tokens, flops = [], 0, 0, 0.0
         for batch in epoch_batches(None, np.arange(len(documents)), BATCH, 0, 0, 0)[: steps + 1]:
@@ -249,6 +251,26 @@ def compare(size: str, dtype: str, rounds: int, steps: int, fixed: bool, folder:
     )
 
 
+def lora(size: str, dtype: str, rounds: int, steps: int, folder: Path) -> None:
+    """Speed and memory of LoRA and of weights in bf16 beside training in full, one after the other in every round."""
+    names = ["ours", "ours --lora 16", "ours --weights bf16"]
+    results = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            results[name].append(contender(folder, name, dtype, steps))
+    print(f"\n{size}, {dtype}, batch of {BATCH} documents, medians of {rounds} rounds of {steps} steps")
+    for name in names:
+        speed, used = ([r[key] for r in results[name]] for key in ("tokens_per_second", "memory"))
+        ratios = [a / b["tokens_per_second"] for a, b in zip(speed, results["ours"])]
+        print(
+            f"  {name:20} {statistics.median(speed):7,.0f} tokens/s, {statistics.median(ratios):.2f} times in full "
+            f"(from {min(ratios):.2f} to {max(ratios):.2f}); peak memory {statistics.median(used) / 2**30:.2f} GiB, "
+            f"{statistics.median(used) / statistics.median(r['memory'] for r in results['ours']):.2f} of it; "
+            f"{statistics.median(r['of_matmul_rate'] for r in results[name]):.0%} of the matmul rate",
+            flush=True,
+        )
+
+
 def first_step() -> None:
     """Seconds from the command to the first step of the demo."""
     times = []
@@ -306,7 +328,7 @@ def linear(folder: Path) -> None:
 
     per_token = {}
     with join_ranks() as ranks:
-        documents, model, trained, _, _ = build(folder, "auto", ranks)
+        documents, model, trained, _, _ = build(folder, "auto", ranks, [])
         for size in (16, 64, 256):
             times = []
             for i in range(3):
@@ -329,8 +351,8 @@ def memory(size: str, dtypes: list[str], folder: Path) -> None:
     print(f"\nmemory plan against the measured peak of a rank, {size}, GiB", flush=True)
     for ranks in (1, 2):
         for dtype in dtypes:
-            for more in ([], ["--checkpoint-activations"]):
-                out = folder / f"{ranks}{dtype}{len(more)}"
+            for more in ([], ["--checkpoint-activations"], ["--lora", "16"], ["--weights", "bf16"]):
+                out = folder / f"{ranks}{dtype}{' '.join(more)}"
                 launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
                 command = [
                     sys.executable,
@@ -348,7 +370,7 @@ def memory(size: str, dtypes: list[str], folder: Path) -> None:
                 steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 found = steps[-1]["memory_bytes"] / 2**30
                 print(
-                    f"  {ranks} ranks, {dtype}, {'checkpointed' if more else 'all kept':12}: planned {planned:5.2f}, "
+                    f"  {ranks} ranks, {dtype}, {' '.join(more) or 'all kept':24}: planned {planned:5.2f}, "
                     f"measured {found:5.2f}, {100 * (planned / found - 1):+.0f} %",
                     flush=True,
                 )
@@ -761,25 +783,41 @@ def memory_of_generation(folder: Path, prompts: list, limits: list) -> float:
     return float(done.stdout)
 
 
-PARTS = ["train", "memory", "select", "ifd", "api", "iterit", "report", "generate"]
+PARTS = ["train", "lora", "weights", "memory", "select", "ifd", "api", "iterit", "report", "generate"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, "cuda"])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --parts weights")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="of --parts cuda: where rows and tokenizers lie")
+    parser.add_argument("--small", action="store_true", help="of --parts cuda: a tiny model, to try the script")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="of --parts weights: keeps its results; the same command goes on")
     args = parser.parse_args()
     if args.contender:
-        way = () if args.contender == "ours" else (args.contender,)
-        print(json.dumps((theirs if way else ours)(args.folder, args.dtypes[0], args.steps, *way)))
+        name, *more = args.contender.split()  # ours may be followed by flags of train.py
+        if name == "cuda":
+            from bench_cuda import contend
+
+            return contend(" ".join(more), args.folder)
+        how = (args.folder, args.dtypes[0], args.steps)
+        print(json.dumps(ours(*how, more) if name == "ours" else theirs(*how, name)))
         return
-    if not SHARED.is_dir():
-        sys.exit(f"needs the real rows and tokenizers of {SHARED}")
+    if not args.shared.is_dir():
+        sys.exit(f"needs the real rows and tokenizers of {args.shared}")
+    if "cuda" in args.parts:
+        from bench_cuda import bench_cuda
+
+        with tempfile.TemporaryDirectory() as temporary:
+            bench_cuda(Path(temporary), args.shared, args.small)
+        args.parts = [part for part in args.parts if part != "cuda"]
+        if not args.parts:
+            return
     print(f"{os.cpu_count()} cores; ratios are of medians, both sides in the same precision")
     with tempfile.TemporaryDirectory() as temporary:
         if "train" in args.parts:
@@ -791,6 +829,17 @@ def main() -> None:
             if "25M" in args.sizes:
                 vocabulary(Path(temporary))
                 linear(Path(temporary) / "25M")
+        if "lora" in args.parts and "125M" in args.sizes:
+            make_folder(Path(temporary) / "lora", "125M")
+            for dtype in args.dtypes:
+                lora("125M", dtype, args.rounds, args.steps, Path(temporary) / "lora")
+        if "weights" in args.parts:
+            from bench_weights import study
+
+            folder = args.folder or Path(temporary) / "weights"
+            if not (folder / "config.json").exists():
+                make_folder(folder, "25M")
+            study(folder, SHARED / "alpaca_scored_stage3.jsonl", args.seeds)
         if "memory" in args.parts:
             for size in args.sizes:
                 memory(size, args.dtypes, Path(temporary) / f"memory {size}")

@@ -28,6 +28,8 @@ OPTIONS = {
     "reject": [],
     "usage": True,
     "reply": None,
+    "finish": "stop",  # finish_reason
+    "text_only": False,  # completions of token ids are refused, as `transformers serve` does
     "rate": None,  # rate: requests a second, bucket of as many
     "echo": False,  # repeats the Authorization header in replies and errors
     "refuse_status": 400,
@@ -41,6 +43,11 @@ OPTIONS = {
     "batch_seconds": 0.3,
     "batch_fail": 0.0,
 }
+
+
+def said(reply: dict) -> str:
+    choice = reply["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
 
 
 class Server:
@@ -85,7 +92,7 @@ class Server:
         return claim is None
 
     async def answer(self, writer, method, path, headers, body):
-        if path.endswith("/chat/completions"):
+        if path.endswith("/completions"):
             return await self.completion(writer, headers, json.loads(body))
         return await self.batch_api(writer, method, path, headers, body)
 
@@ -131,7 +138,7 @@ class Server:
         if status == 200 and o["strange"]:
             return await self.strange(writer, reply, headers.get("authorization", ""))
         if status == 200 and self.log:
-            self.log.write(json.dumps({"request": request, "reply": reply["choices"][0]["message"]["content"]}) + "\n")
+            self.log.write(json.dumps({"request": request, "reply": said(reply)}) + "\n")
         return await self.send(writer, status, reply, extra)
 
     async def strange(self, writer, reply, authorization):
@@ -184,7 +191,8 @@ class Server:
         return status, {"error": {"message": f"no: {authorization}" if self.o["echo"] else "no", **error}}
 
     def respond(self, request, authorization=""):
-        o, text = self.o, request["messages"][0]["content"]
+        o, asked = self.o, request.get("prompt")
+        text = request["messages"][0]["content"] if asked is None else asked if isinstance(asked, str) else str(asked)
         if o["status"]:
             return self.failure(authorization)
         for name in o["reject"]:
@@ -198,7 +206,11 @@ class Server:
                 }
         if o["refuse"] and o["refuse"] in text:
             return o["refuse_status"], {"error": {"message": "flagged by the content filter", "code": "content_filter"}}
-        reply = o["reply"] or str(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 9 / 2)
+        reply = (
+            o["reply"]
+            if o["reply"] is not None
+            else str(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 9 / 2)
+        )
         if o["judge"] is not None:
             one, two = self.qualities(text)
             if (
@@ -217,10 +229,16 @@ class Server:
             "system_fingerprint": "fp",
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
         }
+        if asked is not None:  # /completions, of text or of token ids
+            if o["text_only"] and not isinstance(asked, str):
+                return 400, {"detail": "prompt must be a string."}
+            message["choices"] = [{"index": 0, "finish_reason": o["finish"], "text": reply}]
+        message["choices"][0]["finish_reason"] = o["finish"]
         if o["charge"]:
             message["usage"] = o["charge"]
         elif o["usage"]:
-            message["usage"] = {"prompt_tokens": len(text) // 4, "completion_tokens": 2}
+            sent = len(asked) if isinstance(asked, list) else len(text) // 4
+            message["usage"] = {"prompt_tokens": sent, "completion_tokens": 2}
         return 200, message
 
     async def batch_api(self, writer, method, path, headers, body):
@@ -250,9 +268,7 @@ class Server:
                     {"custom_id": r["custom_id"], "response": {"status_code": status, "body": reply}}
                 )
                 if status == 200 and self.log:
-                    self.log.write(
-                        json.dumps({"request": r["body"], "reply": reply["choices"][0]["message"]["content"]}) + "\n"
-                    )
+                    self.log.write(json.dumps({"request": r["body"], "reply": said(reply)}) + "\n")
             for kind, lines in (("out", output), ("err", errors)):
                 self.files[f"{name}-{kind}"] = "".join(json.dumps(x) + "\n" for x in lines).encode()
             self.batches[name] = {

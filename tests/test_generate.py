@@ -20,6 +20,7 @@ from model import load_model
 from parts.program import InputError, printable
 from parts.rows import read_rows, row_turns
 from parts.store import Store
+from parts.testsets import prompt_of, read_prompts
 from parts.tokenizers import SentencePieceTokenizer
 
 KINDS = {
@@ -154,7 +155,7 @@ def test_samples_come_from_the_distribution_of_transformers(seed, temperature, t
     ],
 )
 def test_the_test_sets_are_read_in_their_own_formats(name, count, first, shared):
-    prompts = generate.read_prompts(shared / "testsets" / name)
+    prompts = read_prompts(shared / "testsets" / name)
     assert len(prompts) == count and prompts[0].turns[-1][1].startswith(first)
     if name == "alpaca_eval.json":
         assert {p.dataset for p in prompts} == {"helpful_base", "koala", "oasst", "selfinstruct", "vicuna"}
@@ -187,24 +188,24 @@ def test_the_test_sets_are_read_in_their_own_formats(name, count, first, shared)
     ],
 )
 def test_every_row_format_is_a_prompt(row, turns):
-    assert generate.prompt_of(row, "f:1", "f", 0).turns == turns
+    assert prompt_of(row, "f:1", "f", 0).turns == turns
 
 
 def test_a_prompt_is_token_for_token_what_training_rendered(shared):
     tokenizer = SentencePieceTokenizer(shared / "tokenizers" / "llama2.model", {})
     row = {"instruction": "Translate.", "input": "  bonjour \n", "output": "hello"}
     trained, supervised = data.render(row_turns(row, "alpaca"), data.TEMPLATES["phased"], tokenizer)
-    asked = data.render(generate.prompt_of(row, "f:1", "f", 0).turns, data.TEMPLATES["phased"], tokenizer)[0]
+    asked = data.render(prompt_of(row, "f:1", "f", 0).turns, data.TEMPLATES["phased"], tokenizer)[0]
     assert asked == trained[: supervised.index(True)]
 
 
 def test_bad_prompts_are_listed_with_their_place(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n{"odd": 1}\nnot json\n[1]\n')
     with pytest.raises(InputError) as e:
-        generate.read_prompts(tmp_path / "x.jsonl")
+        read_prompts(tmp_path / "x.jsonl")
     assert all(f"x.jsonl:{k}" in str(e.value) for k in (2, 3, 4, 5)) and "x.jsonl:1:" not in str(e.value)
     (tmp_path / "y").write_text("one\n\ntwo {\n")
-    assert [p.turns for p in generate.read_prompts(tmp_path / "y")] == [[("user", "one")], [("user", "two {")]]
+    assert [p.turns for p in read_prompts(tmp_path / "y")] == [[("user", "one")], [("user", "two {")]]
 
 
 # ---------------------------------------------------------------- the program
@@ -255,26 +256,13 @@ def test_ranks_share_the_prompts(tmp_path):
     assert json.loads((tmp_path / "a").read_text()) == json.loads((tmp_path / "b").read_text())
 
 
-def test_tensor_parallel_ranks_answer_like_one(tmp_path):
-    sizes = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8, max_position_embeddings=512)
-    hf_model(vocab_size=512, attention_bias=True, mlp_bias=True, **sizes).save_pretrained(tmp_path / "m")
+def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(tmp_path):
+    hf_model(vocab_size=60, max_position_embeddings=512).save_pretrained(tmp_path / "m")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, tmp_path / "m" / name)
-    (tmp_path / "p.txt").write_text("".join(f"Start with {i}, add 1 to it.\n" for i in range(9)))
-    arguments = ["--prompts", tmp_path / "p.txt", "--max-new-tokens", "12", "--dtype", "fp32"]
-    for name, ranks, more in (("a", None, []), ("b", 2, ["--tp", "2"]), ("c", 4, ["--tp", "2"])):
-        run(*arguments, "--out", tmp_path / name, *more, model=tmp_path / "m", ranks=ranks)
-    one, two, four = (json.loads((tmp_path / name).read_text()) for name in "abc")
-    assert one == two == four
-    hf_model(vocab_size=60, max_position_embeddings=512).save_pretrained(tmp_path / "m")
-    done = run(*arguments, "--out", tmp_path / "e", model=tmp_path / "m", expect=2)
+    (tmp_path / "p.txt").write_text("Start with 3, add 1 to it.\n")
+    done = run("--prompts", tmp_path / "p.txt", "--out", tmp_path / "e", model=tmp_path / "m", expect=2)
     assert "do not belong together" in done.stderr
-
-
-def test_tensor_parallel_ranks_must_divide_the_heads(tmp_path):
-    (tmp_path / "p.txt").write_text("x")
-    done = run("--prompts", tmp_path / "p.txt", "--out", tmp_path / "d", "--tp", "3", ranks=3, expect=2)
-    assert "do not divide" in done.stderr
 
 
 def test_one_prompt_and_a_chat_in_the_terminal(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import api_helpers
 import forking_python
 import pytest
 from api_helpers import lines, paid
-from conftest import ROOT
+from conftest import ROOT, metrics, training
 from fake_api import Server
 
 DEMO, RECIPE = ROOT / "demo", ROOT / "recipes" / "phased_alpaca.sh"
@@ -138,18 +139,18 @@ def test_from_raw_rows_to_the_table_killed_in_the_middle_and_gone_on(tmp_path, e
 
 
 @pytest.mark.parametrize(
-    ("sizes", "name", "gpus", "numbers"),
+    ("sizes", "name", "numbers"),
     [  # hidden and intermediate size, layers, vocabulary as published; 1-2-3 and 3-2-1 of the paper
-        ((4096, 11008, 32, 32000), "Llama-2 7B", 1, ("+7.26", "below 0")),
-        ((5120, 13824, 40, 32000), "Llama-2 13B", 1, ("+7.35", "-7.09")),
-        ((8192, 28672, 80, 32000), "Llama-2 70B", 8, ("+2.82", None)),
-        ((4096, 14336, 32, 128256), "Llama-3 8B", 1, ("+7.64", "-8.26")),
-        ((8192, 28672, 80, 128256), "Llama-3 70B", 8, ("over +5", None)),
-        ((4096, 14336, 32, 32000), "Mistral 7B", 1, ("+6.30", None)),
-        ((3584, 18944, 28, 152064), "another", 1, ("–", None)),
+        ((4096, 11008, 32, 32000), "Llama-2 7B", ("+7.26", "below 0")),
+        ((5120, 13824, 40, 32000), "Llama-2 13B", ("+7.35", "-7.09")),
+        ((8192, 28672, 80, 32000), "Llama-2 70B", ("+2.82", None)),
+        ((4096, 14336, 32, 128256), "Llama-3 8B", ("+7.64", "-8.26")),
+        ((8192, 28672, 80, 128256), "Llama-3 70B", ("over +5", None)),
+        ((4096, 14336, 32, 32000), "Mistral 7B", ("+6.30", None)),
+        ((3584, 18944, 28, 152064), "another", ("–", None)),
     ],
 )
-def test_every_model_of_the_paper_is_known_and_its_numbers_stand_beside_ours(tmp_path, sizes, name, gpus, numbers):
+def test_every_model_of_the_paper_is_known_and_its_numbers_stand_beside_ours(tmp_path, sizes, name, numbers):
     (tmp_path / "another").mkdir()
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     (tmp_path / "another" / "config.json").write_text(json.dumps(dict(zip(keys, sizes))))
@@ -167,10 +168,81 @@ def test_every_model_of_the_paper_is_known_and_its_numbers_stand_beside_ours(tmp
             check=True,
         ).stdout
 
-    training, answering = ask("usual", "another", "8").splitlines()
-    assert "--checkpoint-activations" in training and answering.endswith(f"--tp {gpus}")
+    assert "--checkpoint-activations" in ask("usual", "another")
     title, header, *rows = ask("table", "another", "report.json").splitlines()
     cells = {row[:14].strip(): re.split(r"  +", row)[1:] for row in rows}
     assert title.startswith(f"{name}: ") and re.split(r"  +", header)[1:] == ["all", "95 %", "paper"]
     assert cells["phased (1-2-3)"] == ["+12.50", "+0.0 to +25.0", numbers[0]]
     assert cells.get("stages 3-2-1", [None])[-1] == numbers[1]
+
+
+def test_an_engine_answers_for_a_model_that_one_gpu_cannot_hold(tmp_path):
+    """The recipe's own function: starts SERVE for the folder, asks it, ends it."""
+    function = re.search(r"^answer\(\) \{.*?^\}$", RECIPE.with_suffix(".sh").read_text(), re.MULTILINE | re.DOTALL)[0]
+    (tmp_path / "p.txt").write_text("Start with 3, add 1 to it.\nStart with 4, add 1 to it.\n")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    values = {"python": sys.executable, "root": ROOT, "SERVE_URL": f"http://127.0.0.1:{port}/v1"}
+    values["SERVE"] = f"env PORT={port} {sys.executable} {ROOT / 'tests' / 'hf_server.py'}"
+    flags = f"--name arm --prompts {tmp_path / 'p.txt'} --out {tmp_path / 'a.json'} --max-new-tokens 4"
+    script = f"set -euo pipefail\n{function}\nanswer --model {ROOT / 'demo' / 'model'} {flags}\n"
+    env = os.environ | {k: str(v) for k, v in values.items()}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [r["generator"] for r in json.loads((tmp_path / "a.json").read_text())] == ["arm", "arm"]
+    with socket.socket() as s:
+        assert s.connect_ex(("127.0.0.1", port))  # nobody listens any more
+
+
+# ---------------------------------------------------------------- several nodes
+
+SRUN = """#!/bin/sh
+# One task on this node: the first argument is srun's own, then comes the program.
+shift
+exec "$@"
+"""
+SCONTROL = """#!/bin/sh
+case "$1" in
+    show) echo 127.0.0.1 ;;
+    requeue) echo "$2" >> requeued ;;
+esac
+"""
+
+
+def test_under_slurm_a_run_saves_at_the_warning_queues_itself_again_and_goes_on(bench, tmp_path):
+    """With stand-ins for srun and scontrol; the rest is the real thing, on one rank."""
+    launch = f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n'
+    (tmp_path / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": launch}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    for name in ("m", "s1.jsonl", "s2.jsonl", "s3.jsonl"):
+        (tmp_path / name).symlink_to(bench / name)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    job = dict(SLURM_SUBMIT_DIR=tmp_path, SLURM_JOB_NODELIST="here", SLURM_NNODES=1, SLURM_GPUS_ON_NODE=1)
+    job |= dict(SLURM_JOB_ID=7, PORT=port, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", OMP_NUM_THREADS=1)
+    environment = os.environ | {k: str(v) for k, v in job.items()}
+    argv = training(tmp_path / "o", "--epochs", "12", "--save-every", "1")
+
+    def submit():
+        command = ["bash", ROOT / "recipes" / "slurm.sh", *argv]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    first = submit()
+    while first.poll() is None and not (tmp_path / "o" / "resume").exists():
+        time.sleep(0.01)
+    first.send_signal(signal.SIGUSR1)  # to the batch script alone, as --signal=B:USR1 does
+    said = first.communicate(timeout=100)[1]
+    assert first.returncode == 0 and "queued again" in said, said
+    assert (tmp_path / "requeued").read_text().split() == ["7"] and not (tmp_path / "o" / "stage3").exists()
+    second = submit()
+    said = second.communicate(timeout=200)[1]
+    assert second.returncode == 0, said
+    assert (tmp_path / "o" / "stage3" / "model.safetensors").exists()
+    assert (tmp_path / "requeued").read_text().split() == ["7"]
+    steps = [(row["stage"], row["step"]) for row in metrics(tmp_path / "o")]
+    assert len(steps) == len(set(steps)) == 132

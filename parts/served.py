@@ -1,0 +1,96 @@
+"""Prompts as questions to an OpenAI-compatible server, and its replies as rows of an answers file."""
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+
+from parts.api import ApiOptions
+from parts.program import print_listed, whole
+from parts.questions import Question
+from parts.testsets import Prompt, too_long
+
+# What chat servers' tokenizers make one special token of, also where it is only text.
+LOOKS_SPECIAL = re.compile(r"<\|[\w-]{1,40}\|>|</?s>|<(?:unk|pad|bos|eos)>|\[/?INST\]|<</?SYS>>")
+
+
+def any_reply(reply: str) -> int:
+    """For a client that wants a value of every reply: an empty answer is one, too."""
+    return len(reply)
+
+
+def make_questions(
+    prompts: list[Prompt],
+    options: ApiOptions,
+    seed: int,
+    completions: str | None,
+    context: float,
+    texts: list[str],
+    specials: list[str],
+) -> tuple[list[Question], dict[str, dict]]:
+    """A question for each prompt, whose key it gets; and by key the answers that are none: of prompts that cannot be
+    asked. `completions`: None for chat messages; "ids": `prompt.tokens`; "text": its text of `texts`, in which the
+    user's text must not hold any of the `specials`, as a server would take it for that token."""
+    questions, failed, doubtful = [], {}, []
+    for i, p in enumerate(prompts):
+        asked = {"ids": p.tokens, "text": texts[i] if texts else None}.get(completions)
+        error = too_long(len(p.tokens), context)
+        if completions == "text":
+            held = next((name for name in specials if any(name in text for _, text in p.turns)), None)
+            if held:
+                error = error or f"the text holds {held}, a special token to a server (send --completions ids)"
+        elif asked is None and (special := LOOKS_SPECIAL.search("\n".join(text for _, text in p.turns))):
+            doubtful.append(f"{p.where}: {special[0]}")
+        question = question_of(p, options, seed, asked, context - len(p.tokens))
+        p.key = question.key
+        if error:
+            failed[p.key] = not_answered(error)
+        else:
+            questions.append(question)
+    print_listed("prompts hold what a chat server may take for a special token (--completions cannot)", doubtful)
+    return questions, failed
+
+
+def question_of(p: Prompt, options: ApiOptions, seed: int, asked: str | list[int] | None, room: float) -> Question:
+    """`asked`: None for chat messages, else what is to be completed, with so much `room` for the answer.
+
+    As in our engine, what a sample is drawn with comes from the seed and the prompt; the key says all that matters.
+    """
+    messages = [{"role": role, "content": whole(text)} for role, text in p.turns]
+    most = min(options.max_tokens, room)
+    about = [options.model, messages if asked is None else asked, options.temperature, most, options.extra, seed]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    question = Question(digest[:32], p.where, messages, int(digest[32:40], 16) >> 1)
+    return question if asked is None else replace(question, prompt=asked, max_tokens=most)
+
+
+def not_answered(error: str) -> dict:
+    return {"output": "", "output_tokens": 0, "finish_reason": "error", "error": error}
+
+
+def answer_of(records: list[dict]) -> dict:
+    """What an answers file says of a prompt; tokens as the server counts them (most count the one that ends it)."""
+    refused = next((r["refused"] for r in records if "refused" in r), None)
+    record = next((r for r in records if r.get("value") is not None), None)
+    if record is None:
+        return not_answered(f"refused: {refused}")
+    tokens = {"prompt_tokens": record["usage"]["prompt_tokens"], "output_tokens": record["usage"]["completion_tokens"]}
+    return {"output": record["reply"], **tokens, "finish_reason": record.get("finish_reason") or "stop"}
+
+
+class Pieces:
+    """In place of a tokenizer, to `render` a conversation as text: each special token as its name, bos and eos as the
+    `tokenizer` calls them. `adds_bos`: whether a server puts a BOS in front of text by itself."""
+
+    def __init__(self, tokenizer, adds_bos: bool):
+        self.adds_bos = adds_bos
+        names = {i: name for name, i in tokenizer.specials.items()}
+        self.bos_id = names.get(tokenizer.bos_id)
+        self.eos_ids = [names[i] for i in tokenizer.eos_ids if i in names]
+        self.specials = {name: name for name in tokenizer.specials}
+
+    def encode(self, text: str) -> list[str]:
+        return [text]
+
+    def text(self, rendered: list[str]) -> str:
+        return "".join(rendered[self.adds_bos and rendered[:1] == [self.bos_id] :])

@@ -1,0 +1,95 @@
+"""How many answers fit into memory at once: what is free, what a slot takes, which prompts share a cache."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from parts.memory import ran_out
+from parts.program import WorkError
+
+MOST = 128  # slots: more gain little, and on CPUs nothing
+USED = 0.85  # of what is free; the rest is for what is not foreseen
+
+
+# ---------------------------------------------------------------- what it takes
+
+
+def cache_bytes(config, capacity: int, dtype: torch.dtype) -> int:
+    """Keys and values of one slot."""
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * capacity * dtype.itemsize
+
+
+def slot_bytes(config, capacity: int, dtype: torch.dtype, sampled: bool) -> int:
+    """Of one more answer in the batch: keys and values of `capacity` tokens, its logits and what a decode step makes of
+    its one token. `sampled`: not greedy; sorts, and sums in fp64."""
+    size = dtype.itemsize
+    logits = config.vocab_size * (size + 4 + (56 if sampled else 0))
+    token = size * (4 * config.dim + 3 * config.hidden_dim + 4 * config.n_heads * config.head_dim)
+    return cache_bytes(config, capacity, dtype) + logits + token + 8 * capacity  # its row of the mask
+
+
+def working_bytes(model: torch.nn.Module, tokens: int, longest: int, dtype: torch.dtype) -> int:
+    """Of what does not grow with the slots: the prefill of so many tokens, attention to the `longest` prompt, weights
+    that are cast, or gathered from shards, for as long as they are needed."""
+    c, size, block = model.config, dtype.itemsize, 512  # as many queries at a time as parts/kernels.py takes
+    prefill = tokens * size * (8 * c.dim + 4 * c.hidden_dim + 6 * c.n_heads * c.head_dim)
+    attention = 3 * 4 * c.n_heads * min(block, longest) * longest
+    passing = 0
+    if isinstance(model.embed.weight, DTensor) or dtype != model.embed.weight.dtype:
+        blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers.0."))
+        rest = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("layers."))
+        passing = size * (rest + 2 * blocks)
+    return prefill + attention + passing
+
+
+# ---------------------------------------------------------------- who shares a cache
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts that are answered with one cache of slots x capacity tokens."""
+
+    members: list[int]
+    slots: int
+    capacity: int
+
+
+def plan_groups(needs: list[int], slots_of: Callable[[int], int], window: int | None, divided: bool) -> list[Group]:
+    """All prompts, the longest first, in as few groups as let each have enough slots.
+
+    `needs`: tokens of each prompt with its longest answer; `slots_of`: how many slots of a capacity fit. While fewer
+    fit than MOST and than wait, those that need less than half of the longest wait for a cache of their own, which has
+    more and shorter slots; not `divided`: all share one. A cache never needs more tokens than the window.
+    """
+    waiting, groups = sorted(range(len(needs)), key=lambda i: -needs[i]), []
+    while waiting:
+        capacity = min(needs[waiting[0]], window or needs[waiting[0]])
+        slots = min(slots_of(capacity), len(waiting))
+        count = len(waiting)
+        if divided and slots < min(MOST, count):
+            count = max(slots, sum(min(needs[i], capacity) > capacity / 2 for i in waiting))
+        groups.append(Group(waiting[:count], slots, capacity))
+        waiting = waiting[count:]
+    return groups
+
+
+def describe(groups: list[Group], prompts: list[list[int]], config, dtype: torch.dtype) -> str:
+    lengths, caches = [len(p) for p in prompts], []
+    for g in groups:
+        size = g.slots * cache_bytes(config, g.capacity, dtype) / 2**30
+        caches.append(f"{g.slots:,} at once in caches of {g.capacity:,} tokens ({size:,.2f} GiB)")
+    return f"{len(prompts):,} prompts of {min(lengths):,} to {max(lengths):,} tokens: " + ", then ".join(caches)
+
+
+def told_of_memory(answering: Iterator, groups: list[Group]) -> Iterator:
+    """The same; running out of memory becomes a WorkError that says what to change."""
+    try:
+        yield from answering
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out(e):
+            raise
+        fewer = max(1, max(g.slots for g in groups) // 2)
+        advice = f"try --batch-size {fewer}" + " with a smaller --max-new-tokens" * (fewer == 1)
+        raise WorkError(f"out of memory: {advice}; what is answered is kept ({ran_out(e)})") from None

@@ -1,0 +1,84 @@
+"""Prompts: the rows of test sets in their own formats, of data files, and plain text."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from parts.program import InputError, read_text, refuse
+from parts.rows import FORMATS, check_characters, check_turns, json_values, row_turns
+
+
+@dataclass
+class Prompt:
+    id: str
+    dataset: str
+    instruction: str  # as the answers file shows it
+    turns: list[tuple[str, str]]  # ends with a user turn
+    expected: str | None = None
+    where: str = ""
+    tokens: list[int] = field(default_factory=list)  # rendered
+    key: str = ""  # what an answer belongs to: these tokens, the weights, template and options
+
+
+def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
+    """A prompt from a row of any known test set or data format. Raises InputError."""
+    if isinstance(raw, str):
+        raw = {"prompt": raw}
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: a prompt must be an object or a text")
+    if isinstance(raw.get("turns"), list) and raw["turns"]:  # vicuna
+        turns = [("user", raw["turns"][0])]
+    elif "instances" in raw:  # self-instruct
+        instances = raw["instances"]
+        if not (isinstance(instances, list) and instances and isinstance(instances[0], dict)):
+            raise InputError(f"{where}: instances must be a list of objects")
+        row = {"instruction": raw.get("instruction"), "input": instances[0].get("input"), "output": ""}
+        turns = row_turns(row, "alpaca")
+    elif "instruction" in raw:  # AlpacaEval, Alpaca
+        turns = row_turns({"output": "", **raw}, "alpaca")
+    elif "Instruction" in raw:  # wizardlm
+        turns = [("user", raw["Instruction"])]
+    else:
+        form = next((name for name in ("phased", "messages", "sharegpt") if FORMATS[name][0] in raw), None)
+        if form:
+            turns = row_turns(raw, form)
+        else:
+            text = raw.get("prompt", raw.get("text"))
+            if text is None:
+                raise InputError(f"{where}: no known prompt format; its keys are {', '.join(raw)[:80] or 'none'}")
+            turns = [("user", text)]
+    while turns and turns[-1][0] == "assistant":
+        turns.pop()
+    if not turns or any(not isinstance(text, str) for _, text in turns):
+        raise InputError(f"{where}: a prompt's text is missing or not a string")
+    check_turns([*turns, ("assistant", "x")])
+    check_characters(raw)
+    name = next((raw[k] for k in ("id", "question_id", "idx") if isinstance(raw.get(k), (str, int))), number)
+    expected = raw["expected"] if isinstance(raw.get("expected"), str) else None
+    return Prompt(str(name), str(raw.get("dataset", dataset)), turns[-1][1], turns, expected, where)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a JSON or JSONL file, or of a plain text file with one a line. Raises InputError with all bad
+    rows."""
+    text = read_text(path)
+    if text.lstrip()[:1] in ("{", "["):
+        values = list(json_values(text))
+    else:
+        values = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    prompts, bad = [], []
+    for number, (line, value) in enumerate(values):
+        try:
+            if isinstance(value, InputError):
+                raise InputError(f"{path}:{line}: {value}")
+            prompts.append(prompt_of(value, f"{path}:{line}", path.stem, number))
+        except InputError as e:
+            bad.append(str(e) if str(e).startswith(str(path)) else f"{path}:{line}: {e}")
+    refuse(bad, "prompts cannot be used")
+    if not prompts:
+        raise InputError(f"{path}: no prompts")
+    return prompts
+
+
+def too_long(tokens: int, context: float) -> str:
+    """What is wrong with a prompt that leaves no room for an answer; "" if nothing is."""
+    return f"the prompt has {tokens} tokens, the model's context ends at {context}" if tokens >= context else ""
