@@ -17,11 +17,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import TEMPLATES, Documents, micro_batches, render, stop_ids
-from generate import Options, Prompt, decode, read_prompts
+from generate import Options, decode
 from model import Transformer, load_model
 from parts.distributed import compute_dtype
 from parts.program import HelpFormatter, InputError, positive, print_table, read_json_object, run_program, write_file
 from parts.rows import is_exact, json_values
+from parts.testsets import Prompt, read_prompts
 from parts.tokenizers import load_tokenizer
 
 

@@ -30,7 +30,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo.findings import COMPARED, write_findings
-from generate import read_prompts
 from parts.api import ApiOptions
 from parts.program import (
     HelpFormatter,
@@ -52,6 +51,7 @@ from parts.program import (
 from parts.prompts import judge_prompt
 from parts.rows import finite_number, json_values, read_good_rows
 from parts.store import lock_folder
+from parts.testsets import read_prompts
 from score import answer_of, cut_at, cut_equally
 
 DEMO = Path(__file__).resolve().parent
