@@ -187,6 +187,7 @@ class World:
 
     def __init__(self, seed: int, people: int = 60):
         rng = random.Random(seed)
+        self.kinds = (5, 2, 1, 4, 2)  # how often a task begins with a word, a number, two, a list, a person
         self.towns = [word(rng, 4, 6) for _ in range(12)]
         self.people = list(dict.fromkeys(word(rng, 4, 6).capitalize() for _ in range(2 * people)))[:people]
         self.weights = [1 / (i + 4) for i in range(people)]
@@ -199,7 +200,7 @@ class World:
 
     def start(self, rng: random.Random) -> tuple[str, object, float]:
         """A kind, a value of it, and how hard the value makes the task."""
-        kind = rng.choices(("word", "number", "pair", "list", "person"), (5, 2, 1, 4, 2))[0]
+        kind = rng.choices(("word", "number", "pair", "list", "person"), self.kinds)[0]
         if kind == "word":
             value = word(rng)
             return kind, value, 0.12 * (len(value) - 3)
@@ -408,6 +409,8 @@ def main() -> None:
         for i, t in enumerate(tasks[: args.rows])
     ]
     write_rows(out / "scored.jsonl", rows)
+    for k, (low, high) in enumerate(((1, 1.5), (1.5, 3.5), (3.5, 6)), 1):
+        write_rows(out / f"s{k}.jsonl", [row for row in rows if low <= row["score"] < high])
     for name, a, b in (("prompts", args.rows, args.rows + args.prompts), ("validation", args.rows + args.prompts, n)):
         write_rows(
             out / f"{name}.jsonl",
@@ -431,6 +434,8 @@ def main() -> None:
     write_rows(out / "text1.jsonl", [{"text": t} for t in text])
     write_rows(out / "text2.jsonl", [{"text": story_row(rng, world)} for i in range(args.text_rows - half)])
     write_rows(out / "text_eval.jsonl", [{"text": story_row(rng, world)} for _ in range(200)])
+    rng, world.kinds = random.Random(args.seed + 2), (5, 5, 4, 6, 4)  # more of what must be learnt by heart
+    write_rows(out / "text3.jsonl", [{"text": story_row(rng, world)} for _ in range(args.text_rows - half)])
 
     size = write_tokenizer(folder, plain_words(world))
     model = Transformer(

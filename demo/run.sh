@@ -8,8 +8,8 @@ python=${PYTHON:-python} out=${1:-out/demo}
 mkdir -p "$out"
 step() { echo "== $*" >&2; "$@"; }
 
-# 5,568 rows: three stages of 1,856 and all of them at once both take 348 steps of 16.
-cat demo/s{1,2,3}.jsonl | sed -n 1,5568p > "$out/instructions.jsonl"
+# 1,584 rows: three stages of 528 and all of them at once both take 99 steps of 16.
+sed -n 1,1584p demo/scored.jsonl > "$out/instructions.jsonl"
 [ -e "$out/ifd.jsonl" ] || step $python score.py ifd "$out/instructions.jsonl" --model demo/model --out "$out/ifd.jsonl"
 step $python score.py stages "$out/ifd.jsonl" --score-key ifd --equal 3 --out-dir "$out"
 step $python train.py --model demo/model --stages "$out"/s1 "$out"/s2 "$out"/s3 --out "$out/phased"
