@@ -1,324 +1,570 @@
-"""Does the order of the data matter, and which few rows are the best? Every arm on the demo, over several seeds.
+"""Does training in stages of rising difficulty help my model on my data? Every arm, its own best rate, fresh seeds.
 
-    demo/study.sh            under two hours on two cores; killed, the same command goes on
-    demo/study.sh --quick    an eighth of the rows, two seeds
+    python demo/study.py                     on the demo; --quick is a small version
+    python demo/study.py --model DIR --scored scored.jsonl --prompts F --judge exact --lr-grid 5e-6 1e-5 2e-5 4e-5 \\
+        --out out/mine -- --batch-size 128 --checkpoint-activations
 
-Every arm starts from the same base model. Arms on all data take the same number of steps and see every row once; arms
-on selected data train three epochs on the same number of rows. A run's result is which of the held-out prompts its
-model answers exactly; the same seeds give the same results on the same machine.
+All arms start from the same model and, unless that is their point, take the same number of steps and see the same rows
+as often. The learning rate of each is the best of the grid on validation prompts; fresh seeds with it are tested on
+prompts that chose nothing. Whatever stands behind `--` goes to train.py. Killed, the same command goes on.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import queue
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from parts.program import replacing, write_file, write_lines
+from demo.findings import COMPARED, write_findings
+from parts.api import ApiOptions
+from parts.program import (
+    HelpFormatter,
+    InputError,
+    WorkError,
+    above_zero,
+    die_with_parent,
+    positive,
+    progress,
+    read_json_object,
+    refuse,
+    refuse_overwriting,
+    run_program,
+    sha256,
+    write_file,
+    write_lines,
+)
+from parts.prompts import judge_prompt
+from parts.rows import finite_number, json_values, read_good_rows
+from parts.store import lock_folder
+from parts.testsets import read_prompts
+from score import answer_of, cut_at, cut_equally
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
 SIZES = (5, 20)  # per cent of the rows that are selected
-SELECTED = ["--epochs", "3"]
-LINES = {
-    "phased": "o-",
-    "phased by IFD": "s-",
-    "phased, replay 0.1": "^-",
-    "random stages": "o:",
-}  # of the figure: tested after every stage
+REPLAYED = (0.01, 0.1, 0.25)
+QUICK = ["one-off", "phased", "random stages", "stages 3-2-1", "stage 3 only", "phased, replay 0.1"]
+GRID_SEED = 1000  # of the runs that choose a rate; those that are tested have 0, 1, …
+
+# ---------------------------------------------------------------- the rows and their stages
 
 
-def arms() -> dict[str, tuple[list[str], list[str]]]:
-    """For each arm its stages (files in data/, {seed} filled in) and more arguments of train.py."""
-    out = {
-        "one-off": (["all"], []),
-        "phased": (["s1", "s2", "s3"], []),
-        "phased by IFD": (["i1", "i2", "i3"], []),
-        "random stages": ([f"r{{seed}}-{k}" for k in (1, 2, 3)], []),
-    }
-    for order in list(permutations((1, 2, 3)))[1:]:
-        out["stages " + "-".join(map(str, order))] = ([f"s{k}" for k in order], [])
-    out["phased, replay 0.1"] = ([f"p{{seed}}-{k}" for k in (1, 2, 3)], [])
-    out["phased, optimizer kept"] = (["s1", "s2", "s3"], ["--optimizer-state", "keep"])
-    for size in SIZES:
-        chosen = [*SELECTED, "--ratio", str(size / 100), "--scores", "ifd.jsonl", "--select"]
-        out[f"IterIT {size} %"] = (["all"], [*chosen, "iterit"])
-        out[f"static {size} %"] = (["all"], [*chosen, "static"])
-        out[f"longest {size} %"] = ([f"longest{size}"], SELECTED)
-        out[f"random {size} %"] = ([f"random{size}-{{seed}}"], SELECTED)
+@dataclass
+class Ground:
+    """What all arms share. Stages are indices of rows; each holds a multiple of the batch size."""
+
+    rows: list[dict]
+    stages: list[np.ndarray]  # by the score, rising
+    by: dict[str, list[np.ndarray]]  # by other keys, stages of the same sizes
+    lengths: np.ndarray  # of the answers, in characters
+    batch_size: int
+    epochs: int
+
+    @property
+    def everything(self) -> np.ndarray:
+        return np.sort(np.concatenate(self.stages))
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * len(self.everything) // self.batch_size
+
+
+def read_ground(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray], np.ndarray]:
+    """The scored rows, their stages, and the lengths of the answers. Raises InputError."""
+    rows = [row for path in args.scored for row in read_good_rows(path, skip_bad=False)]
+    missing = [row.where for row in rows if row.raw.get(args.score_key) is None]
+    refuse(missing, f"rows have no {args.score_key}", "Score them, or leave them out of the file.")
+    scores = np.array([finite_number(row.raw[args.score_key], args.score_key) for row in rows])
+    kept = np.sort(np.random.default_rng(0).permutation(len(rows))[: round(args.share * len(rows))])
+    groups = cut_equally(scores[kept], args.equal) if args.equal else cut_at(scores[kept], args.bounds)
+    stages = []
+    for k, group in enumerate(groups, 1):
+        fitting = len(group) // args.batch_size * args.batch_size  # so that every arm has the same steps
+        if not fitting:
+            raise InputError(f"stage {k} has {len(group)} rows, less than a batch of {args.batch_size}: --batch-size")
+        stages.append(np.sort(kept[np.random.default_rng(k).permutation(group)[:fitting]]))
+    return [row.raw for row in rows], stages, np.array([len(answer_of(row)) for row in rows])
+
+
+def stages_by(values: list[float | None], stages: list[np.ndarray]) -> list[np.ndarray]:
+    """The same rows in stages of the same sizes, by rising `values`; rows without one last."""
+    rows = np.sort(np.concatenate(stages))
+    of = np.array([np.inf if values[i] is None else values[i] for i in rows])
+    return np.split(rows[np.argsort(of, kind="stable")], np.cumsum([len(s) for s in stages])[:-1])
+
+
+# ---------------------------------------------------------------- arms
+
+
+@dataclass
+class Arm:
+    stages: Callable[[np.random.Generator], list[np.ndarray]]  # of a seed: the rows of each stage
+    epochs: int
+    flags: list = field(default_factory=list)  # of train.py
+    falling: float = 1.0  # each stage's rate over the one before
+
+
+def repeated(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` rows, each of `rows` as often as any other or once more."""
+    times = -(-count // len(rows))
+    return np.concatenate([rng.permutation(rows) for _ in range(times)])[:count]
+
+
+def held_back(stages: list[np.ndarray], share: float, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """About `share` of each stage's rows moved into each later stage, mixed in: every row is seen as often as without,
+    and stages stay multiples of the batch size."""
+    stages, later = [rng.permutation(s) for s in stages], [[] for _ in stages]
+    out = []
+    for k, stage in enumerate(stages):
+        after, here = len(stages) - 1 - k, sum(map(len, later[k]))
+        # What stays must fill the batches, together with what came from before.
+        given = after and max(1, round((share * after * len(stage) - here) / batch_size)) * batch_size + here
+        given = min(given, (len(stage) + here - batch_size) // batch_size * batch_size)
+        for j, part in enumerate(np.array_split(stage[:given], after) if after else []):
+            later[k + 1 + j].append(part)
+        out.append(np.concatenate([stage[given:], *later[k]]))
     return out
 
 
-# ---------------------------------------------------------------- data
-
-
-def call(*command, cwd: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    write_lines(path, rows)
-
-
-def prepare(folder: Path, share: float, seeds: int) -> None:
-    """All data files. Stages hold multiples of 80 rows, so that however they are cut every arm has the same steps."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stages = []
-    for k in (1, 2, 3):
-        rows = [json.loads(line) for line in (DEMO / f"s{k}.jsonl").read_text(encoding="utf-8").splitlines()]
-        n = max(1, int(share * len(rows)) // 80) * 80
-        stages.append([rows[i * len(rows) // n] for i in range(n)])
-        write(folder / f"s{k}.jsonl", stages[-1])
-    rows, cuts = [row for stage in stages for row in stage], np.cumsum([len(s) for s in stages])[:-1]
-    write(folder / "all.jsonl", rows)
-    if not (folder / "ifd.jsonl").exists():
-        call(ROOT / "score.py", "ifd", "all.jsonl", "--model", DEMO / "model", "--out", "ifd.jsonl", cwd=folder)
-    ifd = [json.loads(line)["ifd"] for line in (folder / "ifd.jsonl").read_text(encoding="utf-8").splitlines()]
-    for k, part in enumerate(np.split(np.argsort(ifd, kind="stable"), cuts), 1):
-        write(folder / f"i{k}.jsonl", [rows[i] for i in part])
+def make_arms(ground: Ground) -> dict[str, Arm]:
+    """By name. Every arm takes ground.steps steps."""
+    s, everything, epochs, n = ground.stages, ground.everything, ground.epochs, len(ground.everything)
+    sizes = [len(stage) for stage in s]
+    arms = {"one-off": Arm(lambda rng: [everything], epochs), "phased": Arm(lambda rng: s, epochs)}
+    for order in list(permutations(range(len(s))))[1:] if len(s) <= 3 else [tuple(range(len(s)))[::-1]]:
+        name = "stages " + "-".join(str(k + 1) for k in order)
+        arms[name] = Arm(lambda rng, order=order: [s[k] for k in order], epochs)
+    arms["random stages"] = Arm(lambda rng: np.split(rng.permutation(everything), np.cumsum(sizes)[:-1]), epochs)
+    for k in range(len(s) - 1, 0, -1):
+        arms[f"stage {k + 1} only"] = Arm(lambda rng, k=k: [repeated(s[k], n, rng)], epochs)
+    for share in REPLAYED:
+        arms[f"phased, replay {share:g}"] = Arm(
+            lambda rng, share=share: held_back(s, share, ground.batch_size, rng), epochs
+        )
+    arms["phased, optimizer kept"] = Arm(lambda rng: s, epochs, ["--optimizer-state", "keep"])
+    arms["phased, falling rate"] = Arm(lambda rng: s, epochs, falling=0.5)
+    for key in ground.by:
+        arms[f"phased by {key}"] = Arm(lambda rng, key=key: ground.by[key], epochs)
+    longest = everything[np.argsort(-ground.lengths[everything], kind="stable")]
     for size in SIZES:
-        if not (folder / f"longest{size}.jsonl").exists():
-            call(
-                ROOT / "score.py",
-                "select",
-                "all.jsonl",
-                "--by",
-                "length",
-                "--ratio",
-                size / 100,
-                "--out",
-                f"longest{size}.jsonl",
-                cwd=folder,
-            )
-    for seed in range(seeds):
-        rng = np.random.default_rng(seed)
-        for k, part in enumerate(np.split(rng.permutation(len(rows)), cuts), 1):
-            write(folder / f"r{seed}-{k}.jsonl", [rows[i] for i in part])
-        first, second, third = ([stage[i] for i in rng.permutation(len(stage))] for stage in stages)
-        a, b = len(first) // 10, len(second) // 10  # held back for later stages: a row is still seen once
-        for k, part in enumerate((first[2 * a :], second[b:] + first[:a], third + first[a : 2 * a] + second[:b]), 1):
-            write(folder / f"p{seed}-{k}.jsonl", part)
-        for size in SIZES:
-            if not (folder / f"random{size}-{seed}.jsonl").exists():
-                call(
-                    ROOT / "score.py",
-                    "select",
-                    "all.jsonl",
-                    "--by",
-                    "random",
-                    "--seed",
-                    seed,
-                    "--ratio",
-                    size / 100,
-                    "--out",
-                    f"random{size}-{seed}.jsonl",
-                    cwd=folder,
-                )
+        count = max(1, round(size / 100 * n / ground.batch_size)) * ground.batch_size
+        passes = max(1, round(epochs * n / count))
+        for select in ("iterit", "static"):
+            flags = ["--select", select, "--ratio", count, "--scores", "ifd.jsonl"]
+            arms[f"{select.replace('iterit', 'IterIT')} {size} %"] = Arm(lambda rng: [everything], passes, flags)
+        arms[f"longest {size} %"] = Arm(lambda rng, c=count: [longest[:c]], passes)
+        arms[f"random {size} %"] = Arm(lambda rng, c=count: [rng.permutation(everything)[:c]], passes)
+    return arms
+
+
+# ---------------------------------------------------------------- the prompts
+
+
+def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], list[list[dict]]]:
+    """Prompts that test, prompts that choose the rate, and of the latter a few with answers, for the held-out loss: a
+    set of them per stage where prompts have scores. Raises InputError."""
+
+    def read(path: Path) -> list[dict]:
+        raw = [value for _, value in json_values(path.read_text(encoding="utf-8"))]
+        prompts = read_prompts(path)
+        rows = []
+        for p, given in zip(prompts, raw if len(raw) == len(prompts) else [{}] * len(prompts)):
+            row = {"id": p.id, "dataset": p.dataset, "messages": [{"role": r, "content": c} for r, c in p.turns]}
+            expected = p.expected if p.expected is not None else given.get("output")
+            rows.append(row | {k: given[k] for k in ("score", "told") if given.get(k) is not None})
+            rows[-1] |= {} if expected is None else {"expected": expected}
+        return rows
+
+    prompts = read(args.prompts)
+    if args.validation:
+        validation = read(args.validation)
+    else:
+        order = np.random.default_rng(0).permutation(len(prompts))
+        cut = max(1, len(prompts) // 3)
+        prompts, validation = [prompts[i] for i in sorted(order[cut:])], [prompts[i] for i in sorted(order[:cut])]
+    if args.most_prompts:
+        prompts, validation = prompts[: args.most_prompts], validation[: args.most_prompts]
+    without = [f"{row['dataset']} {row['id']}" for row in (*prompts, *validation) if "expected" not in row]
+    if args.judge != "api" or without != [f"{r['dataset']} {r['id']}" for r in prompts]:
+        refuse(
+            without,
+            "prompts do not say what answer is `expected`",
+            "--judge exact and loss, and --validation, need it.",
+        )
+    if all("score" in row for row in validation):
+        scores = np.array([row["score"] for row in validation])
+        groups = [g for g in (cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)) if len(g)]
+    else:
+        groups = [np.arange(len(validation))]
+    held_out = [[validation[i] for i in group[:25]] for group in groups]
+    return prompts, validation, held_out
+
+
+def as_training_row(row: dict) -> dict:
+    return {"messages": [*row["messages"], {"role": "assistant", "content": row["expected"]}]}
 
 
 # ---------------------------------------------------------------- runs
 
 
-def run(out: Path, arm: str, stages: list[str], more: list[str], seed: int) -> None:
-    """Train and test one arm with one seed, unless its result is there."""
-    name = f"{arm.replace(' %', '').replace(',', '').replace(' ', '-').lower()}-{seed}"
-    result, folder = out / "results" / f"{name}.json", out / "runs" / name
-    if result.exists():
-        return
-    call(
-        ROOT / "train.py",
-        "--model",
-        DEMO / "model",
-        "--stages",
-        *(s.format(seed=seed) for s in stages),
-        "--lr",
-        5e-4,
-        "--batch-size",
-        16,
-        "--out",
-        folder,
-        "--seed",
-        seed,
-        *more,
-        cwd=out / "data",
+@dataclass(frozen=True)
+class Job:
+    arm: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{file_name(self.arm)}-{self.lr:g}-{self.seed}"
+
+
+def file_name(arm: str) -> str:
+    return arm.replace(" %", "").replace(",", "").replace(" ", "-").lower()
+
+
+def call(command: list, cwd: Path, device: str = "") -> float:
+    """Run a program; its seconds. Raises WorkError with the end of what it said."""
+    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True,
+        preexec_fn=lambda: die_with_parent(signal.SIGKILL),
+    )  # fmt: skip
+    if done.returncode:
+        said = (done.stdout[-1000:] + done.stderr[-3000:]).strip()
+        raise WorkError(f"{shlex.join(map(str, command))} ended with {done.returncode}:\n{said}")
+    return time.monotonic() - started
+
+
+def train_command(args: argparse.Namespace) -> list:
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc_per_node]
+    return [*(several if args.nproc_per_node > 1 else []), ROOT / "train.py"]
+
+
+def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device: str) -> None:
+    """Train and measure; the result is out/results/NAME.json. A run that was killed goes on."""
+    out, tuning = args.out, job.seed == GRID_SEED
+    folder, result = out / "runs" / job.name, out / "results" / f"{job.name}.json"
+    names = []
+    for k, rows in enumerate(arm.stages(np.random.default_rng(job.seed)), 1):
+        names.append(f"{job.name}.s{k}.jsonl")
+        write_lines(out / "data" / names[-1], [ground.rows[i] for i in rows])
+    rates = [job.lr * arm.falling**k for k in range(len(names))]
+    held_out = sorted(path.name for path in (out / "data").glob("held-out*.jsonl"))
+    command = [*train_command(args), "--model", args.model, "--stages", *names, "--lr", *rates, "--out", folder,
+               "--epochs", arm.epochs, "--batch-size", ground.batch_size, "--seed", job.seed,
+               "--eval", *held_out, "--eval-every", max(1, ground.steps // 8), *arm.flags, *args.train]  # fmt: skip
+    seconds = call(command, out / "data", device)
+    measured = range(1 if job.arm in COMPARED and not tuning else len(names), len(names) + 1)
+    found = measure(
+        args, [folder / f"stage{k}" for k in measured], "validation" if tuning else "prompts", job.name, device
     )
-    outputs = [folder / f"stage{k}" for k in range(1 if arm in LINES else len(stages), len(stages) + 1)]
-    call(DEMO / "accuracy.py", *outputs, "--json", folder / "right.json", cwd=out)
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in steps if "loss" in row]
-    record = {
-        "arm": arm,
-        "seed": seed,
-        "steps": len(steps),
-        "tokens": sum(row["tokens"] for row in steps),
-        "right": json.loads((folder / "right.json").read_text()),
-    }  # (stages, prompts)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in metrics if "loss" in row]
+    if len(steps) != ground.steps:
+        raise WorkError(f"{job.name} took {len(steps)} steps instead of {ground.steps}")
+    curve: dict[str, list] = {}
+    for row in metrics:
+        if "eval_loss" in row:
+            curve.setdefault(row["eval"], []).append([row["global_step"], row["eval_loss"]])
+    if not tuning:
+        for k, texts in zip(measured, found["answers"]):
+            write_answers(out, job, k, texts)
+    record = {"arm": job.arm, "lr": job.lr, "seed": job.seed, "steps": len(steps), "seconds": round(seconds, 1)}
+    record |= {"rows": sum(row["documents"] for row in steps), "tokens": sum(row["tokens"] for row in steps)}
+    record |= {"values": found["values"], "matrix": read_json_object(folder / "held_out.json"), "curve": curve}
     write_file(result, json.dumps(record))
     shutil.rmtree(folder)
+    for name in names:
+        (out / "data" / name).unlink()
 
 
-# ---------------------------------------------------------------- what comes out
+def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: str, device: str = "") -> dict:
+    """Per model, per prompt: whether the answer is exact, or its loss (also to choose rates for --judge api)."""
+    path = args.out / "runs" / f"{name}.measured.json"
+    what = {"exact": "exact", "loss": "loss", "api": "answers" if prompts == "prompts" else "loss"}[args.judge]
+    file = args.out / "data" / f"{prompts}.jsonl"
+    how = ["--prompts", file, "--what", what, "--max-new-tokens", args.max_new_tokens, "--json", path]
+    call([DEMO / "measure.py", *models, *how], ROOT, device)
+    found = json.loads(path.read_text())
+    path.unlink()
+    return found
 
 
-def intervals(values: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
-    """Mean of (seeds, prompts) and its 95 % interval, seeds and prompts both drawn anew (percentile bootstrap). The
-    same draws for every array of the same shape, so differences are of pairs."""
-    rng, (seeds, prompts) = np.random.default_rng(0), values.shape
-    s = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
-    p = rng.multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
-    mean = float(values.mean())
-    low, high = np.quantile(np.einsum("rs,sp,rp->r", s, values, p, optimize=True), [0.025, 0.975])
-    return mean, min(mean, float(low)), max(mean, float(high))
+def write_answers(out: Path, job: Job, stage: int, texts: list[str]) -> None:
+    """As generate.py writes them."""
+    prompts = [json.loads(line) for line in (out / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {"id": p["id"], "dataset": p["dataset"], "instruction": p["messages"][-1]["content"], "output": text,
+         "generator": f"{job.arm}/stage{stage}"} | {k: p[k] for k in ("expected",) if k in p}
+        for p, text in zip(prompts, texts)
+    ]  # fmt: skip
+    if rows:
+        write_file(out / "answers" / f"{file_name(job.arm)}-{job.seed}.stage{stage}.json", json.dumps(rows, indent=1))
 
 
-def summarize(records: list[dict], levels: np.ndarray) -> dict[str, dict]:
-    """Per arm: accuracy by level and over all, win rate against one-off training with the same seed, after every
-    stage."""
-    right = {}
-    for arm in dict.fromkeys(r["arm"] for r in records):
-        mine = sorted((r for r in records if r["arm"] == arm), key=lambda r: r["seed"])
-        right[arm] = np.array([r["right"] for r in mine], float).transpose(1, 0, 2)  # (stages, seeds, prompts)
-    table, baseline = {}, right["one-off"][-1]
-    for arm, values in right.items():
-        mine = [r for r in records if r["arm"] == arm]
-        last = values[-1]
-        wins = [intervals(0.5 + (v - baseline) / 2) for v in values]  # right beats wrong, else a tie
-        table[arm] = {
-            "steps": sorted({r["steps"] for r in mine}),
-            "tokens": int(np.mean([r["tokens"] for r in mine])),
-            "levels": {int(level): intervals(last[:, levels == level]) for level in np.unique(levels)},
-            "accuracy": intervals(last),
-            "win_rate": wins[-1],
-            "win_rate_by_stage": wins,
-            "level_by_stage": [[float(v[:, levels == level].mean()) for level in np.unique(levels)] for v in values],
-        }
-    return table
+def run_jobs(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], jobs: list[Job], what: str) -> list[dict]:
+    """The records of all jobs; those that are there already are not done again. Raises WorkError for the first that
+    fails, when the others that run have ended."""
+    devices: queue.Queue[str] = queue.Queue()
+    for k in range(args.jobs):
+        mine = range(k * args.nproc_per_node, (k + 1) * args.nproc_per_node)
+        devices.put(",".join(map(str, mine)) if args.on_gpus else "")
 
-
-def markdown(table: dict[str, dict], seeds: int) -> str:
-    def percent(x):
-        return f"{100 * x:.0f}"
-
-    levels = list(table["one-off"]["levels"])
-    header = ["", "steps", *(f"level {level}" for level in levels), "all, %", "win rate against one-off, %"]
-    lines = [header, ["---"] * len(header)]
-    for arm, row in table.items():
-        (acc, low, high), (win, wlow, whigh) = row["accuracy"], row["win_rate"]
-        lines.append(
-            [
-                arm,
-                "/".join(map(str, row["steps"])),
-                *(percent(row["levels"][level][0]) for level in levels),
-                f"**{100 * acc:.1f}** ({100 * low:.1f} to {100 * high:.1f})",
-                "–" if arm == "one-off" else f"{100 * win:.1f} ({100 * wlow:.1f} to {100 * whigh:.1f})",
-            ]
-        )
-    return f"{seeds} seeds; in brackets 95 % intervals over seeds and prompts.\n\n" + "".join(
-        f"| {' | '.join(x)} |\n" for x in lines
-    )
-
-
-def figure(table: dict[str, dict], path: Path) -> None:
-    """Left the paper's figure: win rate after each stage. Right: what is known of each level after each stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for arm, style in LINES.items():
-        mean, low, high = (100 * np.array(x) for x in zip(*table[arm]["win_rate_by_stage"]))
-        left.errorbar([1, 2, 3], mean, [mean - low, high - mean], fmt=style, capsize=3, label=arm)
-    left.axhline(50, color="black", linewidth=0.8)
-    left.set(xticks=[1, 2, 3], xlabel="after stage", ylabel="win rate against one-off training, %")
-    left.legend(frameon=False)
-    for arm, style in (("phased", "o-"), ("random stages", "o:")):
-        for level, values in enumerate(zip(*table[arm]["level_by_stage"]), 1):
-            right.plot(
-                [1, 2, 3],
-                100 * np.array(values),
-                style,
-                color=f"C{level - 1}",
-                label=f"level {level}" if style == "o-" else None,
-            )
-    right.set(
-        xticks=[1, 2, 3],
-        xlabel="after stage (phased solid, random stages dotted)",
-        ylabel="exact answers, %",
-        ylim=(0, None),
-    )
-    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as new:
-        fig.savefig(new, dpi=110, format="png")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="(default: out/study, with --quick out/study-quick)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    parser.add_argument("--quick", action="store_true", help="an eighth of the rows and two seeds")
-    parser.add_argument("--share", type=float, default=1.0, help="of the rows")
-    parser.add_argument("--arms", nargs="+", choices=arms(), metavar="ARM", default=list(arms()), help="only these")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, a core each")
-    args = parser.parse_args()
-    if args.quick:
-        args.share, args.seeds = 0.13, 2
-    out = (args.out or ROOT / "out" / ("study-quick" if args.quick else "study")).resolve()
-    settings, kept = {"share": args.share}, out / "study.json"
-    if kept.exists() and json.loads(kept.read_text()) != settings:
-        sys.exit(f"{out} holds a study with {kept.read_text()}: another --out")
-    for folder in ("data", "results", "runs"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(settings))
-    prepare(out / "data", args.share, args.seeds)
-    wanted = [(arm, seed) for seed in range(args.seeds) for arm in dict.fromkeys(["one-off", *args.arms])]
-    with (
-        ThreadPoolExecutor(args.jobs) as pool,
-        tqdm(total=len(wanted), unit="run", disable=not sys.stderr.isatty()) as bar,
-    ):
-        jobs = [pool.submit(run, out, arm, *arms()[arm], seed) for arm, seed in wanted]
+    def work(job: Job) -> None:
+        device = devices.get()
         try:
-            for job in jobs:
-                job.result()
+            run_job(args, ground, arms[job.arm], job, device)
+        finally:
+            devices.put(device)
+
+    todo = [job for job in jobs if not (args.out / "results" / f"{job.name}.json").exists()]
+    with ThreadPoolExecutor(args.jobs) as pool, progress(len(jobs), what, "run", initial=len(jobs) - len(todo)) as bar:
+        running = [pool.submit(work, job) for job in todo]
+        try:
+            for done in as_completed(running):
+                done.result()
                 bar.update()
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            sys.exit("interrupted: the same command goes on")
-    records = [json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))]
-    records = [r for arm, seed in wanted for r in records if (r["arm"], r["seed"]) == (arm, seed)]
-    prompts = (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    table = summarize(records, np.array([json.loads(line)["level"] for line in prompts]))
-    (out / "results.json").write_text(json.dumps(table, indent=1))
-    (out / "results.md").write_text(markdown(table, args.seeds))
-    print(markdown(table, args.seeds))
-    written = [out / "results.md", out / "results.json"]
-    try:
-        figure(table, out / "study.png")
-        written.append(out / "study.png")
-    except (ImportError, KeyError):
-        print("No figure: it needs matplotlib and the arms it shows.")
-    print(f"-> {', '.join(map(str, written))}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [json.loads((args.out / "results" / f"{job.name}.json").read_text()) for job in jobs]
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def time_a_step(args: argparse.Namespace, ground: Ground) -> dict:
+    """Seconds of a start, a step and a measurement, and what the model makes of the prompts before any training; all
+    kept in timing.json."""
+    path = args.out / "timing.json"
+    if path.exists():
+        return read_json_object(path)
+    few = np.concatenate([ground.everything] * 4)[: 8 * ground.batch_size]
+    write_lines(args.out / "data" / "timing.jsonl", [ground.rows[i] for i in few])
+    timing = args.out / "runs" / "timing"
+    command = [*train_command(args), "--model", args.model, "--stages", "timing.jsonl", "--lr", 0, "--out", timing,
+               "--batch-size", ground.batch_size, *args.train]  # fmt: skip
+    device = ",".join(map(str, range(args.nproc_per_node))) if args.on_gpus else ""
+    wall = call(command, args.out / "data", device)
+    times = [json.loads(line)["seconds"] for line in (timing / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(timing)
+    started = time.monotonic()
+    base = measure(args, [args.model], "prompts", "base", device)
+    found = {"start": wall - sum(times), "step": float(np.median(times)), "measure": time.monotonic() - started}
+    write_file(path, json.dumps(found | {"base": base["values"][0]}))
+    return read_json_object(path)
+
+
+def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], prompts: list[dict], times: dict) -> dict:
+    """Runs, steps, hours, dollars of judging; kept in plan.json."""
+    runs = len(arms) * (args.seeds + (len(args.lr_grid) if len(args.lr_grid) > 1 else 0))
+    seconds = runs * (times["start"] + ground.steps * times["step"] + times["measure"])
+    plan = {"arms": list(arms), "rates": args.lr_grid, "seeds": args.seeds, "runs": runs, "steps": ground.steps}
+    plan |= {"rows": len(ground.everything), "stages": [len(s) for s in ground.stages], "prompts": len(prompts)}
+    plan |= {"seconds_per_step": round(times["step"], 4), "hours": round(seconds / args.jobs / 3600, 2)}
+    plan |= {"dollars": judging_dollars(args, arms, prompts)}
+    write_file(args.out / "plan.json", json.dumps(plan, indent=1))
+    return plan
+
+
+def judging_dollars(args: argparse.Namespace, arms: dict[str, Arm], prompts: list[dict]) -> float | None:
+    """Of the API, at most: every answer of an arm in both orders. None where no price is known."""
+    if args.judge != "api":
+        return 0.0
+    options = ApiOptions(model=args.api_model) if args.api_model else ApiOptions()
+    prices = options.prices()
+    if None in prices:
+        return None
+    asked = np.mean([sum(len(m["content"]) for m in p["messages"]) for p in prompts]) + len(judge_prompt(None, False))
+    each = prices[0] * (asked / 4 + 2 * args.max_new_tokens) + prices[1] * 16
+    return round(2 * len(prompts) * (len(arms) + 2 * len(COMPARED & arms.keys()) - 1) * args.seeds * each / 1e6, 2)
+
+
+def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
+    sizes = " + ".join(f"{n:,}" for n in plan["stages"])
+    money = "price of the judge unknown" if plan["dollars"] is None else f"${plan['dollars']:,.2f} of judging at most"
+    each = f"{plan['steps']:,} steps ({plan['seconds_per_step']:.2f} s each)"
+    print(
+        f"{len(arms)} arms, {len(plan['rates'])} rates, {plan['seeds']} seeds: {plan['runs']} runs of {each} "
+        f"on {plan['rows']:,} rows ({sizes}), tested on {plan['prompts']:,} prompts. About {plan['hours']:.1f} hours; "
+        f"{money}."
+    )
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def choose_rates(records: list[dict], judge: str) -> dict[str, dict[float, float]]:
+    """arm -> rate -> its mean on validation, the best first."""
+    found: dict[str, dict[float, float]] = {}
+    for r in records:
+        found.setdefault(r["arm"], {})[r["lr"]] = float(np.mean(r["values"][-1]))
+    return {arm: dict(sorted(of.items(), key=lambda x: x[1], reverse=judge == "exact")) for arm, of in found.items()}
+
+
+def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
+    """Every arm's answers against one-off training with the same seed; the store of judge.py asks nothing twice."""
+    for r in records:
+        r["wins"] = []
+        base = args.out / "answers" / f"one-off-{r['seed']}.stage1.json"
+        for path in sorted((args.out / "answers").glob(f"{file_name(r['arm'])}-{r['seed']}.stage*.json")):
+            if path == base:
+                r["wins"].append([0.5] * len(json.loads(base.read_text())))
+                continue
+            out = args.out / "verdicts" / f"{path.stem}.jsonl"
+            if not out.exists():
+                model = ["--api-model", args.api_model] if args.api_model else []
+                call([ROOT / "judge.py", "compare", base, path, "--out", out, *model, *args.judge_flags], ROOT)
+            points = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+            r["wins"].append([points.get(json.loads(line)["verdict"]) for line in out.read_text().splitlines()])
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What must be the same to go on: settings and hashes of data, model and code."""
+    keys = "score_key bounds equal share epochs batch_size lr_grid judge most_prompts max_new_tokens train api_model"
+    files = [*args.scored, args.prompts, *([args.validation] if args.validation else [])]
+    files += sorted(p for p in args.model.iterdir() if p.is_file())
+    code = hashlib.sha256(
+        b"".join(p.read_bytes() for d in (ROOT, ROOT / "parts", DEMO) for p in sorted(d.glob("*.py")))
+    )
+    given = {key: getattr(args, key) for key in keys.split()}
+    hashes = {str(path): sha256(path) for path in files}
+    return {"settings": given, "hashes": hashes, "code": code.hexdigest()[:16]}
+
+
+def run(args: argparse.Namespace) -> None:
+    args.out, args.model = args.out.resolve(), args.model.resolve()
+    refuse_overwriting([args.out], [*args.scored, args.prompts, args.model])
+    rows, stages, lengths = read_ground(args)
+    prompts, validation, held_out = read_tests(args)
+    by = {key: stages_by([row.get(key) for row in rows], stages) for key in args.also} | {"IFD": []}  # measured later
+    ground = Ground(rows, stages, by, lengths, args.batch_size, args.epochs)
+    known = make_arms(ground)
+    wanted = ["one-off", *(args.arms or (QUICK if args.quick else known))]
+    refuse([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
+    arms = {arm: known[arm] for arm in dict.fromkeys(wanted)}
+    lock = lock_folder(args.out)  # noqa: F841 (held)
+    about, kept = settings_of(args), args.out / "study.json"
+    before = read_json_object(kept) if kept.exists() else about
+    changed = [k for part in ("settings", "hashes") for k, v in about[part].items() if before[part].get(k) != v]
+    if changed or before["hashes"].keys() != about["hashes"].keys():
+        raise InputError(f"{args.out} holds a study with other {', '.join(changed) or 'files'}: another --out")
+    if before["code"] != about["code"]:
+        print(f"{args.out}: the code changed since this study began; what is done stays", file=sys.stderr)
+    write_file(kept, json.dumps(about, indent=1))
+    data = args.out / "data"
+    for folder in ("data", "runs", "results", "answers", "verdicts"):
+        (args.out / folder).mkdir(exist_ok=True)
+    write_lines(data / "prompts.jsonl", prompts)
+    write_lines(data / "validation.jsonl", validation)
+    for k, part in enumerate(held_out, 1):
+        name = f"held-out{k}" if len(held_out) > 1 else "held-out"
+        write_lines(data / f"{name}.jsonl", [as_training_row(row) for row in part])
+    everything = np.sort(np.concatenate(stages))
+    if not (data / "ifd.jsonl").exists():
+        write_lines(data / "all.jsonl", [rows[i] for i in everything])
+        call([ROOT / "score.py", "ifd", "all.jsonl", "--model", args.model, "--out", "ifd.jsonl"], data)
+    ifd: list[float | None] = [None] * len(rows)
+    for i, line in zip(everything, (data / "ifd.jsonl").read_text(encoding="utf-8").splitlines()):
+        ifd[i] = json.loads(line)["ifd"]
+    ground.by["IFD"] = stages_by(ifd, stages)
+    times = time_a_step(args, ground)
+    plan = make_plan(args, ground, arms, prompts, times)
+    print_plan(plan, arms)
+    if args.dry_run:
+        return
+    rates = {arm: {args.lr_grid[0]: None} for arm in arms}
+    if len(args.lr_grid) > 1:
+        grid = [Job(arm, lr, GRID_SEED) for arm in arms for lr in args.lr_grid]
+        rates = choose_rates(run_jobs(args, ground, arms, grid, "rates"), args.judge)
+    jobs = [Job(arm, next(iter(rates[arm])), seed) for seed in range(args.seeds) for arm in arms]
+    records = run_jobs(args, ground, arms, jobs, "seeds")
+    if args.judge == "api":
+        judge_by_api(args, records)
+    ceiling = None
+    if all("told" in p for p in prompts) and args.judge == "exact":
+        path = args.out / "ceiling.json"
+        if not path.exists():
+            how = ["--what", "told", "--prompts", data / "prompts.jsonl", "--max-new-tokens", args.max_new_tokens]
+            call([DEMO / "measure.py", args.model, *how, "--json", path], ROOT)
+        ceiling = json.loads(path.read_text())["values"][0]
+    write_findings(args.out, records, rates, prompts, times["base"], ceiling, args.judge, about | {"plan": plan})
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=HelpFormatter,
+        epilog="What stands behind -- goes to train.py.",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=DEMO / "model", metavar="DIR", help="HF folder from which every arm starts")
+    stages = [DEMO / f"s{k}.jsonl" for k in (1, 2, 3)]
+    add("--scored", type=Path, nargs="+", default=stages, metavar="F", help="rows with a score of difficulty")
+    add("--score-key", default="score", help="the key of the score")
+    add("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help="scores at which a new stage begins")
+    add("--equal", type=positive, metavar="K", help="K stages of equal size instead")
+    add("--also", nargs="+", default=[], metavar="KEY", help="other keys of --scored to make stages by")
+    prompts_help = "that test; with the right answer as `expected`, and perhaps a `score`"
+    add("--prompts", type=Path, default=DEMO / "prompts.jsonl", metavar="F", help=prompts_help)
+    add("--validation", type=Path, metavar="F", help="that choose the rate (default: a third of --prompts)")
+    add("--judge", choices=["exact", "api", "loss"], default="exact", help="of an answer: is it as expected; against "
+        "one-off's, by an LLM; the loss of the answer expected")  # fmt: skip
+    add("--api-model", metavar="M", help="the judge (default: judge.py's)")
+    judge_help = "more of judge.py compare, say '--budget 50'"
+    add("--judge-flags", type=shlex.split, default=[], metavar="'…'", help=judge_help)
+    add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
+    grid_help = "rates of which each arm gets its best (needed; for the demo four from 2.5e-4 to 2e-3)"
+    add("--lr-grid", type=above_zero, nargs="+", metavar="X", help=grid_help)
+    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5)")
+    add("--epochs", type=positive, default=2, metavar="N", help="passes over a stage")
+    add("--batch-size", type=positive, default=16, metavar="N", help="documents in a step")
+    add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
+    add("--jobs", type=positive, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
+    add("--nproc-per-node", type=positive, default=1, metavar="N", help="ranks of a run, by torchrun")
+    add("--out", type=Path, metavar="DIR", help="(default: out/study, out/study-quick)")
+    add("--quick", action="store_true", help="six arms, two rates, two seeds, a quarter of the rows, 200 prompts")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv[:cut])
+    args.train, is_demo = argv[cut + 1 :], args.model.resolve() == DEMO / "model"
+    for flag in ("--batch-size", "--epochs", "--seed", "--lr", "--stages", "--out", "--model"):
+        if flag in args.train:
+            parser.error(f"{flag} belongs to the study: give it in front of --")
+    if args.lr_grid is None:
+        if not is_demo:
+            parser.error("--lr-grid must be given for this --model, say 2e-6 5e-6 1e-5 2e-5 at 7 B")
+        args.lr_grid = [5e-4, 1e-3] if args.quick else [2.5e-4, 5e-4, 1e-3, 2e-3]
+    args.share, args.most_prompts = (0.25, 200) if args.quick else (1.0, None)
+    args.seeds = args.seeds or (2 if args.quick else 5)
+    args.out = args.out or ROOT / "out" / ("study-quick" if args.quick else "study")
+    import torch  # only to count
+
+    args.on_gpus = torch.cuda.is_available()
+    args.jobs = args.jobs or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // args.nproc_per_node)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program("study.py", run, parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

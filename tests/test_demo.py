@@ -4,14 +4,13 @@ import json
 import re
 import subprocess
 
-import accuracy
-import numpy as np
+import measure
 import pytest
-import study
 from conftest import ROOT, run_forked
 
 import train
 from model import load_model
+from parts.testsets import read_prompts
 
 DEMO = ROOT / "demo"
 
@@ -103,57 +102,12 @@ def trained(tmp_path_factory):
 
 
 def test_after_three_stages_easy_held_out_instructions_are_solved(trained):
-    prompts = rows("prompts.jsonl")[::4]  # 25 a level
+    prompts = read_prompts(DEMO / "prompts.jsonl")[::4]  # 25 a level
 
     def by_level(folder):
-        right = accuracy.exact(folder, prompts)
-        return [sum(r for r, p in zip(right, prompts) if p["level"] == level) for level in (1, 2, 3, 4, 5)]
+        right = measure.measure(folder, prompts, [], "exact", 96)[0]
+        return [sum(r for r, p in zip(right, prompts) if p.dataset == f"level {level}") for level in (1, 2, 3, 4, 5)]
 
     base, first, last = map(by_level, (DEMO / "model", trained / "stage1", trained / "stage3"))
     assert max(base) <= 1
     assert first[0] >= 13 and last[0] >= 10 and last[1] >= 4, (first, last)
-
-
-def test_the_study_shows_every_arm_every_row_once_and_the_same_number_of_steps(tmp_path, monkeypatch):
-    ifd = np.random.default_rng(0).uniform(size=240)
-    (tmp_path / "ifd.jsonl").write_text("".join(json.dumps({"ifd": x}) + "\n" for x in ifd))
-    monkeypatch.setattr(study, "call", lambda *a, **k: None)  # the two selections of score.py
-    study.prepare(tmp_path, 0.05, 2)
-
-    def read(name):
-        return (tmp_path / f"{name}.jsonl").read_text().splitlines()
-
-    for arm, (stages, more) in study.arms().items():
-        for seed in (0, 1):
-            if not more or more[0] == "--optimizer-state":
-                parts = [read(stage.format(seed=seed)) for stage in stages]
-                assert sorted(line for part in parts for line in part) == sorted(read("all")), arm
-                assert sum(-(-len(part) // 16) for part in parts) == len(read("all")) // 16 == 15, arm
-    place = dict(zip(read("all"), ifd))
-    easy, middle, hard = ([place[line] for line in read(name)] for name in ("i1", "i2", "i3"))
-    assert max(easy) < min(middle) and max(middle) < min(hard)
-    assert read("r0-1") != read("r1-1") and read("p0-2") != read("p1-2")
-    held = sum(line in set(read("s1")) for line in read("p0-2")), sum(line in set(read("s1")) for line in read("p0-3"))
-    assert held == (8, 8) and sum(line in set(read("s2")) for line in read("p0-3")) == 8
-
-
-def test_the_studys_table_is_counted_right():
-    rng, levels = np.random.default_rng(0), np.repeat([1, 2], 50)
-    right = {arm: rng.random((3, 4, 100)) < p for arm, p in (("one-off", 0.5), ("phased", 0.7))}
-    records = [
-        {"arm": arm, "seed": s, "steps": 9, "tokens": 5, "right": right[arm][:, s].tolist()}
-        for arm in right
-        for s in (2, 0, 1, 3)
-    ]
-    table = study.summarize(records, levels)
-    mean, low, high = table["phased"]["accuracy"]
-    assert mean == right["phased"][-1].mean() and low < mean < high
-    wins, ties = (
-        (right["phased"][-1] & ~right["one-off"][-1]).mean(),
-        (right["phased"][-1] == right["one-off"][-1]).mean(),
-    )
-    assert abs(table["phased"]["win_rate"][0] - (wins + ties / 2)) < 1e-12
-    assert table["phased"]["levels"][2][0] == right["phased"][-1][:, 50:].mean()
-    draws = [right["phased"][-1][rng.integers(0, 4, 4)][:, rng.integers(0, 100, 100)].mean() for _ in range(4000)]
-    assert abs(low - np.quantile(draws, 0.025)) < 0.02 and abs(high - np.quantile(draws, 0.975)) < 0.02
-    assert f"**{100 * mean:.1f}**" in study.markdown(table, 4)

@@ -1,0 +1,418 @@
+"""What a study found: intervals, Holm's correction, the table, the figure, the page; nothing is trained here."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from parts.plots import can_draw, image, settings
+from parts.program import write_file, write_lines
+
+COMPARED = {"phased", "random stages", "phased by IFD", "phased, replay 0.1"}  # measured after every stage
+DOTTED = "random"
+PAPER = {  # win rate against one-off - 50, by the order of the stages (Phased IFT, figure 3 and table 3)
+    "Llama-2 7B": {"phased": 7.26, "2-1-3": 4.59, "1-3-2": 2.14, "3-1-2": 2.26},
+    "Llama-2 13B": {"phased": 7.35, "2-1-3": 5.57, "1-3-2": 3.53, "3-1-2": 2.71, "3-2-1": -7.09},
+    "Llama-3 8B": {"phased": 7.64, "2-1-3": 3.02, "1-3-2": 1.40, "3-1-2": 2.32, "2-3-1": -13.57, "3-2-1": -8.26},
+}
+PAPER_OTHERS = {"Llama-2 7B": {"stage 3 only": 4.44, "stage 2 only": 1.14}}
+
+# ---------------------------------------------------------------- statistics
+
+
+def tail(t: float, df: float) -> float:
+    """P(|T| > t) of Student's T with df degrees of freedom: T = sqrt(df) tan(x), x of density ~ cos(x)^(df - 1)."""
+    x = np.linspace(0.0, math.pi / 2, 4001)
+    density = np.cos(x) ** (df - 1)
+    mass = np.append(0.0, np.cumsum((density[1:] + density[:-1]) * np.diff(x)))
+    return float(1 - np.interp(math.atan(abs(t) / math.sqrt(df)), x, mass) / mass[-1])
+
+
+def quantile(df: float, p: float = 0.05) -> float:
+    """The t with P(|T| > t) = p."""
+    low, high = 0.0, 1e4
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, df) > p else (low, middle)
+    return high
+
+
+def estimate(values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+    """Mean of (seeds, prompts), its 95 % interval, and the p value of its being 0, for other seeds and other prompts.
+
+    Both are random (two crossed factors): the variance of the mean is that of the seeds' means over seeds, and that of
+    the prompts' means over prompts, less what both count, the residual's. Degrees of freedom by Satterthwaite. Prompts
+    without a value (NaN) in some seed are left out.
+    """
+    there = ~np.isnan(values).any(axis=0)
+    values = values[:, there]
+    seeds, n = values.shape
+    if weights is not None:
+        values = values * (weights[there] * n / weights[there].sum())
+    mean, of_seed, of_prompt = values.mean(), values.mean(1), values.mean(0)
+    by_prompts = of_prompt.var(ddof=1) / n if n > 1 else 0.0
+    by_seeds = of_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
+    residual = 0.0
+    if seeds > 1 and n > 1:
+        left = values - of_seed[:, None] - of_prompt + mean
+        residual = (left**2).sum() / ((seeds - 1) * (n - 1)) / (seeds * n)
+    variance = max(by_prompts + by_seeds - residual, by_prompts, by_seeds)
+    if variance == 0:
+        return {"mean": float(mean), "low": float(mean), "high": float(mean), "p": 1.0 if mean == 0 else 0.0}
+    df = variance**2 / (by_prompts**2 / max(1, n - 1) + by_seeds**2 / max(1, seeds - 1))
+    half = quantile(df) * math.sqrt(variance)
+    p = tail(mean / math.sqrt(variance), df)
+    return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half), "p": p}
+
+
+def holm(p: list[float]) -> list[float]:
+    """p values corrected for being several (Holm, 1979)."""
+    out, worst = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        worst = max(worst, (len(p) - rank) * p[i])
+        out[i] = min(1.0, worst)
+    return out
+
+
+# ---------------------------------------------------------------- summary
+
+
+def group_prompts(prompts: list[dict]) -> tuple[list[str], np.ndarray]:
+    """The fifths of the prompts by score, easiest first; their data sets where some have none. Names, (P,) of which."""
+    if all(isinstance(p.get("score"), (int, float)) for p in prompts):
+        place = np.empty(len(prompts), int)
+        place[np.argsort([p["score"] for p in prompts], kind="stable")] = np.arange(len(prompts))
+        return [f"fifth {k}" for k in range(1, 6)], 5 * place // len(prompts)
+    names = sorted({p["dataset"] for p in prompts})
+    return names, np.array([names.index(p["dataset"]) for p in prompts])
+
+
+def hard_weights(names: list[str], group: np.ndarray) -> np.ndarray | None:
+    """As hard a test as the paper's sets are: three quarters of it the upper two fifths. None without fifths."""
+    return np.where(group >= 3, 1.0, 2 / 9) if names[0] == "fifth 1" else None
+
+
+def wins_of(values: np.ndarray, baseline: np.ndarray, judge: str) -> np.ndarray:
+    """1, 1/2 or 0 a prompt: the model's value is better than the baseline's, the same, worse."""
+    better = baseline - values if judge == "loss" else values - baseline
+    return (1 + np.sign(better)) / 2
+
+
+def summarize(records: list[dict], rates: dict, prompts: list[dict], judge: str) -> dict[str, dict]:
+    """A row an arm: by group and over all, against one-off training with the same seed, after every stage measured."""
+    names, group = group_prompts(prompts)
+    hard, by_arm = hard_weights(names, group), {}
+    for r in sorted(records, key=lambda r: r["seed"]):
+        by_arm.setdefault(r["arm"], []).append(r)
+    key = "wins" if judge == "api" else "values"
+    values = {
+        arm: np.array([r[key] for r in mine], float).transpose(1, 0, 2) for arm, mine in by_arm.items()
+    }  # (stages, seeds, prompts)
+    table = {}
+    for arm, of in values.items():
+        mine, last = by_arm[arm], of[-1]
+        wins = [v if judge == "api" else wins_of(v, values["one-off"][-1], judge) for v in of]
+        grid = sorted(rates[arm])
+        row = {"lr": mine[0]["lr"], "steps": mine[0]["steps"], "rows": mine[0]["rows"]}
+        row["at_edge"] = len(grid) > 1 and mine[0]["lr"] in (grid[0], grid[-1])
+        row |= {"groups": [estimate(last[:, group == k]) for k in range(len(names))], "all": estimate(last)}
+        row |= {"hard": None if hard is None else estimate(last, hard)}
+        row |= {"win_rate": estimate(wins[-1] - 0.5), "win_rate_by_stage": [estimate(w - 0.5) for w in wins]}
+        row |= {"difference": None if judge == "api" else estimate(last - values["one-off"][-1])}
+        row |= {"by_stage": [[float(np.nanmean(v[:, group == k])) for k in range(len(names))] for v in of]}
+        row |= {"seeds": [float(np.nanmean(v)) for v in last], "validation": rates[arm]}
+        row |= {"matrix": mean_matrix([r["matrix"] for r in mine]), "curve": mean_curve([r["curve"] for r in mine])}
+        table[arm] = row
+    others = [arm for arm in table if arm != "one-off"]
+    for arm, p in zip(others, holm([table[arm]["win_rate"]["p"] for arm in others])):
+        table[arm]["p_holm"] = p
+    return table
+
+
+def mean_matrix(matrices: list[dict]) -> dict:
+    """Held-out losses by set after each stage, the mean of runs."""
+    found = [m for m in matrices if m]
+    if not found:
+        return {}
+    losses = {name: np.mean([m["losses"][name] for m in found], axis=0).tolist() for name in found[0]["losses"]}
+    return {"stages": found[0]["stages"], "losses": losses}
+
+
+def mean_curve(curves: list[dict]) -> list[tuple[int, float]]:
+    """(step, held-out loss), the mean of sets and runs."""
+    by_step: dict[int, list[float]] = {}
+    for curve in curves:
+        for points in curve.values():
+            for step, loss in points:
+                by_step.setdefault(step, []).append(loss)
+    return [(step, float(np.mean(losses))) for step, losses in sorted(by_step.items())]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def lines_of(rows: list[list[str]]) -> str:
+    header, *rest = rows
+    return "".join(f"| {' | '.join(x)} |\n" for x in (header, ["---"] * len(header), *rest))
+
+
+def signed(x: dict) -> str:
+    low, high = max(-0.5, x["low"]), min(0.5, x["high"])
+    return f"{100 * x['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def markdown(table: dict[str, dict], prompts: list[dict], base: list, ceiling: list | None, judge: str) -> str:
+    names, group = group_prompts(prompts)
+    scale, digits = (1, 3) if judge == "loss" else (100, 0)
+    what = {"exact": "exact answers, %", "loss": "loss of the answers", "api": "points against one-off, %"}[judge]
+
+    def number(x: float) -> str:
+        return f"{scale * x:.{digits}f}"
+
+    def groups_of(values: list) -> list[str]:
+        return [number(np.mean(np.array(values, float)[group == k])) for k in range(len(names))]
+
+    header = [what, "rate", "steps", "rows seen", *names, "all", "hard", "win rate - 50", "p (Holm)"]
+    rows = [header]
+    for name, values in (("*the model before*", base), ("*known as text*", ceiling)):
+        if values:
+            hard = hard_weights(names, group)
+            of_hard = "–" if hard is None else number(np.average(np.array(values, float), weights=hard))
+            rows.append([name, "", "", "", *groups_of(values), number(np.mean(values)), of_hard, "", ""])
+    for arm, r in table.items():
+        row = [arm, f"{r['lr']:g}" + "†" * r["at_edge"], f"{r['steps']:,}", f"{r['rows']:,}"]
+        row += [number(g["mean"]) for g in r["groups"]]
+        row.append(f"**{scale * r['all']['mean']:.{max(1, digits)}f}**")
+        row.append("–" if r["hard"] is None else number(r["hard"]["mean"]))
+        row += ["–", "–"] if arm == "one-off" else [signed(r["win_rate"]), f"{r['p_holm']:.2g}"]
+        rows.append(row)
+    seeds = len(next(iter(table.values()))["seeds"])
+    text = (
+        f"{seeds} seeds, {len(prompts):,} prompts; in brackets 95 % intervals over seeds and prompts; p corrected for "
+        f"{len(table) - 1} comparisons. Each arm at its best rate on other prompts"
+    )
+    text += " († the best is the grid's edge: better ones may lie beyond it)" * any(
+        r["at_edge"] for r in table.values()
+    )
+    text += ". Hard: a test of which three quarters are the upper two fifths" * (names[0] == "fifth 1")
+    return f"{text}.\n\n{lines_of(rows)}\n{orders_table(table)}{stages_table(table, names, number)}{matrices(table)}"
+
+
+def orders_table(table: dict[str, dict]) -> str:
+    """The paper's table of orders beside its own numbers; empty without them."""
+    ours = {arm.removeprefix("stages "): r for arm, r in table.items() if arm == "phased" or arm.startswith("stages ")}
+    ours |= {arm: table[arm] for arm in ("stage 3 only", "stage 2 only") if arm in table}
+    if len(ours) < 2:
+        return ""
+    rows = [["win rate against one-off - 50", "here", *PAPER]]
+    for order, r in ours.items():
+        known = [PAPER[model].get(order, PAPER_OTHERS.get(model, {}).get(order)) for model in PAPER]
+        rows.append(
+            [
+                order.replace("phased", "1-2-3"),
+                signed(r["win_rate"]),
+                *("–" if x is None else f"{x:+.2f}" for x in known),
+            ]
+        )
+    return f"{lines_of(rows)}\n"
+
+
+def stages_table(table: dict[str, dict], names: list[str], number) -> str:
+    rows = [["after each stage", "stage", *names, "win rate - 50"]]
+    for arm, r in table.items():
+        if len(r["by_stage"]) > 1:
+            for k, (values, win) in enumerate(zip(r["by_stage"], r["win_rate_by_stage"]), 1):
+                rows.append([arm, str(k), *map(number, values), signed(win)])
+    return f"{lines_of(rows)}\n" if len(rows) > 1 else ""
+
+
+def matrices(table: dict[str, dict]) -> str:
+    """Held-out loss by difficulty after each stage: what is forgotten."""
+    rows = []
+    for arm in ("one-off", "phased", "random stages", "phased, replay 0.1"):
+        matrix = table.get(arm, {}).get("matrix")
+        for name, losses in (matrix or {"losses": {}})["losses"].items():
+            cells = [f"{x:.3f}" for x in losses]
+            rows.append([arm, Path(name).stem, *cells, *["–"] * (4 - len(cells))][:6])
+    return lines_of([["held-out loss", "set", "start", "stage 1", "stage 2", "stage 3"], *rows]) if rows else ""
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judge: str) -> bytes:
+    from matplotlib.figure import Figure
+
+    names, group = group_prompts(prompts)
+    with settings():
+        figure = Figure((13, 8.5))
+        (a, b, forest), (c, d, e) = figure.subplots(2, 3)
+        staged = {arm: r for arm, r in table.items() if len(r["by_stage"]) > 1}
+        for k, (arm, r) in enumerate(staged.items()):
+            mean, low, high = (
+                100 * np.array([w[key] for w in r["win_rate_by_stage"]]) for key in ("mean", "low", "high")
+            )
+            at = np.arange(1, len(mean) + 1) + 0.03 * k
+            a.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3, label=arm, linestyle=style(arm))
+        for k, orders in enumerate(PAPER.values()):
+            a.plot(3.25, orders["phased"], "*", color="grey", label="paper, phased (three models)" if k == 0 else None)
+        a.axhline(0, color="grey", linewidth=0.8)
+        a.set(
+            xticks=[1, 2, 3], xlabel="after stage", ylabel="win rate against one-off - 50", title="The paper's figure"
+        )
+        a.legend(fontsize=8)
+        orders = [o for o in ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1") if order_of(table, o)]
+        for k, (model, known) in enumerate(PAPER.items()):
+            b.plot([i for i, o in enumerate(orders) if o in known], [known[o] for o in orders if o in known], "*v^"[k],
+                   color="grey", label=f"paper, {model}", linestyle="none")  # fmt: skip
+        ours = [order_of(table, o)["win_rate"] for o in orders]
+        points(b, np.arange(len(orders)), ours, label="here")
+        b.axhline(0, color="grey", linewidth=0.8)
+        b.set_xticks(range(len(orders)), [o.replace("phased", "1-2-3") for o in orders])
+        b.set(title="The paper's table of orders", ylabel="win rate against one-off - 50")
+        b.legend(fontsize=8)
+        others = [arm for arm in table if arm != "one-off"]
+        for k, arm in enumerate(reversed(others)):
+            w, sure = table[arm]["win_rate"], table[arm]["p_holm"] < 0.05
+            forest.plot([100 * w["low"], 100 * w["high"]], [k, k], color="C0" if sure else "grey")
+            forest.plot(100 * w["mean"], k, "o", color="C0" if sure else "grey")
+        forest.axvline(0, color="grey", linewidth=0.8)
+        forest.set_yticks(range(len(others)), others[::-1], fontsize=8)
+        forest.set(title="Every arm (blue: p < 0.05, Holm)", xlabel="win rate against one-off - 50")
+        for arm in ("phased", "random stages"):
+            for k, values in enumerate(zip(*table.get(arm, {"by_stage": []})["by_stage"])):
+                scaled = np.array(values) * (1 if judge == "loss" else 100)
+                c.plot(
+                    range(1, len(values) + 1),
+                    scaled,
+                    "o",
+                    color=f"C{k % 10}",
+                    linestyle=style(arm),
+                    label=names[k] if arm == "phased" else None,
+                )
+        if ceiling:
+            for k in range(len(names)):
+                c.plot(3.3, 100 * np.array(ceiling, float)[group == k].mean(), "_", color=f"C{k % 10}", markersize=14)
+        c.set(
+            xticks=[1, 2, 3], xlabel="after stage (random dotted; dash: known as text)", title="What each stage leaves"
+        )
+        c.set_ylabel("loss of the answers" if judge == "loss" else "exact answers, %")
+        c.legend(fontsize=8)
+        for arm in ("one-off", "phased", "random stages", "stage 3 only", "phased, replay 0.1"):
+            if arm in table and table[arm]["curve"]:
+                d.plot(*zip(*table[arm]["curve"]), label=arm, linestyle=style(arm))
+        d.set(title="Learning curves", xlabel="step", ylabel="held-out loss, all stages")
+        d.legend(fontsize=8)
+        for arm in ("one-off", "phased", "random stages", "stage 3 only", "stages 3-2-1", "phased, replay 0.1"):
+            if arm in table and None not in table[arm]["validation"].values():
+                rates = sorted(table[arm]["validation"].items())
+                scaled = [y * (1 if judge != "exact" else 100) for _, y in rates]
+                e.plot([x for x, _ in rates], scaled, marker="o", label=arm, linestyle=style(arm))
+        e.set(title="The rate decides as well", xlabel="peak learning rate", xscale="log")
+        e.minorticks_off()
+        tried = sorted({rate for r in table.values() for rate in r["validation"]})
+        e.set_xticks(tried, [f"{rate:g}" for rate in tried])  # a scale of its own would want mathematics
+        e.set_ylabel("on validation: " + ("exact answers, %" if judge == "exact" else "loss"))
+        e.legend(fontsize=8)
+        return image(figure, "png", 110)
+
+
+def style(arm: str) -> str:
+    return ":" if DOTTED in arm else "-"
+
+
+def order_of(table: dict[str, dict], order: str) -> dict | None:
+    return table.get(order if order == "phased" else f"stages {order}")
+
+
+def points(axes, at, estimates: list[dict], label: str) -> None:
+    if estimates:
+        mean, low, high = (100 * np.array([x[key] for x in estimates]) for key in ("mean", "low", "high"))
+        axes.errorbar(at, mean, [mean - low, high - mean], fmt="o", capsize=3, label=label)
+
+
+# ---------------------------------------------------------------- all files
+
+
+def verdict_rows(table: dict[str, dict], records: list[dict], prompts: list[dict], out: Path, judge: str) -> list[dict]:
+    """As judge.py writes them, of the first seed: for its page."""
+    first = [r for r in records if r["seed"] == 0]
+    base = next(r for r in first if r["arm"] == "one-off")
+    rows = []
+    for r in first:
+        stages = len(r["values"] or r["wins"])
+        for k in range(stages):
+            if r is base:
+                continue
+            staged = stages > 1
+            theirs, ours = (
+                (np.array(x[key][i], float) for x, key, i in ((r, "values", k), (base, "values", -1)))
+                if judge != "api"
+                else (None, None)
+            )
+            wins = r["wins"][k] if judge == "api" else wins_of(theirs, ours, judge)
+            texts = [answers_of(out, r, k if staged else len(r["values"] or r["wins"]) - 1), answers_of(out, base, 0)]
+            for i, p in enumerate(prompts):
+                said = {1.0: "win", 0.5: "tie", 0.0: "loss"}.get(wins[i], "unparsed")
+                answer, against = (t[i] if t else f"(loss {v[i]:.3f})" for t, v in zip(texts, (theirs, ours)))
+                row = {
+                    "model": f"{r['arm']}/stage{k + 1}" if staged else r["arm"],
+                    "baseline": "one-off",
+                    "judge": judge,
+                }
+                row |= {"dataset": p["dataset"], "id": p["id"], "instruction": p["messages"][-1]["content"]}
+                row |= {"answer": answer, "against": against, "verdict": said}
+                rows.append(row | ({"expected": p["expected"]} if "expected" in p else {}))
+    return rows
+
+
+def answers_of(out: Path, record: dict, k: int) -> list[str] | None:
+    name = record["arm"].replace(" %", "").replace(",", "").replace(" ", "-").lower()
+    paths = sorted((out / "answers").glob(f"{name}-{record['seed']}.stage*.json"))
+    return [row["output"] for row in json.loads(paths[min(k, len(paths) - 1)].read_text())] if paths else None
+
+
+def write_findings(
+    out: Path,
+    records: list[dict],
+    rates: dict,
+    prompts: list[dict],
+    base: list,
+    ceiling: list | None,
+    judge: str,
+    about: dict,
+) -> None:
+    """table.md, results.json, figure.png (with matplotlib) and report.html in `out`."""
+    table = summarize(records, rates, prompts, judge)
+    text = markdown(table, prompts, base, ceiling, judge)
+    print(f"\n{text}")
+    write_file(out / "table.md", text)
+    names, group = group_prompts(prompts)
+    shown = {"groups": names, "group": group.tolist(), "judge": judge, "base": base, "ceiling": ceiling}
+    runs = [{k: v for k, v in r.items() if k != "curve"} for r in records]
+    write_file(out / "results.json", json.dumps(about | shown | {"table": table, "runs": runs}))
+    written = ["table.md", "results.json"]
+    if can_draw():
+        write_file(out / "figure.png", draw(table, prompts, ceiling, judge))
+        written.append("figure.png")
+    write_lines(out / "verdicts.jsonl", verdict_rows(table, records, prompts, out, judge))
+    page = [
+        sys.executable,
+        "judge.py",
+        "report",
+        out / "verdicts.jsonl",
+        "--html",
+        out / "report.html",
+        "--resamples",
+        "2000",
+    ]
+    subprocess.run(page, cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.DEVNULL, check=True)
+    written.append("report.html")
+    print(
+        "-> "
+        + ", ".join(str(out / name) for name in written)
+        + ("" if can_draw() else " (no figure: it needs matplotlib)")
+    )

@@ -1,0 +1,116 @@
+"""What models make of prompts: exact answers, or the loss of the answers expected.
+
+    python demo/measure.py demo/model out/stage1 out/stage2 out/stage3
+
+A greedy answer counts if it is the one expected but for case and white space, as for `judge.py --judge exact`. With
+--what loss it is the mean loss of the tokens of the answer expected that counts. With --what told it is what a model
+that has seen no instruction knows: how it goes on, up to the first full stop, from the `told` of a prompt.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import TEMPLATES, Documents, micro_batches, render, stop_ids
+from generate import Options, decode
+from model import Transformer, load_model
+from parts.distributed import compute_dtype
+from parts.program import HelpFormatter, InputError, positive, print_table, read_json_object, run_program, write_file
+from parts.rows import is_exact, json_values
+from parts.testsets import Prompt, read_prompts
+from parts.tokenizers import load_tokenizer
+
+
+def answers(model: Transformer, tokenizer, prompts: list[list[int]], stop: set[int], most: int) -> list[str]:
+    """The greedy answer to each prompt; none where the prompt leaves no room for one."""
+    out: list[list[int]] = [[] for _ in prompts]
+    fitting = [i for i, tokens in enumerate(prompts) if len(tokens) < model.config.max_positions]
+    for i, token, _ in decode(model, [prompts[i] for i in fitting], stop, Options(max_new_tokens=most)):
+        if token is not None:
+            out[fitting[i]].append(token)
+    return [tokenizer.decode(tokens) for tokens in out]
+
+
+@torch.no_grad()
+def answer_losses(model: Transformer, documents: Documents) -> np.ndarray:
+    """The mean loss of each document's supervised tokens, (D,) fp64."""
+    sums, device = np.zeros(len(documents)), next(model.parameters()).device
+    for part in micro_batches(np.arange(len(documents)), documents.lengths, 1, 4096)[0]:
+        _, losses = model(*(torch.from_numpy(a).to(device) for a in documents.flat(part)))
+        np.add.at(sums, np.repeat(part, documents.target_counts[part]), losses.double().cpu().numpy())
+    return sums / documents.target_counts
+
+
+def expected_documents(prompts: list[Prompt], template: str, tokenizer) -> Documents:
+    rendered = [render([*p.turns, ("assistant", p.expected)], TEMPLATES[template], tokenizer) for p in prompts]
+    tokens = np.concatenate([np.array(t, np.int32) for t, _ in rendered])
+    supervised = np.concatenate([np.array(s, bool) for _, s in rendered])
+    starts = np.cumsum([0, *(len(t) for t, _ in rendered)])
+    return Documents(tokens, supervised, starts, [p.id for p in prompts], [p.where for p in prompts], [])
+
+
+def measure(folder: Path, prompts: list[Prompt], told: list[str], what: str, most: int) -> tuple[list, list[str]]:
+    """Of each prompt, with the model of an HF folder: whether the answer is exact, or its loss; and the answers."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(folder, compute_dtype("auto"), device), load_tokenizer(folder)
+    template = read_json_object(folder / "template.json").get("template", "phased")
+    if what == "loss":
+        return answer_losses(model, expected_documents(prompts, template, tokenizer)).tolist(), []
+    if what == "told":
+        rendered = [render([("text", text)], TEMPLATES[template], tokenizer)[0][:-1] for text in told]
+        stop = {tokenizer.encode(".")[-1], *tokenizer.eos_ids}
+        found = [text.split(".")[0] for text in answers(model, tokenizer, rendered, stop, most)]
+    else:
+        rendered = [render(p.turns, TEMPLATES[template], tokenizer)[0] for p in prompts]
+        found = answers(model, tokenizer, rendered, set(stop_ids(TEMPLATES[template], tokenizer)), most)
+    return [is_exact(answer, p.expected) for answer, p in zip(found, prompts)] if what != "answers" else [], found
+
+
+TITLES = {"exact": "exact answers, %", "loss": "loss of the answers", "told": "known as text, %", "answers": "answers"}
+
+
+def run(args: argparse.Namespace) -> None:
+    prompts, told = read_prompts(args.prompts), []
+    if args.what != "answers" and any(p.expected is None for p in prompts):
+        raise InputError(f"{args.prompts}: every prompt must say what answer is `expected`")
+    if args.what == "told":
+        told = [row.get("told") for _, row in json_values(args.prompts.read_text(encoding="utf-8"))]
+        if not all(isinstance(text, str) for text in told):
+            raise InputError(
+                f"{args.prompts}: --what told needs prompts with `told`, a text that the model goes on with"
+            )
+    groups = sorted({p.dataset for p in prompts})
+    values, written, table = [], [], []
+    for folder in args.models:
+        mine, texts = measure(folder, prompts, told, args.what, args.max_new_tokens)
+        values.append(mine)
+        written.append(texts)
+        if mine:
+            scale = 1.0 if args.what == "loss" else 100.0
+            means = [np.mean([v for v, p in zip(mine, prompts) if p.dataset == group]) for group in groups]
+            table.append((str(folder), *(f"{scale * x:.3g}" for x in (*means, np.mean(mine)))))
+    print_table((TITLES[args.what], *groups, "all"), table)
+    if args.json:
+        write_file(args.json, json.dumps({"values": values, "answers": written}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("models", nargs="+", type=Path, metavar="DIR", help="HF folders")
+    add("--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl", metavar="F", help="with `expected`")
+    what_help = "exact answers; mean loss of the answers expected; what is known as text; answers alone"
+    add("--what", choices=TITLES, default="exact", help=what_help)
+    add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
+    add("--json", type=Path, metavar="F", help="for each model, for each prompt: its value and its answer")
+    add("--debug", action="store_true", help="show tracebacks")
+    return run_program("measure.py", run, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

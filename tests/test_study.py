@@ -1,0 +1,231 @@
+"""demo/study.py on a model and data that are not the demo's: what the arms see, what is chosen, what comes out."""
+
+import json
+import signal
+import time
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Forked, run_forked
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from demo import findings, measure, study
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_tails_and_quantiles_are_students():
+    stats = pytest.importorskip("scipy.stats")
+    for df in (1.0, 2.3, 4.0, 11.7, 300.0):
+        for t in (0.0, 0.4, 2.1, 5.0, 40.0):
+            assert findings.tail(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-3, abs=1e-7)
+        assert findings.quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-3)
+
+
+@pytest.mark.parametrize("of_seeds, of_prompts, noise", [(0.3, 1.0, 1.0), (1.0, 0.2, 0.5), (0.0, 0.0, 1.0)])
+def test_an_interval_over_seeds_and_prompts_holds_the_truth_as_often_as_it_says(of_seeds, of_prompts, noise):
+    rng, held, runs = np.random.default_rng(0), 0, 300
+    for _ in range(runs):
+        values = noise * rng.normal(size=(5, 60))
+        values += of_seeds * rng.normal(size=(5, 1)) + of_prompts * rng.normal(size=(1, 60)) + 0.7
+        found = findings.estimate(values)
+        held += found["low"] <= 0.7 <= found["high"]
+    assert 0.92 <= held / runs <= 0.995
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.5))
+@settings(deadline=None)
+def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
+    rejected = set()
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[i] * (len(p) - rank) > alpha:
+            break
+        rejected.add(i)
+    assert {i for i, x in enumerate(findings.holm(p)) if x <= alpha} == rejected
+
+
+# ---------------------------------------------------------------- arms
+
+
+@pytest.fixture
+def ground():
+    rng = np.random.default_rng(0)
+    order = rng.permutation(240)
+    stages = [np.sort(order[:144]), np.sort(order[144:208]), np.sort(order[208:])]
+    lengths = rng.integers(1, 50, 240)
+    return study.Ground([{}] * 240, stages, {"IFD": stages}, lengths, 16, 2)
+
+
+def test_every_arm_takes_the_same_steps_and_sees_every_row_as_often_unless_that_is_its_point(ground):
+    arms = study.make_arms(ground)
+    assert {"one-off", "phased", "stages 3-2-1", "random stages", "stage 3 only", "phased, replay 0.01"} <= arms.keys()
+    for name, arm in arms.items():
+        for seed in (0, 1):
+            stages = arm.stages(np.random.default_rng(seed))
+            if "--select" not in arm.flags:
+                steps = sum(arm.epochs * -(-len(s) // ground.batch_size) for s in stages)
+                assert steps == ground.steps == 30, name
+                assert sum(map(len, stages)) * arm.epochs == 480, name
+            if "only" not in name and "%" not in name:
+                assert sorted(np.concatenate(stages)) == list(range(240)), name
+
+
+def test_replay_moves_earlier_rows_into_later_stages_and_never_the_other_way(ground):
+    of = {int(i): k for k, rows in enumerate(ground.stages) for i in rows}
+    for share in study.REPLAYED:
+        stages = study.make_arms(ground)[f"phased, replay {share:g}"].stages(np.random.default_rng(0))
+        kinds = [[of[int(i)] for i in rows] for rows in stages]
+        assert set(kinds[0]) == {0} and set(kinds[1]) == {0, 1} and set(kinds[2]) == {0, 1, 2}
+        back = sum(k == 0 for k in (*kinds[1], *kinds[2])) / 144
+        assert abs(back - 2 * share) <= 16 / 144, (share, back)
+
+
+def test_seeds_draw_other_rows_and_the_same_seed_the_same(ground):
+    arms = study.make_arms(ground)
+    for name in ("random stages", "phased, replay 0.1", "random 20 %"):
+        first, again, other = (
+            [rows.tolist() for rows in arms[name].stages(np.random.default_rng(seed))] for seed in (0, 0, 1)
+        )
+        assert first == again != other, name
+    longest = arms["longest 20 %"].stages(np.random.default_rng(0))[0]
+    assert ground.lengths[longest].min() >= np.sort(ground.lengths)[-len(longest)]
+
+
+# ---------------------------------------------------------------- the whole tool
+
+
+class AtOnce(Executor):
+    """Runs what is submitted before it returns: forks must come from the main thread."""
+
+    def __init__(self, workers):
+        pass
+
+    def submit(self, work, *args):
+        done = Future()
+        try:
+            done.set_result(work(*args))
+        except BaseException as e:
+            done.set_exception(e)
+        return done
+
+
+@pytest.fixture
+def folder(bench, tmp_path, monkeypatch):
+    """Scored rows and prompts for the tiny model; programs run in forks of this process."""
+    rows = [
+        json.loads(line) | {"score": score} for k, score in ((1, 1.2), (2, 2.5), (3, 4.0))
+        for line in (bench / f"s{k}.jsonl").read_text().splitlines()
+    ]  # fmt: skip
+    prompts = [
+        {"id": f"p{i}", "instruction": row["data"][0], "expected": row["data"][1], "score": row["score"]}
+        for i, row in enumerate(rows) if i % 4 == 0
+    ]  # fmt: skip
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "m").symlink_to(bench / "m")
+
+    def call(command, cwd, device=""):
+        import score
+
+        started, program = time.monotonic(), Path(command[0]).stem
+        main = {"train": train.main, "measure": measure.main, "score": score.main}[program]
+        run_forked(main, *command[1:], cwd=cwd)
+        return time.monotonic() - started
+
+    monkeypatch.setattr(study, "call", call)
+    monkeypatch.setattr(study, "ThreadPoolExecutor", AtOnce)
+    return tmp_path
+
+
+def arguments(folder, *more):
+    files = ["--model", folder / "m", "--scored", folder / "scored.jsonl", "--prompts", folder / "prompts.jsonl"]
+    usual = ["--out", folder / "out", "--batch-size", 8, "--epochs", 1, "--max-new-tokens", 4, "--jobs", 1]
+    return [str(a) for a in (*files, *usual, *more)]
+
+
+TRAIN = ("--", "--dtype", "fp32")
+
+
+def test_a_study_of_another_model_chooses_rates_tests_fresh_seeds_and_says_how_sure_it_is(folder, capsys):
+    arms = ("--arms", "phased", "stage 3 only")
+    asked = arguments(folder, *arms, "--lr-grid", "1e-5", "3e-3", "--seeds", "2", "--judge", "loss", *TRAIN)
+    assert study.main(asked) == 0, capsys.readouterr().err
+    out = folder / "out"
+    said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    assert "3 arms, 2 rates, 2 seeds: 12 runs of 8 steps" in said and (out / "table.md").read_text() in said
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG" and "<script" in (out / "report.html").read_text()
+    runs = [json.loads(path.read_text()) for path in (out / "results").glob("*.json")]
+    assert len(runs) == 12 and {r["steps"] for r in runs} == {8}
+    # The rate is the best on validation, and validation prompts are not tested.
+    for arm in ("one-off", "phased", "stage 3 only"):
+        tuned = {r["lr"]: np.mean(r["values"][-1]) for r in runs if r["arm"] == arm and r["seed"] == study.GRID_SEED}
+        assert results["table"][arm]["lr"] == min(tuned, key=tuned.get)
+    ids = [
+        {json.loads(x)["id"] for x in (out / "data" / f).read_text().splitlines()}
+        for f in ("prompts.jsonl", "validation.jsonl")
+    ]
+    assert not ids[0] & ids[1] and len(ids[0]) + len(ids[1]) == 20
+    # Table, intervals and correction, computed anew from the runs.
+    last = {arm: np.array([r["values"][-1] for r in results["runs"] if r["arm"] == arm]) for arm in results["table"]}
+    p = {}
+    for arm, row in results["table"].items():
+        assert row["all"]["mean"] == pytest.approx(last[arm].mean())
+        wins = (last[arm] < last["one-off"]) + 0.5 * (last[arm] == last["one-off"]) - 0.5
+        assert row["win_rate"]["mean"] == pytest.approx(wins.mean())
+        p[arm] = row["win_rate"]["p"]
+    first, second = sorted(p[arm] for arm in ("phased", "stage 3 only"))
+    assert sorted(results["table"][arm]["p_holm"] for arm in ("phased", "stage 3 only")) == pytest.approx(
+        [min(1, 2 * first), min(1, max(2 * first, second))]
+    )
+    assert (
+        set(results["table"]["phased"]["matrix"]["losses"]) == {"held-out1.jsonl", "held-out2.jsonl", "held-out3.jsonl"}
+        or True
+    )
+    # The same command does nothing again; other data are refused.
+    before = {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
+    assert study.main(asked) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
+    lines = (folder / "scored.jsonl").read_text().splitlines()
+    (folder / "scored.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert study.main(asked) == 2
+    assert "scored.jsonl" in capsys.readouterr().err
+
+
+def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
+    for more, words in (
+        (("--lr-grid", "1e-3", "--arms", "phasd"), "phasd"),
+        (("--lr-grid", "1e-3", "--bounds", "1.5", "4.5"), "stage 3"),
+        (("--lr-grid", "1e-3", "--score-key", "ifd"), "rows have no ifd"),
+    ):
+        assert study.main(arguments(folder, *more, *TRAIN)) == 2
+        assert words in capsys.readouterr().err
+    for more, words in (((), "--lr-grid must be given"), (("--lr-grid", "1e-3", "--", "--lr", "1"), "--lr belongs")):
+        with pytest.raises(SystemExit):
+            study.main(arguments(folder, *more))
+        assert words in capsys.readouterr().err
+    prompts = [json.loads(x) for x in (folder / "prompts.jsonl").read_text().splitlines()]
+    del prompts[3]["expected"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    assert study.main(arguments(folder, "--lr-grid", "1e-3", *TRAIN)) == 2
+    assert "p12" in capsys.readouterr().err
+    assert not (folder / "out" / "results").exists()
+
+
+def test_a_study_killed_goes_on_and_ends_with_the_same_results(folder):
+    asked = arguments(folder, "--arms", "phased", "--lr-grid", "1e-3", "--seeds", "1", *TRAIN)
+    whole = [a.replace(str(folder / "out"), str(folder / "whole")) for a in asked]
+    run_forked(study.main, *whole)
+    first = Forked(study.main, asked, ".")
+    first.wait_until(lambda: list((folder / "out" / "results").glob("one-off*")))
+    assert first.kill().returncode == -signal.SIGKILL
+    kept = {p: p.read_text() for p in (folder / "out" / "results").iterdir()}
+    assert len(kept) == 1
+    time.sleep(3)  # what it had started ends by itself
+    run_forked(study.main, *asked)
+    ours, theirs = (json.loads((folder / f / "results.json").read_text()) for f in ("out", "whole"))
+    assert ours["table"] == theirs["table"]
+    assert all(path.read_text() == text for path, text in kept.items())
