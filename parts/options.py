@@ -127,6 +127,8 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
         )
     if not args.lora and (args.lora_alpha is not None or args.lora_targets != TARGETS):
         parser.error("--lora-alpha and --lora-targets need --lora")
+    if args.lora_alpha == 0:
+        parser.error("--lora-alpha 0 would leave the adapters without effect: they would never learn")
     if args.lora and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora
     return args

@@ -236,10 +236,10 @@ def metrics(out):
     return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
-def close(rows, others):
+def close(rows, others, within=1e-4):
     """The same rows, numbers equal to float tolerance."""
     for ours, theirs in zip(rows, others, strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            wanted = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            wanted = pytest.approx(value, rel=within) if isinstance(value, float) else value
             assert ours[key] == wanted, (key, ours, theirs)
