@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from demo.findings import COMPARED, write_findings
+from demo.findings import COMPARED, file_name, write_findings
 from parts.api import ApiOptions
 from parts.program import (
     HelpFormatter,
@@ -230,10 +230,6 @@ class Job:
     @property
     def name(self) -> str:
         return f"{file_name(self.arm)}-{self.lr:g}-{self.seed}"
-
-
-def file_name(arm: str) -> str:
-    return arm.replace(" %", "").replace(",", "").replace(" ", "-").lower()
 
 
 def call(command: list, cwd: Path, device: str = "") -> float:
