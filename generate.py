@@ -463,7 +463,8 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
     done |= {q.key: served.answer_of(store.of(q.key)) for q in questions}
     write_answers(prompts, done, args.name, args.out)
     if args.completions:
-        counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts]
+        guessed = {r["key"] for q in questions for r in store.of(q.key) if r.get("usage", {}).get("estimated")}
+        counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts if p.key not in guessed]
         other = [f"{p.where}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
         print_listed("prompts have another number of tokens at the server: another BOS, or another tokenizer", other)
     refused = sum("error" in done[q.key] for q in questions)

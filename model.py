@@ -211,9 +211,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return y if self.lora_A is None else self.adapted(y, F.linear(x, self.lora_A.to(x.dtype)))
+        return y if self.lora_A is None else self.with_adapter(y, F.linear(x, self.lora_A.to(x.dtype)))
 
-    def adapted(self, y: Tensor, a: Tensor) -> Tensor:
+    def with_adapter(self, y: Tensor, a: Tensor) -> Tensor:
         """y (T, out) and what the adapter adds to it, given a = A x (T, rank)."""
         return torch.addmm(y, a, self.lora_B.to(y.dtype).T, alpha=self.scale)
 
@@ -254,7 +254,7 @@ class MLP(nn.Module):
         gate, up, down = self.gate(x), self.up(x), self.down
         y = swiglu(gate, up, down.weight)
         if down.lora_A is not None:
-            y = down.adapted(y, swiglu(gate, up, down.lora_A))
+            y = down.with_adapter(y, swiglu(gate, up, down.lora_A))
         return y if down.bias is None else y + down.bias.to(x.dtype)
 
 

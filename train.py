@@ -552,7 +552,8 @@ def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], wo
             how = (world // args.replicas, dtype, *most, args.checkpoint_activations, cuda)
             planned[way][world] = cost.memory_plan(model, trained, *how)
     free = args.plan_gpu * 2**30 if args.plan_gpu is not None else free_memory(torch.device("cuda" if cuda else "cpu"))
-    cost.print_memory(planned, {w: free and free / (1 if cuda else w) for w in worlds})  # a CPU's memory is shared
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks that share a CPU's memory; `free` is the share of one
+    cost.print_memory(planned, {w: free * (1 if cuda else here / w) for w in worlds})
 
 
 def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict[str, Documents]]:

@@ -25,16 +25,16 @@ PAPER_OTHERS = {"Llama-2 7B": {"stage 3 only": 4.44, "stage 2 only": 1.14}}
 
 def tail(t: float, df: float) -> float:
     """P(|T| > t) of Student's T with df degrees of freedom: T = sqrt(df) tan(x), x of density ~ cos(x)^(df - 1)."""
-    x = np.linspace(0.0, math.pi / 2, 40_001)
+    x = np.linspace(0.0, math.pi / 2, 4001)
     density = np.cos(x) ** (df - 1)
-    mass = (density[1:] + density[:-1]) * np.diff(x)
-    return float(mass[x[:-1] >= math.atan(abs(t) / math.sqrt(df))].sum() / mass.sum())
+    mass = np.append(0.0, np.cumsum((density[1:] + density[:-1]) * np.diff(x)))
+    return float(1 - np.interp(math.atan(abs(t) / math.sqrt(df)), x, mass) / mass[-1])
 
 
 def quantile(df: float, p: float = 0.05) -> float:
     """The t with P(|T| > t) = p."""
     low, high = 0.0, 1e4
-    for _ in range(60):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if tail(middle, df) > p else (low, middle)
     return high
@@ -337,42 +337,36 @@ def points(axes, at, estimates: list[dict], label: str) -> None:
 # ---------------------------------------------------------------- all files
 
 
-def verdict_rows(table: dict[str, dict], records: list[dict], prompts: list[dict], out: Path, judge: str) -> list[dict]:
+def file_name(arm: str) -> str:
+    return arm.replace(" %", "").replace(",", "").replace(" ", "-").lower()
+
+
+def texts_of(out: Path, record: dict) -> list[list[str]]:
+    """After each measured stage, what there is to read of each prompt: the answers, or else the losses."""
+    paths = sorted((out / "answers").glob(f"{file_name(record['arm'])}-{record['seed']}.stage*.json"))
+    if paths:
+        return [[row["output"] for row in json.loads(path.read_text(encoding="utf-8"))] for path in paths]
+    return [[f"(loss {x:.3f})" for x in losses] for losses in record["values"]]
+
+
+def verdict_rows(records: list[dict], prompts: list[dict], out: Path, judge: str) -> list[dict]:
     """As judge.py writes them, of the first seed: for its page."""
-    first = [r for r in records if r["seed"] == 0]
-    base = next(r for r in first if r["arm"] == "one-off")
-    rows = []
-    for r in first:
-        stages = len(r["values"] or r["wins"])
-        for k in range(stages):
-            if r is base:
-                continue
-            staged = stages > 1
-            theirs, ours = (
-                (np.array(x[key][i], float) for x, key, i in ((r, "values", k), (base, "values", -1)))
-                if judge != "api"
-                else (None, None)
-            )
-            wins = r["wins"][k] if judge == "api" else wins_of(theirs, ours, judge)
-            texts = [answers_of(out, r, k if staged else len(r["values"] or r["wins"]) - 1), answers_of(out, base, 0)]
-            for i, p in enumerate(prompts):
-                said = {1.0: "win", 0.5: "tie", 0.0: "loss"}.get(wins[i], "unparsed")
-                answer, against = (t[i] if t else f"(loss {v[i]:.3f})" for t, v in zip(texts, (theirs, ours)))
-                row = {
-                    "model": f"{r['arm']}/stage{k + 1}" if staged else r["arm"],
-                    "baseline": "one-off",
-                    "judge": judge,
-                }
-                row |= {"dataset": p["dataset"], "id": p["id"], "instruction": p["messages"][-1]["content"]}
-                row |= {"answer": answer, "against": against, "verdict": said}
+    first = {r["arm"]: r for r in records if r["seed"] == 0}
+    base, rows = first.pop("one-off"), []
+    against = texts_of(out, base)[-1]
+    for arm, r in first.items():
+        texts, wins = texts_of(out, r), r.get("wins")
+        if judge != "api":
+            goal = np.array(base["values"][-1], float)
+            wins = [wins_of(np.array(values, float), goal, judge) for values in r["values"]]
+        for k, (answers, won) in enumerate(zip(texts, wins, strict=True), 1):
+            who = {"model": f"{arm}/stage{k}" if len(texts) > 1 else arm, "baseline": "one-off", "judge": judge}
+            for p, answer, other, points_won in zip(prompts, answers, against, won, strict=True):
+                row = who | {"dataset": p["dataset"], "id": p["id"], "instruction": p["messages"][-1]["content"]}
+                said = {1.0: "win", 0.5: "tie", 0.0: "loss"}.get(points_won, "unparsed")
+                row |= {"answer": answer, "against": other, "verdict": said}
                 rows.append(row | ({"expected": p["expected"]} if "expected" in p else {}))
     return rows
-
-
-def answers_of(out: Path, record: dict, k: int) -> list[str] | None:
-    name = record["arm"].replace(" %", "").replace(",", "").replace(" ", "-").lower()
-    paths = sorted((out / "answers").glob(f"{name}-{record['seed']}.stage*.json"))
-    return [row["output"] for row in json.loads(paths[min(k, len(paths) - 1)].read_text())] if paths else None
 
 
 def write_findings(
@@ -398,17 +392,9 @@ def write_findings(
     if can_draw():
         write_file(out / "figure.png", draw(table, prompts, ceiling, judge))
         written.append("figure.png")
-    write_lines(out / "verdicts.jsonl", verdict_rows(table, records, prompts, out, judge))
-    page = [
-        sys.executable,
-        "judge.py",
-        "report",
-        out / "verdicts.jsonl",
-        "--html",
-        out / "report.html",
-        "--resamples",
-        "2000",
-    ]
+    write_lines(out / "verdicts.jsonl", verdict_rows(records, prompts, out, judge))
+    page = [out / "verdicts.jsonl", "--html", out / "report.html", "--resamples", "2000"]
+    page = [sys.executable, "judge.py", "report", *map(str, page)]
     subprocess.run(page, cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.DEVNULL, check=True)
     written.append("report.html")
     print(

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from demo.findings import COMPARED, write_findings
+from demo.findings import COMPARED, file_name, write_findings
 from parts.api import ApiOptions
 from parts.program import (
     HelpFormatter,
@@ -37,7 +37,6 @@ from parts.program import (
     WorkError,
     above_zero,
     die_with_parent,
-    natural,
     positive,
     progress,
     read_json_object,
@@ -86,7 +85,7 @@ class Ground:
 
 def read_ground(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray], np.ndarray]:
     """The scored rows, their stages, and the lengths of the answers. Raises InputError."""
-    rows = read_good_rows(args.scored, skip_bad=False)
+    rows = [row for path in args.scored for row in read_good_rows(path, skip_bad=False)]
     missing = [row.where for row in rows if row.raw.get(args.score_key) is None]
     refuse(missing, f"rows have no {args.score_key}", "Score them, or leave them out of the file.")
     scores = np.array([finite_number(row.raw[args.score_key], args.score_key) for row in rows])
@@ -158,8 +157,8 @@ def make_arms(ground: Ground) -> dict[str, Arm]:
         )
     arms["phased, optimizer kept"] = Arm(lambda rng: s, epochs, ["--optimizer-state", "keep"])
     arms["phased, falling rate"] = Arm(lambda rng: s, epochs, falling=0.5)
-    for key, stages in ground.by.items():
-        arms[f"phased by {key}"] = Arm(lambda rng, stages=stages: stages, epochs)
+    for key in ground.by:
+        arms[f"phased by {key}"] = Arm(lambda rng, key=key: ground.by[key], epochs)
     longest = everything[np.argsort(-ground.lengths[everything], kind="stable")]
     for size in SIZES:
         count = max(1, round(size / 100 * n / ground.batch_size)) * ground.batch_size
@@ -231,10 +230,6 @@ class Job:
     @property
     def name(self) -> str:
         return f"{file_name(self.arm)}-{self.lr:g}-{self.seed}"
-
-
-def file_name(arm: str) -> str:
-    return arm.replace(" %", "").replace(",", "").replace(" ", "-").lower()
 
 
 def call(command: list, cwd: Path, device: str = "") -> float:
@@ -349,9 +344,10 @@ def run_jobs(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], job
 # ---------------------------------------------------------------- the plan
 
 
-def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], prompts: list[dict]) -> dict:
-    """Runs, steps, hours from a few timed steps and one measurement, dollars of judging; kept in plan.json."""
-    path = args.out / "plan.json"
+def time_a_step(args: argparse.Namespace, ground: Ground) -> dict:
+    """Seconds of a start, a step and a measurement, and what the model makes of the prompts before any training; all
+    kept in timing.json."""
+    path = args.out / "timing.json"
     if path.exists():
         return read_json_object(path)
     few = np.concatenate([ground.everything] * 4)[: 8 * ground.batch_size]
@@ -365,16 +361,20 @@ def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], pr
     shutil.rmtree(timing)
     started = time.monotonic()
     base = measure(args, [args.model], "prompts", "base", device)
-    per_measure = time.monotonic() - started
-    per_step, per_start = float(np.median(times)), wall - sum(times)
-    grid = len(args.lr_grid) if len(args.lr_grid) > 1 else 0
-    runs = len(arms) * (grid + args.seeds)
-    seconds = runs * (per_start + ground.steps * per_step + per_measure)
+    found = {"start": wall - sum(times), "step": float(np.median(times)), "measure": time.monotonic() - started}
+    write_file(path, json.dumps(found | {"base": base["values"][0]}))
+    return read_json_object(path)
+
+
+def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], prompts: list[dict], times: dict) -> dict:
+    """Runs, steps, hours, dollars of judging; kept in plan.json."""
+    runs = len(arms) * (args.seeds + (len(args.lr_grid) if len(args.lr_grid) > 1 else 0))
+    seconds = runs * (times["start"] + ground.steps * times["step"] + times["measure"])
     plan = {"arms": list(arms), "rates": args.lr_grid, "seeds": args.seeds, "runs": runs, "steps": ground.steps}
     plan |= {"rows": len(ground.everything), "stages": [len(s) for s in ground.stages], "prompts": len(prompts)}
-    plan |= {"seconds_per_step": round(per_step, 4), "hours": round(seconds / args.jobs / 3600, 2)}
-    plan |= {"dollars": judging_dollars(args, arms, prompts), "base": base["values"][0]}
-    write_file(path, json.dumps(plan))
+    plan |= {"seconds_per_step": round(times["step"], 4), "hours": round(seconds / args.jobs / 3600, 2)}
+    plan |= {"dollars": judging_dollars(args, arms, prompts)}
+    write_file(args.out / "plan.json", json.dumps(plan, indent=1))
     return plan
 
 
@@ -433,7 +433,7 @@ def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
 def settings_of(args: argparse.Namespace) -> dict:
     """What must be the same to go on: settings and hashes of data, model and code."""
     keys = "score_key bounds equal share epochs batch_size lr_grid judge most_prompts max_new_tokens train api_model"
-    files = [args.scored, args.prompts, *([args.validation] if args.validation else [])]
+    files = [*args.scored, args.prompts, *([args.validation] if args.validation else [])]
     files += sorted(p for p in args.model.iterdir() if p.is_file())
     code = hashlib.sha256(
         b"".join(p.read_bytes() for d in (ROOT, ROOT / "parts", DEMO) for p in sorted(d.glob("*.py")))
@@ -445,15 +445,23 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     args.out, args.model = args.out.resolve(), args.model.resolve()
-    refuse_overwriting([args.out], [args.scored, args.prompts, args.model])
+    refuse_overwriting([args.out], [*args.scored, args.prompts, args.model])
     rows, stages, lengths = read_ground(args)
     prompts, validation, held_out = read_tests(args)
+    by = {key: stages_by([row.get(key) for row in rows], stages) for key in args.also} | {"IFD": []}  # measured later
+    ground = Ground(rows, stages, by, lengths, args.batch_size, args.epochs)
+    known = make_arms(ground)
+    wanted = ["one-off", *(args.arms or (QUICK if args.quick else known))]
+    refuse([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
+    arms = {arm: known[arm] for arm in dict.fromkeys(wanted)}
     lock = lock_folder(args.out)  # noqa: F841 (held)
     about, kept = settings_of(args), args.out / "study.json"
     before = read_json_object(kept) if kept.exists() else about
     changed = [k for part in ("settings", "hashes") for k, v in about[part].items() if before[part].get(k) != v]
     if changed or before["hashes"].keys() != about["hashes"].keys():
         raise InputError(f"{args.out} holds a study with other {', '.join(changed) or 'files'}: another --out")
+    if before["code"] != about["code"]:
+        print(f"{args.out}: the code changed since this study began; what is done stays", file=sys.stderr)
     write_file(kept, json.dumps(about, indent=1))
     data = args.out / "data"
     for folder in ("data", "runs", "results", "answers", "verdicts"):
@@ -470,14 +478,9 @@ def run(args: argparse.Namespace) -> None:
     ifd: list[float | None] = [None] * len(rows)
     for i, line in zip(everything, (data / "ifd.jsonl").read_text(encoding="utf-8").splitlines()):
         ifd[i] = json.loads(line)["ifd"]
-    by = {key: stages_by([row.get(key) for row in rows], stages) for key in args.also} | {"IFD": stages_by(ifd, stages)}
-    ground = Ground(rows, stages, by, lengths, args.batch_size, args.epochs)
-    known = make_arms(ground)
-    wanted = args.arms or (QUICK if args.quick else list(known))
-    unknown = [arm for arm in wanted if arm not in known]
-    refuse(unknown, "arms are not known", f"There are: {', '.join(known)}.")
-    arms = {arm: known[arm] for arm in dict.fromkeys(["one-off", *wanted])}
-    plan = make_plan(args, ground, arms, prompts)
+    ground.by["IFD"] = stages_by(ifd, stages)
+    times = time_a_step(args, ground)
+    plan = make_plan(args, ground, arms, prompts, times)
     print_plan(plan, arms)
     if args.dry_run:
         return
@@ -496,7 +499,7 @@ def run(args: argparse.Namespace) -> None:
             how = ["--what", "told", "--prompts", data / "prompts.jsonl", "--max-new-tokens", args.max_new_tokens]
             call([DEMO / "measure.py", args.model, *how, "--json", path], ROOT)
         ceiling = json.loads(path.read_text())["values"][0]
-    write_findings(args.out, records, rates, prompts, plan["base"], ceiling, args.judge, about | {"plan": plan})
+    write_findings(args.out, records, rates, prompts, times["base"], ceiling, args.judge, about | {"plan": plan})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -509,28 +512,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, default=DEMO / "model", metavar="DIR", help="HF folder from which every arm starts")
-    add("--scored", type=Path, default=DEMO / "scored.jsonl", metavar="F", help="rows with a score of difficulty")
+    stages = [DEMO / f"s{k}.jsonl" for k in (1, 2, 3)]
+    add("--scored", type=Path, nargs="+", default=stages, metavar="F", help="rows with a score of difficulty")
     add("--score-key", default="score", help="the key of the score")
     add("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help="scores at which a new stage begins")
     add("--equal", type=positive, metavar="K", help="K stages of equal size instead")
-    add("--also", nargs="*", default=None, metavar="KEY", help="other keys to make stages by (the demo: true)")
-    add(
-        "--prompts",
-        type=Path,
-        default=DEMO / "prompts.jsonl",
-        metavar="F",
-        help="that test; `expected` the right answer",
-    )
+    add("--also", nargs="+", default=[], metavar="KEY", help="other keys of --scored to make stages by")
+    prompts_help = "that test; with the right answer as `expected`, and perhaps a `score`"
+    add("--prompts", type=Path, default=DEMO / "prompts.jsonl", metavar="F", help=prompts_help)
     add("--validation", type=Path, metavar="F", help="that choose the rate (default: a third of --prompts)")
     add("--judge", choices=["exact", "api", "loss"], default="exact", help="of an answer: is it as expected; against "
         "one-off's, by an LLM; the loss of the answer expected")  # fmt: skip
     add("--api-model", metavar="M", help="the judge (default: judge.py's)")
-    add(
-        "--judge-flags", type=shlex.split, default=[], metavar="'…'", help="more of judge.py compare, say '--budget 50'"
-    )
+    judge_help = "more of judge.py compare, say '--budget 50'"
+    add("--judge-flags", type=shlex.split, default=[], metavar="'…'", help=judge_help)
     add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
-    add("--lr-grid", type=above_zero, nargs="+", metavar="X", help="rates of which each arm gets its best")
-    add("--seeds", type=natural, default=5, metavar="N", help="runs of each arm that are tested")
+    grid_help = "rates of which each arm gets its best (needed; for the demo four from 2.5e-4 to 2e-3)"
+    add("--lr-grid", type=above_zero, nargs="+", metavar="X", help=grid_help)
+    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5)")
     add("--epochs", type=positive, default=2, metavar="N", help="passes over a stage")
     add("--batch-size", type=positive, default=16, metavar="N", help="documents in a step")
     add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
@@ -548,13 +547,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.lr_grid is None:
         if not is_demo:
             parser.error("--lr-grid must be given for this --model, say 2e-6 5e-6 1e-5 2e-5 at 7 B")
-        args.lr_grid = [2.5e-4, 5e-4, 1e-3, 2e-3]
-    if is_demo and args.scored == DEMO / "scored.jsonl":
-        args.also = ["true"] if args.also is None else args.also
-        args.validation = args.validation or DEMO / "validation.jsonl"
-    args.also, args.share, args.most_prompts = args.also or [], 1.0, None
-    if args.quick:
-        args.share, args.seeds, args.most_prompts, args.lr_grid = 0.25, 2, 200, args.lr_grid[1:3] or args.lr_grid
+        args.lr_grid = [5e-4, 1e-3] if args.quick else [2.5e-4, 5e-4, 1e-3, 2e-3]
+    args.share, args.most_prompts = (0.25, 200) if args.quick else (1.0, None)
+    args.seeds = args.seeds or (2 if args.quick else 5)
     args.out = args.out or ROOT / "out" / ("study-quick" if args.quick else "study")
     import torch  # only to count
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parts.weights import local_part
 
-AT_ONCE = {"cpu": 2**16, "cuda": 2**23}  # numbers; on a CPU what its caches hold
+AT_ONCE = {"cpu": 2**18, "cuda": 2**23}  # numbers; on a CPU what its caches hold, and enough for several cores
 LARGEST = torch.finfo(torch.float32).max
 
 

@@ -365,6 +365,8 @@ class Client:
         dollars = None if None in self.prices else float(self.dollars(sent, back))
         record = {"key": question.key, "id": question.row, "reply": text, "value": self.parse(text)}
         record |= {"usage": {"prompt_tokens": sent, "completion_tokens": back}, "dollars": dollars}
+        if not usage_of(body)[0]:  # the server does not say
+            record["usage"]["estimated"] = True
         for name, said in (("model", body.get("model")), ("fingerprint", body.get("system_fingerprint"))):
             record[name] = self.clean(said) if isinstance(said, str) else None
         reason, refusal = choice.get("finish_reason"), message.get("refusal")

@@ -11,8 +11,8 @@ from parts.program import EXIT_CODES, HelpFormatter, amount, fraction, natural, 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argparse.Namespace:
-    """The arguments of train.py. `demo` is the folder whose model and stages are the defaults."""
+def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
+    """The flags of train.py, by purpose. `demo` is the folder whose model and stages are the defaults."""
     parser = argparse.ArgumentParser(
         description="Fine-tune a Llama or Mistral model in stages of rising difficulty (Phased IFT).",
         formatter_class=HelpFormatter,
@@ -100,6 +100,12 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
     add("--plan-gpu", type=amount, metavar="X", help=gpu_help)
     add("--debug", action="store_true", help="show tracebacks")
 
+    return parser
+
+
+def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argparse.Namespace:
+    """The arguments of train.py, checked together, defaults that depend on others filled in."""
+    parser = make_parser(templates, demo)
     args = parser.parse_args(argv)
     is_demo = args.model is None or args.model.resolve() == demo / "model"
     if args.lr is None and not is_demo:
@@ -127,6 +133,8 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
         )
     if not args.lora and (args.lora_alpha is not None or args.lora_targets != TARGETS):
         parser.error("--lora-alpha and --lora-targets need --lora")
+    if args.lora_alpha == 0:
+        parser.error("--lora-alpha 0 would leave the adapters without effect: they would never learn")
     if args.lora and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora
     return args

@@ -12,10 +12,13 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 warned=no
-srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+srun --kill-on-bad-exit=1 torchrun --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
+    --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "$first:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" train.py "$@" &
 work=$!
-trap 'warned=yes; kill -TERM "$work"' USR1 TERM # srun passes it on to torchrun, torchrun to its workers, which save
+# srun passes USR1 on to torchrun, torchrun to its workers, which save; at a TERM srun would kill them all at once.
+trap 'warned=yes; kill -USR1 "$work"' USR1
+trap 'kill -USR1 "$work"' TERM # scancel: is not queued again
 wait "$work"
 code=$?
 while kill -0 "$work" 2>/dev/null; do # a signal ends `wait`, not the work

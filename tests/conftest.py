@@ -30,8 +30,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no core is idle at the end."""
-    names = "demo train generate survival iterit api data paid model score recipes report judge audit".split()  # noqa: SIM905
-    longest = [f"test_{name}" for name in names]
+    names = "demo train generate study lora survival iterit api data paid model score recipes report judge audit"
+    longest = [f"test_{name}" for name in names.split()]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
@@ -236,10 +236,10 @@ def metrics(out):
     return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
-def close(rows, others):
+def close(rows, others, within=1e-4):
     """The same rows, numbers equal to float tolerance."""
     for ours, theirs in zip(rows, others, strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            wanted = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            wanted = pytest.approx(value, rel=within) if isinstance(value, float) else value
             assert ours[key] == wanted, (key, ours, theirs)

@@ -1,7 +1,7 @@
 """What only a GPU can show. Skips without one; under four minutes on an H100.
 
 Programs run in processes of their own: CUDA does not survive a fork. The same command with the GPU hidden is the
-reference of each.
+reference of each. Those that do not wait for each other run side by side: most of their time is the start.
 """
 
 import json
@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, close, metrics, same, training, weights
+from conftest import ROOT, close, hf_model, metrics, same, training, weights
 
 from parts.kernels import VARLEN_DTYPES, attend
 
@@ -50,15 +52,36 @@ def test_attention_is_the_reference_forward_and_backward(dtype, window, heads, k
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32)
     ours = attend(q, k, v, cu_seqlens, max(lengths), window)
     theirs = reference(q, k, v, lengths, window)
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    tolerance, least = 2e-2 if dtype == torch.bfloat16 else 1e-5, 0.1  # with a window of 1 no key changes anything
     assert ours.dtype == dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
     ours = torch.autograd.grad(ours, (q, k, v), up)
     for mine, true in zip(ours, torch.autograd.grad(theirs, (q, k, v), up.double())):
-        assert (mine - true).abs().max() <= 2 * tolerance * true.abs().max()
+        assert (mine - true).abs().max() <= 2 * tolerance * max(least, true.abs().max())
     assert torch.bfloat16 in VARLEN_DTYPES
 
 
 # ---------------------------------------------------------------- programs
+
+
+@pytest.fixture(scope="module")
+def bench(bench, tmp_path_factory):
+    """The same with heads of 16 dimensions: those of 12 that the other tests have are nothing for varlen_attn. `wild`
+    has larger weights: it answers every prompt otherwise."""
+    folder = tmp_path_factory.mktemp("bench")
+    for name in ("s1.jsonl", "s2.jsonl", "s3.jsonl"):
+        (folder / name).write_bytes((bench / name).read_bytes())
+    vocab = json.loads((bench / "m" / "config.json").read_text())["vocab_size"]
+    for name, scale in (("m", 0.05), ("wild", 0.3)):
+        model = hf_model(vocab_size=vocab, scale=scale, max_position_embeddings=256, hidden_size=64)
+        assert model.config.head_dim == 16
+        model.save_pretrained(folder / name)
+        (folder / name / "tokenizer.model").write_bytes((bench / "m" / "tokenizer.model").read_bytes())
+    return folder
+
+
+def at_once(*calls):
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [run.result() for run in [pool.submit(call) for call in calls]]
 
 
 def program(name, *argv, cwd, cpu=False, expect=0, code=None, launch=()):
@@ -71,16 +94,15 @@ def program(name, *argv, cwd, cpu=False, expect=0, code=None, launch=()):
     return done
 
 
-ONE_STAGE = ("s1", "s2", "s3")  # 30, 22 and 26 rows: 4 + 3 + 4 steps of 8 an epoch
-TWENTY = ("--epochs", "2")  # 22 steps
+TWENTY = ("--epochs", "2")  # stages of 30, 22 and 26 rows: 4 + 3 + 4 steps of 8 an epoch, together 22
 
 
 @pytest.fixture(scope="module")
 def runs(bench, tmp_path_factory):
     """fp32 and bf16 runs of 22 steps on the GPU, and of fp32 on the CPU: their folders by name."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, more, cpu in (("cuda", (), False), ("cpu", (), True), ("bf16", ("--dtype", "bf16"), False)):
-        program("train", *training(folder / name, *TWENTY, *more, stages=ONE_STAGE), cwd=bench, cpu=cpu)
+    kinds = (("cuda", (), False), ("cpu", (), True), ("bf16", ("--dtype", "bf16"), False))
+    at_once(*(partial(program, "train", *training(folder / n, *TWENTY, *m), cwd=bench, cpu=c) for n, m, c in kinds))
     return folder
 
 
@@ -96,18 +118,21 @@ def test_bf16_follows_fp32(runs):
 
 
 @pytest.mark.parametrize(
-    "more", [("--dtype", "bf16"), ("--weights", "bf16"), ("--lora", "4"), ("--select", "iterit", "--ratio", "8")]
+    "more", [("--dtype", "bf16"), ("--weights", "bf16"), ("--lora", "4"), ("--select", "iterit", "--ratio", "20")]
 )
 def test_killed_and_resumed_it_has_the_same_bits(more, bench, tmp_path):
     argv = (*TWENTY, *more, "--deterministic", "--save-every", "1")
-    program("train", *training(tmp_path / "whole", *argv), cwd=bench)
-    command = [sys.executable, ROOT / "train.py", *training(tmp_path / "killed", *argv)]
-    run = subprocess.Popen([str(a) for a in command], cwd=bench, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while run.poll() is None and not (tmp_path / "killed" / "resume" / "000-00000003").exists():
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    program("train", *training(tmp_path / "killed", *argv), cwd=bench)
+
+    def killed():
+        command = [str(a) for a in (sys.executable, ROOT / "train.py", *training(tmp_path / "killed", *argv))]
+        run = subprocess.Popen(command, cwd=bench, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None and not (tmp_path / "killed" / "resume" / "000-00000003").exists():
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        assert "Going on" in program("train", *training(tmp_path / "killed", *argv), cwd=bench).stdout
+
+    at_once(partial(program, "train", *training(tmp_path / "whole", *argv), cwd=bench), killed)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
 
@@ -126,20 +151,20 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.parametrize("more", [(), ("--lora", "4"), ("--weights", "bf16"), ("--checkpoint-activations",)])
 def test_fsdp_on_nccl_computes_the_same(more, runs, bench, tmp_path):
     """On one rank; of what shards over several, the CPU's tests know."""
-    plain = runs / "cuda"
+    plain, code = runs / "cuda", SHARDED.format(root=str(ROOT))
+    calls = [partial(program, "train", *training(tmp_path / "sharded", *TWENTY, *more), cwd=bench, code=code)]
     if more and more != ("--checkpoint-activations",):
         plain = tmp_path / "plain"
-        program("train", *training(plain, *TWENTY, *more), cwd=bench)
-    code = SHARDED.format(root=str(ROOT))
-    program("train", *training(tmp_path / "sharded", *TWENTY, *more), cwd=bench, code=code)
-    close(metrics(tmp_path / "sharded"), metrics(plain))
+        calls.append(partial(program, "train", *training(plain, *TWENTY, *more), cwd=bench))
+    at_once(*calls)
+    # With weights in bf16 a word's gradients are rounded before they are added up, or after.
+    close(metrics(tmp_path / "sharded"), metrics(plain), within=1e-2 if "--weights" in more else 1e-4)
 
 
 @pytest.mark.parametrize("more", [("--lora", "4"), ("--compile",), ("--checkpoint-activations", "--compile")])
 def test_it_learns_what_the_cpu_learns_with(more, bench, tmp_path):
-    for name, cpu in (("cuda", False), ("cpu", True)):
-        flags = [f for f in more if f != "--compile" or not cpu]
-        program("train", *training(tmp_path / name, *TWENTY, *flags), cwd=bench, cpu=cpu)
+    kinds = (("cuda", more, False), ("cpu", [f for f in more if f != "--compile"], True))
+    at_once(*(partial(program, "train", *training(tmp_path / n, *TWENTY, *m), cwd=bench, cpu=c) for n, m, c in kinds))
     close(metrics(tmp_path / "cuda"), metrics(tmp_path / "cpu"))
 
 
@@ -160,32 +185,31 @@ def test_torchrun_on_one_gpu(runs, bench, tmp_path):
 
 @pytest.mark.parametrize("dtype, within", [("fp32", 1e-4), ("bf16", 5e-2)])
 def test_ifd_is_the_cpus(dtype, within, bench, tmp_path):
-    found = []
-    for name, precision, cpu in (("cuda", dtype, False), ("cpu", "fp32", True)):
-        out = tmp_path / f"{name}.jsonl"
-        program("score", "ifd", "s3.jsonl", "--model", "m", "--out", out, "--dtype", precision, cwd=bench, cpu=cpu)
-        found.append([json.loads(line)["ifd"] for line in out.read_text().splitlines()])
+    usual, kinds = ("score", "ifd", "s3.jsonl", "--model", "m"), (("cuda", dtype, False), ("cpu", "fp32", True))
+    outs = [tmp_path / f"{name}.jsonl" for name in ("cuda", "cpu")]
+    at_once(*(partial(program, *usual, "--out", o, "--dtype", k[1], cwd=bench, cpu=k[2]) for o, k in zip(outs, kinds)))
+    found = [[json.loads(line)["ifd"] for line in out.read_text().splitlines()] for out in outs]
     assert found[0] == pytest.approx(found[1], rel=within)
 
 
 @pytest.mark.parametrize("more", [(), ("--compile",), ("--batch-size", "3"), ("--batch-size", "3", "--compile")])
-def test_greedy_answers_are_the_cpus(more, runs, bench, tmp_path):
+def test_greedy_answers_are_the_cpus(more, bench, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"Say {'abcdefghij'[: 1 + i % 10]} and {i}.\n" for i in range(40)))
-    answers = []
-    for name, cpu, flags in (("cuda", False, more), ("cpu", True, ())):
-        out = tmp_path / f"{name}.json"
-        usual = ("--model", runs / "cpu" / "stage3", "--prompts", prompts, "--out", out, "--dtype", "fp32")
-        program("generate", *usual, "--max-new-tokens", "30", *flags, cwd=bench, cpu=cpu)
-        answers.append([row["output"] for row in json.loads(out.read_text())])
+    usual = ("generate", "--model", "wild", "--prompts", prompts, "--dtype", "fp32")
+    usual, outs = (*usual, "--max-new-tokens", "30"), [tmp_path / "cuda.json", tmp_path / "cpu.json"]
+    at_once(
+        partial(program, *usual, "--out", outs[0], *more, cwd=bench),
+        partial(program, *usual, "--out", outs[1], cwd=bench, cpu=True),
+    )
+    answers = [[row["output"] for row in json.loads(out.read_text())] for out in outs]
     assert answers[0] == answers[1] and len(set(answers[0])) > 5
 
 
 def test_samples_and_held_out_losses_while_it_trains(bench, tmp_path):
     (tmp_path / "prompts.txt").write_text("Say abc.\nSay xyz.\n")
-    for name, cpu in (("cuda", False), ("cpu", True)):
-        more = ("--sample", tmp_path / "prompts.txt", "--eval", "s1", "s2")
-        program("train", *training(tmp_path / name, *more), cwd=bench, cpu=cpu)
+    more, kinds = ("--sample", tmp_path / "prompts.txt", "--eval", "s1", "s2"), (("cuda", False), ("cpu", True))
+    at_once(*(partial(program, "train", *training(tmp_path / n, *more), cwd=bench, cpu=c) for n, c in kinds))
     ours, theirs = ((tmp_path / name / "stage3" / "samples.json").read_text() for name in ("cuda", "cpu"))
     assert json.loads(ours) == json.loads(theirs)
     close(metrics(tmp_path / "cuda"), metrics(tmp_path / "cpu"))
@@ -204,7 +228,7 @@ sys.exit({name}.main(sys.argv[1:]))
 
 
 def test_out_of_memory_says_what_to_change(bench, tmp_path):
-    share = 30 * 2**20 / torch.cuda.get_device_properties(0).total_memory  # 30 MiB
+    share = 128 * 2**20 / torch.cuda.get_device_properties(0).total_memory  # of which cuBLAS alone takes 32
     long = tmp_path / "long.jsonl"
     row = {"instruction": "Say it.", "output": "abcdefgh" * 24}
     long.write_text("".join(json.dumps(row) + "\n" for _ in range(400)))

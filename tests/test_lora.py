@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -172,6 +173,7 @@ def test_other_adapters_are_refused_and_named(bench, straight):
         (["--lora", "4", "--lora-targets", "w_proj"], "w_proj"),
         (["--lora", "0"], "--lora"),
         (["--lora-alpha", "4"], "need --lora"),
+        (["--lora", "4", "--lora-alpha", "0"], "never learn"),
         (["--lora", "4", "--weights", "bf16"], "not together"),
     ],
 )
@@ -264,6 +266,15 @@ def test_the_plan_names_the_first_way_that_fits(bench, tmp_path):
     needs = {line.split("  ")[0].strip(): float(line.split()[-2]) for line in plan.splitlines()[-3:]}
     assert list(needs) == ["together", "with --weights bf16", "with --lora 16"]
     assert "no way fits" in go(bench, tmp_path / "o", *dry, "--plan-gpu", "0.0001").stdout
+
+
+def test_a_machines_memory_is_divided_among_the_planned_ranks_once(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
+    monkeypatch.setattr(cost, "print_memory", lambda planned, free: print(free))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as torchrun says it
+        monkeypatch.setenv(name, "2")
+    assert "{2: 6.0, 4: 3.0}" in go(bench, tmp_path / "o", "--dry-run", "--plan-world-size", "4").stdout
 
 
 def test_an_outline_takes_no_memory_and_a_model_without_adapters_is_as_before():

@@ -197,10 +197,19 @@ def test_an_engine_answers_for_a_model_that_one_gpu_cannot_hold(tmp_path):
 
 # ---------------------------------------------------------------- several nodes
 
-SRUN = """#!/bin/sh
-# One task on this node: the first argument is srun's own, then comes the program.
+SRUN = """#!/bin/bash
+# One task on this node: the first argument is srun's own, then comes the program. As the real one it passes USR1
+# on, and at a TERM kills the task with all its processes.
 shift
-exec "$@"
+"$@" &
+task=$!
+trap 'kill -USR1 $task' USR1
+trap 'kill -KILL $(cat /proc/$task/task/*/children) $task' TERM
+while kill -0 $task 2>/dev/null; do
+    wait $task
+    code=$?
+done
+exit $code
 """
 SCONTROL = """#!/bin/sh
 case "$1" in
@@ -232,16 +241,22 @@ def test_under_slurm_a_run_saves_at_the_warning_queues_itself_again_and_goes_on(
         command = ["bash", ROOT / "recipes" / "slurm.sh", *argv]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    first = submit()
-    while first.poll() is None and not (tmp_path / "o" / "resume").exists():
-        time.sleep(0.01)
-    first.send_signal(signal.SIGUSR1)  # to the batch script alone, as --signal=B:USR1 does
-    said = first.communicate(timeout=100)[1]
-    assert first.returncode == 0 and "queued again" in said, said
+    def told(number):
+        """A job that gets a signal, the batch script alone, as soon as it has taken steps: exit code, stderr."""
+        job, before = submit(), sorted((tmp_path / "o" / "resume").glob("*"))
+        while job.poll() is None and sorted((tmp_path / "o" / "resume").glob("0*")) == before:
+            time.sleep(0.01)
+        job.send_signal(number)
+        return job.communicate(timeout=100)[1], job.returncode
+
+    said, code = told(signal.SIGTERM)  # scancel
+    assert code and "state saved" in said and not (tmp_path / "requeued").exists(), said
+    said, code = told(signal.SIGUSR1)  # --signal=B:USR1
+    assert code == 0 and "state saved" in said and "queued again" in said, said
     assert (tmp_path / "requeued").read_text().split() == ["7"] and not (tmp_path / "o" / "stage3").exists()
-    second = submit()
-    said = second.communicate(timeout=200)[1]
-    assert second.returncode == 0, said
+    last = submit()
+    said = last.communicate(timeout=200)[1]
+    assert last.returncode == 0, said
     assert (tmp_path / "o" / "stage3" / "model.safetensors").exists()
     assert (tmp_path / "requeued").read_text().split() == ["7"]
     steps = [(row["stage"], row["step"]) for row in metrics(tmp_path / "o")]

@@ -177,6 +177,12 @@ def test_a_server_that_takes_text_only_is_told_of(api, tmp_path):
     assert "prompt must be a string" in done.stderr and sum(paid(tmp_path).values()) == 0
 
 
+def test_tokens_that_a_server_does_not_count_are_not_held_against_ours(api, tmp_path):
+    write_prompts(tmp_path, many(3))
+    done = run(generate, api(usage=False), *arguments(tmp_path, "--completions", "text", "--model", DEMO))
+    assert "another number" not in done.stdout and len(answers(tmp_path)) == 3
+
+
 def test_budget_batch_and_dry_run_are_the_clients(api, tmp_path):
     write_prompts(tmp_path, many(40))
     done = run(generate, api(), *arguments(tmp_path, "--dry-run", "--price-in", "1", "--price-out", "2"))
