@@ -174,9 +174,9 @@ def make_arms(ground: Ground) -> dict[str, Arm]:
 # ---------------------------------------------------------------- the prompts
 
 
-def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], list[list[dict]]]:
-    """Prompts that test, prompts that choose the rate, and of the latter a few with answers, for the held-out loss: a
-    set of them per stage where prompts have scores. Raises InputError."""
+def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
+    """Prompts that test, prompts that choose the rate, and of the latter a few as rows for the held-out loss, by name:
+    a set of them per stage where prompts have scores. Raises InputError."""
 
     def read(path: Path) -> list[dict]:
         raw = [value for _, value in json_values(path.read_text(encoding="utf-8"))]
@@ -205,12 +205,12 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], list[l
             "prompts do not say what answer is `expected`",
             "--judge exact and loss, and --validation, need it.",
         )
+    held_out = {"held-out": np.arange(len(validation))}
     if all("score" in row for row in validation):
         scores = np.array([row["score"] for row in validation])
-        groups = [g for g in (cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)) if len(g)]
-    else:
-        groups = [np.arange(len(validation))]
-    held_out = [[validation[i] for i in group[:25]] for group in groups]
+        groups = cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)
+        held_out = {f"held-out{k}": group for k, group in enumerate(groups, 1) if len(group)}
+    held_out = {name: [as_training_row(validation[i]) for i in group[:25]] for name, group in held_out.items()}
     return prompts, validation, held_out
 
 
@@ -423,11 +423,12 @@ def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
                 r["wins"].append([0.5] * len(json.loads(base.read_text())))
                 continue
             out = args.out / "verdicts" / f"{path.stem}.jsonl"
-            if not out.exists():
+            if not out.exists():  # of a run that was killed judge.py asks only for the rest
                 model = ["--api-model", args.api_model] if args.api_model else []
                 call([ROOT / "judge.py", "compare", base, path, "--out", out, *model, *args.judge_flags], ROOT)
             points = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-            r["wins"].append([points.get(json.loads(line)["verdict"]) for line in out.read_text().splitlines()])
+            rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+            r["wins"].append([points.get(row["verdict"]) for row in rows if not row.get("canary")])
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -468,9 +469,8 @@ def run(args: argparse.Namespace) -> None:
         (args.out / folder).mkdir(exist_ok=True)
     write_lines(data / "prompts.jsonl", prompts)
     write_lines(data / "validation.jsonl", validation)
-    for k, part in enumerate(held_out, 1):
-        name = f"held-out{k}" if len(held_out) > 1 else "held-out"
-        write_lines(data / f"{name}.jsonl", [as_training_row(row) for row in part])
+    for name, part in held_out.items():
+        write_lines(data / f"{name}.jsonl", part)
     everything = np.sort(np.concatenate(stages))
     if not (data / "ifd.jsonl").exists():
         write_lines(data / "all.jsonl", [rows[i] for i in everything])
@@ -512,19 +512,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, default=DEMO / "model", metavar="DIR", help="HF folder from which every arm starts")
-    stages = [DEMO / f"s{k}.jsonl" for k in (1, 2, 3)]
-    add("--scored", type=Path, nargs="+", default=stages, metavar="F", help="rows with a score of difficulty")
+    scored = [DEMO / "scored.jsonl"]
+    add("--scored", type=Path, nargs="+", default=scored, metavar="F", help="rows with a score of difficulty")
     add("--score-key", default="score", help="the key of the score")
     add("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help="scores at which a new stage begins")
     add("--equal", type=positive, metavar="K", help="K stages of equal size instead")
-    add("--also", nargs="+", default=[], metavar="KEY", help="other keys of --scored to make stages by")
+    add("--also", nargs="*", metavar="KEY", help="other keys of --scored to make stages by (for the demo: true)")
     prompts_help = "that test; with the right answer as `expected`, and perhaps a `score`"
     add("--prompts", type=Path, default=DEMO / "prompts.jsonl", metavar="F", help=prompts_help)
     add("--validation", type=Path, metavar="F", help="that choose the rate (default: a third of --prompts)")
     add("--judge", choices=["exact", "api", "loss"], default="exact", help="of an answer: is it as expected; against "
         "one-off's, by an LLM; the loss of the answer expected")  # fmt: skip
     add("--api-model", metavar="M", help="the judge (default: judge.py's)")
-    judge_help = "more of judge.py compare, say '--budget 50'"
+    judge_help = "more of judge.py compare, which is called for each arm, seed and stage: say '--canaries'"
     add("--judge-flags", type=shlex.split, default=[], metavar="'…'", help=judge_help)
     add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
     grid_help = "rates of which each arm gets its best (needed; for the demo four from 2.5e-4 to 2e-3)"
@@ -548,6 +548,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not is_demo:
             parser.error("--lr-grid must be given for this --model, say 2e-6 5e-6 1e-5 2e-5 at 7 B")
         args.lr_grid = [5e-4, 1e-3] if args.quick else [2.5e-4, 5e-4, 1e-3, 2e-3]
+    if args.scored == scored:
+        args.also = ["true"] if args.also is None else args.also
+        args.validation = args.validation or DEMO / "validation.jsonl"
+    args.also = args.also or []
     args.share, args.most_prompts = (0.25, 200) if args.quick else (1.0, None)
     args.seeds = args.seeds or (2 if args.quick else 5)
     args.out = args.out or ROOT / "out" / ("study-quick" if args.quick else "study")

@@ -1,5 +1,6 @@
 """demo/study.py on a model and data that are not the demo's: what the arms see, what is chosen, what comes out."""
 
+import argparse
 import json
 import signal
 import time
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from api_helpers import paid, run
 from conftest import Forked, run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import judge
 import train
 from demo import findings, measure, study
 
@@ -181,10 +184,9 @@ def test_a_study_of_another_model_chooses_rates_tests_fresh_seeds_and_says_how_s
     assert sorted(results["table"][arm]["p_holm"] for arm in ("phased", "stage 3 only")) == pytest.approx(
         [min(1, 2 * first), min(1, max(2 * first, second))]
     )
-    assert (
-        set(results["table"]["phased"]["matrix"]["losses"]) == {"held-out1.jsonl", "held-out2.jsonl", "held-out3.jsonl"}
-        or True
-    )
+    matrix = results["table"]["phased"]["matrix"]
+    assert list(matrix["losses"]) == ["held-out1.jsonl", "held-out3.jsonl"]  # no prompt for stage 2
+    assert all(len(losses) == 4 for losses in matrix["losses"].values())
     # The same command does nothing again; other data are refused.
     before = {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
     assert study.main(asked) == 0
@@ -193,6 +195,33 @@ def test_a_study_of_another_model_chooses_rates_tests_fresh_seeds_and_says_how_s
     (folder / "scored.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     assert study.main(asked) == 2
     assert "scored.jsonl" in capsys.readouterr().err
+
+
+def test_an_llm_judges_every_arm_against_one_off_with_the_same_seed_and_is_asked_nothing_twice(
+    api, tmp_path, monkeypatch
+):
+    """The server finds the answer with the greater quality better, whichever stands first."""
+    monkeypatch.setattr(study, "call", lambda command, cwd: run(judge, api(judge=0), *command[1:]))
+    for folder in ("data", "answers", "verdicts"):
+        (tmp_path / folder).mkdir()
+    prompts = [
+        {"id": f"p{i}", "dataset": "d", "messages": [{"role": "user", "content": f"q{i}"}]} for i in range(6)
+    ]  # fmt: skip
+    study.write_lines(tmp_path / "data" / "prompts.jsonl", prompts)
+    given = {("one-off", 0): [5, 5, 5, 5, 5, 5], ("phased", 0): [6, 4, 5, 7, 3, 9], ("one-off", 1): [9] * 6,
+             ("phased", 1): [1, 2, 3, 4, 5, 9]}  # fmt: skip
+    for (arm, seed), qualities in given.items():
+        texts = [f"of {arm} {seed}: quality={q}" for q in qualities]
+        study.write_answers(tmp_path, study.Job(arm, 1e-3, seed), 1, texts)
+    args = argparse.Namespace(out=tmp_path, api_model="gpt-4-0613", judge_flags=["--canaries"])
+    for _ in range(2):
+        records = [{"arm": arm, "seed": seed} for arm, seed in given]
+        study.judge_by_api(args, records)
+        assert [r["wins"][0] for r in records] == [
+            [0.5] * 6, [1.0, 0.0, 0.5, 1.0, 0.0, 1.0], [0.5] * 6, [0.0, 0.0, 0.0, 0.0, 0.0, 0.5]
+        ]  # fmt: skip
+        asked = paid(tmp_path)
+        assert len(asked) >= 24 and set(asked.values()) == {1}
 
 
 def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
