@@ -89,14 +89,14 @@ def read_ground(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray],
     missing = [row.where for row in rows if row.raw.get(args.score_key) is None]
     refuse(missing, f"rows have no {args.score_key}", "Score them, or leave them out of the file.")
     scores = np.array([finite_number(row.raw[args.score_key], args.score_key) for row in rows])
-    kept = np.sort(np.random.default_rng(0).permutation(len(rows))[: round(args.share * len(rows))])
-    groups = cut_equally(scores[kept], args.equal) if args.equal else cut_at(scores[kept], args.bounds)
-    stages = []
+    groups = cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)
+    share, stages = min(1.0, args.rows / len(rows)) if args.rows else 1.0, []
     for k, group in enumerate(groups, 1):
-        fitting = len(group) // args.batch_size * args.batch_size  # so that every arm has the same steps
-        if not fitting:
-            raise InputError(f"stage {k} has {len(group)} rows, less than a batch of {args.batch_size}: --batch-size")
-        stages.append(np.sort(kept[np.random.default_rng(k).permutation(group)[:fitting]]))
+        batches = min(round(share * len(group) / args.batch_size), len(group) // args.batch_size)
+        if not batches:  # whole batches, so that every arm has the same steps
+            raise InputError(f"stage {k} has {share * len(group):.0f} rows, less than a batch of {args.batch_size}: "
+                             "--batch-size, --rows")  # fmt: skip
+        stages.append(np.sort(np.random.default_rng(k).permutation(group)[: batches * args.batch_size]))
     return [row.raw for row in rows], stages, np.array([len(answer_of(row)) for row in rows])
 
 
@@ -260,10 +260,12 @@ def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device
         names.append(f"{job.name}.s{k}.jsonl")
         write_lines(out / "data" / names[-1], [ground.rows[i] for i in rows])
     rates = [job.lr * arm.falling**k for k in range(len(names))]
-    held_out = sorted(path.name for path in (out / "data").glob("held-out*.jsonl"))
     command = [*train_command(args), "--model", args.model, "--stages", *names, "--lr", *rates, "--out", folder,
-               "--epochs", arm.epochs, "--batch-size", ground.batch_size, "--seed", job.seed,
-               "--eval", *held_out, "--eval-every", max(1, ground.steps // 8), *arm.flags, *args.train]  # fmt: skip
+               "--epochs", arm.epochs, "--batch-size", ground.batch_size, "--seed", job.seed, *arm.flags]  # fmt: skip
+    if not tuning:
+        held_out = sorted(path.name for path in (out / "data").glob("held-out*.jsonl"))
+        command += ["--eval", *held_out, "--eval-every", max(1, ground.steps // 8)]
+    command += args.train
     seconds = call(command, out / "data", device)
     measured = range(1 if job.arm in COMPARED and not tuning else len(names), len(names) + 1)
     found = measure(
@@ -282,7 +284,8 @@ def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device
             write_answers(out, job, k, texts)
     record = {"arm": job.arm, "lr": job.lr, "seed": job.seed, "steps": len(steps), "seconds": round(seconds, 1)}
     record |= {"rows": sum(row["documents"] for row in steps), "tokens": sum(row["tokens"] for row in steps)}
-    record |= {"values": found["values"], "matrix": read_json_object(folder / "held_out.json"), "curve": curve}
+    record |= {"values": found["values"], "curve": curve}
+    record |= {"matrix": {} if tuning else read_json_object(folder / "held_out.json")}
     write_file(result, json.dumps(record))
     shutil.rmtree(folder)
     for name in names:
@@ -373,6 +376,10 @@ def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], pr
     plan = {"arms": list(arms), "rates": args.lr_grid, "seeds": args.seeds, "runs": runs, "steps": ground.steps}
     plan |= {"rows": len(ground.everything), "stages": [len(s) for s in ground.stages], "prompts": len(prompts)}
     plan |= {"seconds_per_step": round(times["step"], 4), "hours": round(seconds / args.jobs / 3600, 2)}
+    first, later = len(ground.stages[0]), len(ground.stages) - 1
+    held = {f"phased, replay {x:g}": held_back(ground.stages, x, ground.batch_size, np.random.default_rng(0))[0]
+            for x in REPLAYED if later}  # fmt: skip
+    plan |= {"replayed": {arm: (first - len(kept)) / later / first for arm, kept in held.items() if arm in arms}}
     plan |= {"dollars": judging_dollars(args, arms, prompts)}
     write_file(args.out / "plan.json", json.dumps(plan, indent=1))
     return plan
@@ -400,6 +407,8 @@ def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
         f"on {plan['rows']:,} rows ({sizes}), tested on {plan['prompts']:,} prompts. About {plan['hours']:.1f} hours; "
         f"{money}."
     )
+    for arm, share in plan["replayed"].items():
+        print(f"{arm}: holds {100 * share:.3g} % of stage 1 back for each later stage (whole batches)")
 
 
 # ---------------------------------------------------------------- all of it
@@ -433,7 +442,7 @@ def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict:
     """What must be the same to go on: settings and hashes of data, model and code."""
-    keys = "score_key bounds equal share epochs batch_size lr_grid judge most_prompts max_new_tokens train api_model"
+    keys = "score_key bounds equal rows epochs batch_size lr_grid judge most_prompts max_new_tokens train api_model"
     files = [*args.scored, args.prompts, *([args.validation] if args.validation else [])]
     files += sorted(p for p in args.model.iterdir() if p.is_file())
     code = hashlib.sha256(
@@ -517,6 +526,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score-key", default="score", help="the key of the score")
     add("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help="scores at which a new stage begins")
     add("--equal", type=positive, metavar="K", help="K stages of equal size instead")
+    rows_help = "so many of them, from every stage its share (default: all; for the demo 400)"
+    add("--rows", type=positive, metavar="N", help=rows_help)
     add("--also", nargs="*", metavar="KEY", help="other keys of --scored to make stages by (for the demo: true)")
     prompts_help = "that test; with the right answer as `expected`, and perhaps a `score`"
     add("--prompts", type=Path, default=DEMO / "prompts.jsonl", metavar="F", help=prompts_help)
@@ -529,14 +540,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
     grid_help = "rates of which each arm gets its best (needed; for the demo four from 2.5e-4 to 2e-3)"
     add("--lr-grid", type=above_zero, nargs="+", metavar="X", help=grid_help)
-    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5)")
+    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5; for the demo 10)")
     add("--epochs", type=positive, default=2, metavar="N", help="passes over a stage")
     add("--batch-size", type=positive, default=16, metavar="N", help="documents in a step")
     add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
     add("--jobs", type=positive, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
     add("--nproc-per-node", type=positive, default=1, metavar="N", help="ranks of a run, by torchrun")
     add("--out", type=Path, metavar="DIR", help="(default: out/study, out/study-quick)")
-    add("--quick", action="store_true", help="six arms, two rates, two seeds, a quarter of the rows, 200 prompts")
+    add("--quick", action="store_true", help="six arms, two rates, two seeds, 200 prompts")
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv[:cut])
@@ -551,9 +562,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.scored == scored:
         args.also = ["true"] if args.also is None else args.also
         args.validation = args.validation or DEMO / "validation.jsonl"
+        args.rows = args.rows or 400
     args.also = args.also or []
-    args.share, args.most_prompts = (0.25, 200) if args.quick else (1.0, None)
-    args.seeds = args.seeds or (2 if args.quick else 5)
+    args.most_prompts = 200 if args.quick else None
+    args.seeds = args.seeds or (2 if args.quick else 10 if is_demo else 5)
     args.out = args.out or ROOT / "out" / ("study-quick" if args.quick else "study")
     import torch  # only to count
 
