@@ -159,9 +159,9 @@ def lines_of(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(x)} |\n" for x in (header, ["---"] * len(header), *rest))
 
 
-def signed(x: dict) -> str:
-    low, high = max(-0.5, x["low"]), min(0.5, x["high"])
-    return f"{100 * x['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+def signed(x: dict, scale: float = 100, bound: float = 0.5) -> str:
+    digits, low, high = 1 if scale > 1 else 3, max(-bound, x["low"]), min(bound, x["high"])
+    return f"{scale * x['mean']:+.{digits}f} ({scale * low:+.{digits}f} to {scale * high:+.{digits}f})"
 
 
 def markdown(table: dict[str, dict], prompts: list[dict], base: list, ceiling: list | None, judge: str) -> str:
@@ -175,24 +175,26 @@ def markdown(table: dict[str, dict], prompts: list[dict], base: list, ceiling: l
     def groups_of(values: list) -> list[str]:
         return [number(np.mean(np.array(values, float)[group == k])) for k in range(len(names))]
 
-    header = [what, "rate", "steps", "rows seen", *names, "all", "hard", "win rate - 50", "p (Holm)"]
-    rows = [header]
+    rows = [[what, "rate", *names, "all", "hard", "against one-off", "win rate - 50", "p (Holm)"]]
     for name, values in (("*the model before*", base), ("*known as text*", ceiling)):
         if values:
             hard = hard_weights(names, group)
             of_hard = "–" if hard is None else number(np.average(np.array(values, float), weights=hard))
-            rows.append([name, "", "", "", *groups_of(values), number(np.mean(values)), of_hard, "", ""])
+            rows.append([name, "", *groups_of(values), number(np.mean(values)), of_hard, "", "", ""])
     for arm, r in table.items():
-        row = [arm, f"{r['lr']:g}" + "†" * r["at_edge"], f"{r['steps']:,}", f"{r['rows']:,}"]
-        row += [number(g["mean"]) for g in r["groups"]]
+        row = [arm, f"{r['lr']:g}" + "†" * r["at_edge"], *(number(g["mean"]) for g in r["groups"])]
         row.append(f"**{scale * r['all']['mean']:.{max(1, digits)}f}**")
         row.append("–" if r["hard"] is None else number(r["hard"]["mean"]))
-        row += ["–", "–"] if arm == "one-off" else [signed(r["win_rate"]), f"{r['p_holm']:.2g}"]
+        if arm == "one-off":
+            row += ["–"] * 3
+        else:
+            row.append("–" if r["difference"] is None else signed(r["difference"], scale, math.inf))
+            row += [signed(r["win_rate"]), f"{r['p_holm']:.2g}"]
         rows.append(row)
-    seeds = len(next(iter(table.values()))["seeds"])
+    seeds, steps = len(table["one-off"]["seeds"]), table["one-off"]["steps"]
     text = (
-        f"{seeds} seeds, {len(prompts):,} prompts; in brackets 95 % intervals over seeds and prompts; p corrected for "
-        f"{len(table) - 1} comparisons. Each arm at its best rate on other prompts"
+        f"{steps:,} steps an arm, {seeds} seeds, {len(prompts):,} prompts; in brackets 95 % intervals over seeds and "
+        f"prompts; p corrected for {len(table) - 1} comparisons. Each arm at its best rate on other prompts"
     )
     text += " († the best is the grid's edge: better ones may lie beyond it)" * any(
         r["at_edge"] for r in table.values()

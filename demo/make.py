@@ -434,8 +434,6 @@ def main() -> None:
     write_rows(out / "text1.jsonl", [{"text": t} for t in text])
     write_rows(out / "text2.jsonl", [{"text": story_row(rng, world)} for i in range(args.text_rows - half)])
     write_rows(out / "text_eval.jsonl", [{"text": story_row(rng, world)} for _ in range(200)])
-    rng, world.kinds = random.Random(args.seed + 2), (5, 5, 4, 6, 4)  # more of what must be learnt by heart
-    write_rows(out / "text3.jsonl", [{"text": story_row(rng, world)} for _ in range(args.text_rows - half)])
 
     size = write_tokenizer(folder, plain_words(world))
     model = Transformer(

@@ -347,7 +347,7 @@ def run_jobs(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], job
 # ---------------------------------------------------------------- the plan
 
 
-def time_a_step(args: argparse.Namespace, ground: Ground) -> dict:
+def time_a_step(args: argparse.Namespace, ground: Ground, prompts: list[dict]) -> dict:
     """Seconds of a start, a step and a measurement, and what the model makes of the prompts before any training; all
     kept in timing.json."""
     path = args.out / "timing.json"
@@ -364,8 +364,12 @@ def time_a_step(args: argparse.Namespace, ground: Ground) -> dict:
     shutil.rmtree(timing)
     started = time.monotonic()
     base = measure(args, [args.model], "prompts", "base", device)
-    found = {"start": wall - sum(times), "step": float(np.median(times)), "measure": time.monotonic() - started}
-    write_file(path, json.dumps(found | {"base": base["values"][0]}))
+    start, seconds = wall - sum(times), time.monotonic() - started
+    said, expected = (sum(map(len, texts)) for texts in (base["answers"][0], [p.get("expected", "") for p in prompts]))
+    if said and expected:  # trained, it will answer at the length that is expected
+        seconds = start + max(0, seconds - start) * min(1, expected / said)
+    found = {"start": start, "step": float(np.median(times)), "measure": seconds, "base": base["values"][0]}
+    write_file(path, json.dumps(found))
     return read_json_object(path)
 
 
@@ -488,7 +492,7 @@ def run(args: argparse.Namespace) -> None:
     for i, line in zip(everything, (data / "ifd.jsonl").read_text(encoding="utf-8").splitlines()):
         ifd[i] = json.loads(line)["ifd"]
     ground.by["IFD"] = stages_by(ifd, stages)
-    times = time_a_step(args, ground)
+    times = time_a_step(args, ground, prompts)
     plan = make_plan(args, ground, arms, prompts, times)
     print_plan(plan, arms)
     if args.dry_run:

@@ -196,6 +196,7 @@ def bench(tmp_path_factory):
         byte_fallback=True,
         minloglevel=2,
         normalization_rule_name="identity",
+        remove_extra_whitespaces=False,  # as Llama's
     )
     vocab = sentencepiece.SentencePieceProcessor(model_file=str(folder / "m" / "tokenizer.model")).get_piece_size()
     hf_model(vocab_size=vocab, scale=0.05, max_position_embeddings=256).save_pretrained(folder / "m")

@@ -258,7 +258,7 @@ def test_ranks_share_the_prompts(tmp_path):
 
 def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(tmp_path):
     hf_model(vocab_size=60, max_position_embeddings=512).save_pretrained(tmp_path / "m")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, tmp_path / "m" / name)
     (tmp_path / "p.txt").write_text("Start with 3, add 1 to it.\n")
     done = run("--prompts", tmp_path / "p.txt", "--out", tmp_path / "e", model=tmp_path / "m", expect=2)

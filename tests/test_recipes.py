@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import api_helpers
 import forking_python
@@ -21,14 +22,16 @@ TEST_SETS = ("vicuna", "koala", "self-instruct", "wizardlm", "oasst", "anthropic
 
 
 class Both(Server):
-    """Rates difficulty by the number of steps of an instruction, and prefers the longer of two answers."""
+    """Rates difficulty as it is told, and prefers the longer of two answers."""
+
+    difficulty: ClassVar[dict[str, int]] = {}
 
     def respond(self, request, authorization=""):
         text = request["messages"][0]["content"]
         self.o["judge"] = 0 if "<<<answer 1 " in text else None
         if self.o["judge"] is None:
             instruction = re.search(r"<<<instruction \w+>>>\n(.*)\n", text)[1]
-            self.o["reply"] = str(min(5, instruction.count(",")))
+            self.o["reply"] = str(self.difficulty[instruction])
         return super().respond(request, authorization)
 
     def qualities(self, text):
@@ -56,6 +59,7 @@ def env(tmp_path, api, monkeypatch, python):
     for k, many in ((1, 16), (2, 12), (3, 8)):
         for line in (DEMO / f"s{k}.jsonl").read_text().splitlines()[:many]:
             rows.append(dict(zip(("instruction", "output"), json.loads(line)["data"])) | {"input": ""})
+            Both.difficulty[rows[-1]["instruction"]] = (1, 2, 5)[k - 1]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     (tmp_path / "prompts").mkdir()
     prompts = [json.loads(line)["instruction"] for line in (DEMO / "prompts.jsonl").read_text().splitlines()]

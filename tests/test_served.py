@@ -10,7 +10,7 @@ from pathlib import Path
 import hf_server
 import pytest
 from api_helpers import KEY, kill_after, lines, paid, run
-from conftest import ROOT
+from conftest import ROOT, go
 
 import data
 import generate
@@ -73,13 +73,13 @@ def test_chat_messages_are_asked_and_the_answers_file_is_the_same(api, tmp_path)
 
 
 @pytest.mark.parametrize("template", ["phased", "llama2", "mistral", "alpaca"])
-def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, tmp_path):
+def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, bench, tmp_path):
     talk = {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]}
     trap = {"prompt": "Say </s> and <s>."}
     write_prompts(tmp_path, [*many(3), talk, trap])
-    shutil.copytree(DEMO, tmp_path / "m")
+    shutil.copytree(bench / "m", tmp_path / "m")
     (tmp_path / "m" / "template.json").write_text(json.dumps({"template": template}))
-    tokenizer = load_tokenizer(DEMO)
+    tokenizer = load_tokenizer(bench / "m")
     prompts = generate.read_prompts(tmp_path / "p.jsonl")
     wanted = [data.render(p.turns, data.TEMPLATES[template], tokenizer)[0] for p in prompts]
     done = run(generate, api(), *arguments(tmp_path, "--completions", "--model", tmp_path / "m"))
@@ -98,7 +98,7 @@ def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, 
 
     from transformers import AutoTokenizer  # what a server with it makes of the text
 
-    theirs = AutoTokenizer.from_pretrained(exported(tmp_path, template))
+    theirs = AutoTokenizer.from_pretrained(exported(bench / "m", tmp_path, template))
     for prompt, tokens in zip(prompts[:3], wanted):
         for adds_bos in (True, False):
             pieces = Pieces(tokenizer, adds_bos)
@@ -109,14 +109,14 @@ def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, 
             assert ids == tokens or (template == "alpaca" and ids[0] == tokens[0])
 
 
-def exported(folder, template):
-    """The demo's model as train.py exports it."""
+def exported(model, folder, template):
+    """A copy of the folder `model` as train.py exports it."""
     shutil.copytree(
-        DEMO, folder / "x", ignore=shutil.ignore_patterns("tokenizer_config.json", "generation_config.json")
+        model, folder / "x", ignore=shutil.ignore_patterns("tokenizer_config.json", "generation_config.json")
     )
     (folder / "x" / "template.json").write_text(json.dumps({"template": template}))
-    stop = data.stop_ids(data.TEMPLATES[template], load_tokenizer(DEMO))
-    copy_tokenizer(DEMO, folder / "x", data.chat_template(data.TEMPLATES[template]), stop)
+    stop = data.stop_ids(data.TEMPLATES[template], load_tokenizer(model))
+    copy_tokenizer(model, folder / "x", data.chat_template(data.TEMPLATES[template]), stop)
     return folder / "x"
 
 
@@ -132,7 +132,7 @@ def test_an_end_of_turn_that_the_folder_does_not_name_is_sent_along(api, tmp_pat
 
 def test_an_answer_ends_at_the_context_and_a_prompt_that_fills_it_is_not_asked(api, tmp_path):
     context = json.loads((DEMO / "config.json").read_text())["max_position_embeddings"]
-    rows = [{"prompt": "a " * (context // 2 - 30)}, {"prompt": "a " * context}, *many(30)]
+    rows = [{"prompt": "a " * (context // 2 - 22)}, {"prompt": "a " * context}, *many(30)]
     write_prompts(tmp_path, rows)
     run(generate, api(), *arguments(tmp_path, "--completions", "--model", DEMO, "--max-new-tokens", "100"))
     for r in requests(tmp_path):
@@ -204,14 +204,22 @@ def test_text_that_a_chat_server_may_take_for_a_special_token_is_named(api, tmp_
     assert not LOOKS_SPECIAL.search("a < s > b <html> [1] </style> <|a b|>")
 
 
+@pytest.fixture(scope="module")
+def trained(bench, tmp_path_factory):
+    """A tiny model with a SentencePiece tokenizer that answers with letters."""
+    out = tmp_path_factory.mktemp("trained")
+    go(bench, out, "--epochs", "20", "--lr", "3e-3", stages=["s1", "s2"])
+    return out / "stage2"
+
+
 @pytest.mark.parametrize("template", ["phased", "mistral", "alpaca"])
-def test_transformers_answers_like_our_engine_token_for_token(template, tmp_path):
+def test_transformers_answers_like_our_engine_token_for_token(template, trained, tmp_path):
     """Greedy, fp32, an exported folder: by token ids always; by chat messages and by text where special tokens, or
     nothing, stand between the pieces that we tokenize one by one; and in a conversation by token ids alone."""
-    folder = exported(tmp_path, template)
-    demo = [json.loads(x) for x in (ROOT / "demo" / "prompts.jsonl").read_text().splitlines()[::40]]
+    folder = exported(trained, tmp_path, template)
     talk = {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]}
-    write_prompts(tmp_path, [*demo, talk])
+    say = [{"prompt": f"Say {word}."} for word in ("abe", "dof", "kim", "zup", "hallo", "nadir", "quorum", "wo")]
+    write_prompts(tmp_path, [*say, talk])
     more = ["--prompts", tmp_path / "p.jsonl", "--max-new-tokens", "16"]
     run(generate, os.environ, "--model", folder, "--dtype", "fp32", *more, "--out", tmp_path / "own.json")
     own = json.loads((tmp_path / "own.json").read_text())
