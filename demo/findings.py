@@ -175,16 +175,18 @@ def markdown(table: dict[str, dict], prompts: list[dict], base: list, ceiling: l
     def groups_of(values: list) -> list[str]:
         return [number(np.mean(np.array(values, float)[group == k])) for k in range(len(names))]
 
-    rows = [[what, "rate", *names, "all", "hard", "against one-off", "win rate - 50", "p (Holm)"]]
+    rows = [[what, "rate", *names, "all", "hard", "loss", "against one-off", "win rate - 50", "p (Holm)"]]
     for name, values in (("*the model before*", base), ("*known as text*", ceiling)):
         if values:
             hard = hard_weights(names, group)
             of_hard = "–" if hard is None else number(np.average(np.array(values, float), weights=hard))
-            rows.append([name, "", *groups_of(values), number(np.mean(values)), of_hard, "", "", ""])
+            rows.append([name, "", *groups_of(values), number(np.mean(values)), of_hard, "", "", "", ""])
     for arm, r in table.items():
         row = [arm, f"{r['lr']:g}" + "†" * r["at_edge"], *(number(g["mean"]) for g in r["groups"])]
         row.append(f"**{scale * r['all']['mean']:.{max(1, digits)}f}**")
         row.append("–" if r["hard"] is None else number(r["hard"]["mean"]))
+        losses = r["matrix"].get("losses", {}).values()
+        row.append(f"{np.mean([of[-1] for of in losses]):.3f}" if losses else "–")
         if arm == "one-off":
             row += ["–"] * 3
         else:
@@ -200,6 +202,7 @@ def markdown(table: dict[str, dict], prompts: list[dict], base: list, ceiling: l
         r["at_edge"] for r in table.values()
     )
     text += ". Hard: a test of which three quarters are the upper two fifths" * (names[0] == "fifth 1")
+    text += ". Loss: held-out, the mean of all stages' sets"
     return f"{text}.\n\n{lines_of(rows)}\n{orders_table(table)}{stages_table(table, names, number)}{matrices(table)}"
 
 

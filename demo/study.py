@@ -11,14 +11,17 @@ prompts that chose nothing. Whatever stands behind `--` goes to train.py. Killed
 
 import argparse
 import hashlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import queue
+import runpy
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -58,6 +61,10 @@ ROOT = DEMO.parent
 SIZES = (5, 20)  # per cent of the rows that are selected
 REPLAYED = (0.01, 0.1, 0.25)
 QUICK = ["one-off", "phased", "random stages", "stages 3-2-1", "stage 3 only", "phased, replay 0.1"]
+FORKS = multiprocessing.get_context(
+    "forkserver"
+)  # importing torch takes as long as ten steps of the demo: once for all
+FORKS.set_forkserver_preload(["torch", "train", "demo.measure"])
 GRID_SEED = 1000  # of the runs that choose a rate; those that are tested have 0, 1, …
 
 # ---------------------------------------------------------------- the rows and their stages
@@ -232,23 +239,33 @@ class Job:
         return f"{file_name(self.arm)}-{self.lr:g}-{self.seed}"
 
 
-def call(command: list, cwd: Path, device: str = "") -> float:
-    """Run a program; its seconds. Raises WorkError with the end of what it said."""
-    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True,
-        preexec_fn=lambda: die_with_parent(signal.SIGKILL),
-    )  # fmt: skip
-    if done.returncode:
-        said = (done.stdout[-1000:] + done.stderr[-3000:]).strip()
-        raise WorkError(f"{shlex.join(map(str, command))} ended with {done.returncode}:\n{said}")
+def run_file(command: list[str], cwd: Path, device: str, said: Path) -> None:
+    """As `python *command > said 2>&1` would, in a process that has imported torch already."""
+    die_with_parent(signal.SIGKILL)
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    os.chdir(cwd)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def call(command: list, cwd: Path, device: str = "", ranks: int = 1) -> float:
+    """Run a file of Python, by torchrun if on several ranks; its seconds. Raises WorkError with what it said last."""
+    started, launched = time.monotonic(), [str(c) for c in command]
+    if ranks > 1:
+        launcher = importlib.util.find_spec("torch.distributed.run").origin
+        launched = [launcher, "--standalone", "--nproc-per-node", str(ranks), *launched]
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said"
+        process = FORKS.Process(target=run_file, args=(launched, cwd, device, said))
+        process.start()
+        process.join()
+        if process.exitcode:
+            text = said.read_text(errors="replace")[-4000:]
+            raise WorkError(f"{shlex.join(map(str, command))} ended with {process.exitcode}:\n{text}")
     return time.monotonic() - started
-
-
-def train_command(args: argparse.Namespace) -> list:
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc_per_node]
-    return [*(several if args.nproc_per_node > 1 else []), ROOT / "train.py"]
 
 
 def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device: str) -> None:
@@ -260,13 +277,13 @@ def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device
         names.append(f"{job.name}.s{k}.jsonl")
         write_lines(out / "data" / names[-1], [ground.rows[i] for i in rows])
     rates = [job.lr * arm.falling**k for k in range(len(names))]
-    command = [*train_command(args), "--model", args.model, "--stages", *names, "--lr", *rates, "--out", folder,
+    command = [ROOT / "train.py", "--model", args.model, "--stages", *names, "--lr", *rates, "--out", folder,
                "--epochs", arm.epochs, "--batch-size", ground.batch_size, "--seed", job.seed, *arm.flags]  # fmt: skip
     if not tuning:
         held_out = sorted(path.name for path in (out / "data").glob("held-out*.jsonl"))
         command += ["--eval", *held_out, "--eval-every", max(1, ground.steps // 8)]
     command += args.train
-    seconds = call(command, out / "data", device)
+    seconds = call(command, out / "data", device, args.nproc_per_node)
     measured = range(1 if job.arm in COMPARED and not tuning else len(names), len(names) + 1)
     found = measure(
         args, [folder / f"stage{k}" for k in measured], "validation" if tuning else "prompts", job.name, device
@@ -356,10 +373,10 @@ def time_a_step(args: argparse.Namespace, ground: Ground, prompts: list[dict]) -
     few = np.concatenate([ground.everything] * 4)[: 8 * ground.batch_size]
     write_lines(args.out / "data" / "timing.jsonl", [ground.rows[i] for i in few])
     timing = args.out / "runs" / "timing"
-    command = [*train_command(args), "--model", args.model, "--stages", "timing.jsonl", "--lr", 0, "--out", timing,
+    command = [ROOT / "train.py", "--model", args.model, "--stages", "timing.jsonl", "--lr", 0, "--out", timing,
                "--batch-size", ground.batch_size, *args.train]  # fmt: skip
     device = ",".join(map(str, range(args.nproc_per_node))) if args.on_gpus else ""
-    wall = call(command, args.out / "data", device)
+    wall = call(command, args.out / "data", device, args.nproc_per_node)
     times = [json.loads(line)["seconds"] for line in (timing / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(timing)
     started = time.monotonic()
@@ -459,6 +476,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     args.out, args.model = args.out.resolve(), args.model.resolve()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
     refuse_overwriting([args.out], [*args.scored, args.prompts, args.model])
     rows, stages, lengths = read_ground(args)
     prompts, validation, held_out = read_tests(args)

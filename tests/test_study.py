@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import judge
 import train
 from demo import findings, measure, study
+from parts.program import WorkError
 
 # ---------------------------------------------------------------- statistics
 
@@ -101,6 +102,23 @@ def test_seeds_draw_other_rows_and_the_same_seed_the_same(ground):
 # ---------------------------------------------------------------- the whole tool
 
 
+def test_a_program_runs_in_its_folder_on_its_ranks_and_its_last_words_are_kept(tmp_path):
+    (tmp_path / "here").mkdir()
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, pathlib\n"
+        "name = 'rank' + os.environ.get('RANK', '')\n"
+        "pathlib.Path(name).write_text(os.environ.get('CUDA_VISIBLE_DEVICES', '') + ' '.join(sys.argv[1:]))\n"
+        "sys.exit('it failed' if sys.argv[1:] == ['fail'] else 0)\n"
+    )
+    study.call([program, "a", 1], tmp_path / "here", device="3")
+    assert (tmp_path / "here" / "rank").read_text() == "3a 1"
+    study.call([program, "b"], tmp_path / "here", ranks=2)
+    assert [(tmp_path / "here" / f"rank{k}").read_text() for k in (0, 1)] == ["b", "b"]
+    with pytest.raises(WorkError, match=r"program\.py fail ended with 1:\nit failed"):
+        study.call([program, "fail"], tmp_path / "here")
+
+
 class AtOnce(Executor):
     """Runs what is submitted before it returns: forks must come from the main thread."""
 
@@ -131,7 +149,7 @@ def folder(bench, tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (tmp_path / "m").symlink_to(bench / "m")
 
-    def call(command, cwd, device=""):
+    def call(command, cwd, device="", ranks=1):
         import score
 
         started, program = time.monotonic(), Path(command[0]).stem
