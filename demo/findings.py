@@ -253,7 +253,7 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
 
     names, group = group_prompts(prompts)
     with settings():
-        figure = Figure((13, 8.5))
+        figure = Figure((15, 9), layout="constrained")
         (a, b, forest), (c, d, e) = figure.subplots(2, 3)
         staged = {arm: r for arm, r in table.items() if len(r["by_stage"]) > 1}
         for k, (arm, r) in enumerate(staged.items()):

@@ -470,7 +470,7 @@ def settings_of(args: argparse.Namespace) -> dict:
         b"".join(p.read_bytes() for d in (ROOT, ROOT / "parts", DEMO) for p in sorted(d.glob("*.py")))
     )
     given = {key: getattr(args, key) for key in keys.split()}
-    hashes = {str(path): sha256(path) for path in files}
+    hashes = {f"{path.parent.name}/{path.name}": sha256(path) for path in map(Path.resolve, files)}
     return {"settings": given, "hashes": hashes, "code": code.hexdigest()[:16]}
 
 
