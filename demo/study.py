@@ -396,7 +396,7 @@ def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], pr
     seconds = runs * (times["start"] + ground.steps * times["step"] + times["measure"])
     plan = {"arms": list(arms), "rates": args.lr_grid, "seeds": args.seeds, "runs": runs, "steps": ground.steps}
     plan |= {"rows": len(ground.everything), "stages": [len(s) for s in ground.stages], "prompts": len(prompts)}
-    plan |= {"seconds_per_step": round(times["step"], 4), "hours": round(seconds / args.jobs / 3600, 2)}
+    plan |= {"seconds_per_step": round(times["step"], 4), "hours": round(seconds / args.jobs / 3600, 4)}
     first, later = len(ground.stages[0]), len(ground.stages) - 1
     held = {f"phased, replay {x:g}": held_back(ground.stages, x, ground.batch_size, np.random.default_rng(0))[0]
             for x in REPLAYED if later}  # fmt: skip
@@ -422,10 +422,11 @@ def judging_dollars(args: argparse.Namespace, arms: dict[str, Arm], prompts: lis
 def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
     sizes = " + ".join(f"{n:,}" for n in plan["stages"])
     money = "price of the judge unknown" if plan["dollars"] is None else f"${plan['dollars']:,.2f} of judging at most"
+    takes = f"{plan['hours']:.1f} hours" if plan["hours"] >= 1 else f"{60 * plan['hours']:.0f} minutes"
     each = f"{plan['steps']:,} steps ({plan['seconds_per_step']:.2f} s each)"
     print(
         f"{len(arms)} arms, {len(plan['rates'])} rates, {plan['seeds']} seeds: {plan['runs']} runs of {each} "
-        f"on {plan['rows']:,} rows ({sizes}), tested on {plan['prompts']:,} prompts. About {plan['hours']:.1f} hours; "
+        f"on {plan['rows']:,} rows ({sizes}), tested on {plan['prompts']:,} prompts. About {takes}; "
         f"{money}."
     )
     for arm, share in plan["replayed"].items():
