@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,6 +31,7 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo.findings import COMPARED, file_name, write_findings
@@ -247,6 +249,7 @@ def run_file(command: list[str], cwd: Path, device: str, said: Path) -> None:
         os.dup2(file.fileno(), 2)
     os.environ.update({"CUDA_VISIBLE_DEVICES": device} if device else {})
     os.chdir(cwd)
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore that nobody frees when a program ends
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
@@ -475,19 +478,8 @@ def settings_of(args: argparse.Namespace) -> dict:
     return {"settings": given, "hashes": hashes, "code": code.hexdigest()[:16]}
 
 
-def run(args: argparse.Namespace) -> None:
-    args.out, args.model = args.out.resolve(), args.model.resolve()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
-    refuse_overwriting([args.out], [*args.scored, args.prompts, args.model])
-    rows, stages, lengths = read_ground(args)
-    prompts, validation, held_out = read_tests(args)
-    by = {key: stages_by([row.get(key) for row in rows], stages) for key in args.also} | {"IFD": []}  # measured later
-    ground = Ground(rows, stages, by, lengths, args.batch_size, args.epochs)
-    known = make_arms(ground)
-    wanted = ["one-off", *(args.arms or (QUICK if args.quick else known))]
-    refuse([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
-    arms = {arm: known[arm] for arm in dict.fromkeys(wanted)}
-    lock = lock_folder(args.out)  # noqa: F841 (held)
+def keep_settings(args: argparse.Namespace) -> dict:
+    """What the study is of, kept in study.json. Raises InputError where the folder holds another."""
     about, kept = settings_of(args), args.out / "study.json"
     before = read_json_object(kept) if kept.exists() else about
     changed = [k for part in ("settings", "hashes") for k, v in about[part].items() if before[part].get(k) != v]
@@ -496,21 +488,37 @@ def run(args: argparse.Namespace) -> None:
     if before["code"] != about["code"]:
         print(f"{args.out}: the code changed since this study began; what is done stays", file=sys.stderr)
     write_file(kept, json.dumps(about, indent=1))
+    return about
+
+
+def write_data(args: argparse.Namespace, ground: Ground, prompts: list, validation: list, held_out: dict) -> None:
+    """The files that runs read in out/data, and the stages by IFD."""
     data = args.out / "data"
     for folder in ("data", "runs", "results", "answers", "verdicts"):
         (args.out / folder).mkdir(exist_ok=True)
-    write_lines(data / "prompts.jsonl", prompts)
-    write_lines(data / "validation.jsonl", validation)
-    for name, part in held_out.items():
-        write_lines(data / f"{name}.jsonl", part)
-    everything = np.sort(np.concatenate(stages))
+    for name, rows in {"prompts": prompts, "validation": validation, **held_out}.items():
+        write_lines(data / f"{name}.jsonl", rows)
     if not (data / "ifd.jsonl").exists():
-        write_lines(data / "all.jsonl", [rows[i] for i in everything])
+        write_lines(data / "all.jsonl", [ground.rows[i] for i in ground.everything])
         call([ROOT / "score.py", "ifd", "all.jsonl", "--model", args.model, "--out", "ifd.jsonl"], data)
-    ifd: list[float | None] = [None] * len(rows)
-    for i, line in zip(everything, (data / "ifd.jsonl").read_text(encoding="utf-8").splitlines()):
+    ifd: list[float | None] = [None] * len(ground.rows)
+    for i, line in zip(ground.everything, (data / "ifd.jsonl").read_text(encoding="utf-8").splitlines()):
         ifd[i] = json.loads(line)["ifd"]
-    ground.by["IFD"] = stages_by(ifd, stages)
+    ground.by["IFD"] = stages_by(ifd, ground.stages)
+
+
+def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | None:
+    """Of each prompt, whether the model before any training knows it as text; None where that cannot be asked."""
+    if args.judge != "exact" or not all("told" in p for p in prompts):
+        return None
+    path = args.out / "ceiling.json"
+    if not path.exists():
+        how = ["--what", "told", "--prompts", args.out / "data" / "prompts.jsonl"]
+        call([DEMO / "measure.py", args.model, *how, "--max-new-tokens", args.max_new_tokens, "--json", path], ROOT)
+    return json.loads(path.read_text())["values"][0]
+
+
+def carry_out(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], prompts: list[dict], about: dict) -> None:
     times = time_a_step(args, ground, prompts)
     plan = make_plan(args, ground, arms, prompts, times)
     print_plan(plan, arms)
@@ -524,14 +532,25 @@ def run(args: argparse.Namespace) -> None:
     records = run_jobs(args, ground, arms, jobs, "seeds")
     if args.judge == "api":
         judge_by_api(args, records)
-    ceiling = None
-    if all("told" in p for p in prompts) and args.judge == "exact":
-        path = args.out / "ceiling.json"
-        if not path.exists():
-            how = ["--what", "told", "--prompts", data / "prompts.jsonl", "--max-new-tokens", args.max_new_tokens]
-            call([DEMO / "measure.py", args.model, *how, "--json", path], ROOT)
-        ceiling = json.loads(path.read_text())["values"][0]
+    ceiling = measure_ceiling(args, prompts)
     write_findings(args.out, records, rates, prompts, times["base"], ceiling, args.judge, about | {"plan": plan})
+
+
+def run(args: argparse.Namespace) -> None:
+    args.out, args.model = args.out.resolve(), args.model.resolve()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
+    refuse_overwriting([args.out], [*args.scored, args.prompts, args.model])
+    rows, stages, lengths = read_ground(args)
+    prompts, validation, held_out = read_tests(args)
+    by = {key: stages_by([row.get(key) for row in rows], stages) for key in args.also} | {"IFD": []}  # measured later
+    ground = Ground(rows, stages, by, lengths, args.batch_size, args.epochs)
+    known = make_arms(ground)
+    wanted = ["one-off", *(args.arms or (QUICK if args.quick else known))]
+    refuse([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
+    with lock_folder(args.out):
+        about = keep_settings(args)
+        write_data(args, ground, prompts, validation, held_out)
+        carry_out(args, ground, {arm: known[arm] for arm in dict.fromkeys(wanted)}, prompts, about)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
