@@ -268,7 +268,6 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
         a.set(
             xticks=[1, 2, 3], xlabel="after stage", ylabel="win rate against one-off - 50", title="The paper's figure"
         )
-        a.legend(fontsize=8)
         orders = [o for o in ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1") if order_of(table, o)]
         for k, (model, known) in enumerate(PAPER.items()):
             b.plot([i for i, o in enumerate(orders) if o in known], [known[o] for o in orders if o in known], "*v^"[k],
@@ -278,7 +277,6 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
         b.axhline(0, color="grey", linewidth=0.8)
         b.set_xticks(range(len(orders)), [o.replace("phased", "1-2-3") for o in orders])
         b.set(title="The paper's table of orders", ylabel="win rate against one-off - 50")
-        b.legend(fontsize=8)
         others = [arm for arm in table if arm != "one-off"]
         for k, arm in enumerate(reversed(others)):
             w, sure = table[arm]["win_rate"], table[arm]["p_holm"] < 0.05
@@ -305,12 +303,10 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
             xticks=[1, 2, 3], xlabel="after stage (random dotted; dash: known as text)", title="What each stage leaves"
         )
         c.set_ylabel("loss of the answers" if judge == "loss" else "exact answers, %")
-        c.legend(fontsize=8)
         for arm in ("one-off", "phased", "random stages", "stage 3 only", "phased, replay 0.1"):
             if arm in table and table[arm]["curve"]:
                 d.plot(*zip(*table[arm]["curve"]), label=arm, linestyle=style(arm))
         d.set(title="Learning curves", xlabel="step", ylabel="held-out loss, all stages")
-        d.legend(fontsize=8)
         for arm in ("one-off", "phased", "random stages", "stage 3 only", "stages 3-2-1", "phased, replay 0.1"):
             if arm in table and None not in table[arm]["validation"].values():
                 rates = sorted(table[arm]["validation"].items())
@@ -321,7 +317,9 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
         tried = sorted({rate for r in table.values() for rate in r["validation"]})
         e.set_xticks(tried, [f"{rate:g}" for rate in tried])  # a scale of its own would want mathematics
         e.set_ylabel("on validation: " + ("exact answers, %" if judge == "exact" else "loss"))
-        e.legend(fontsize=8)
+        for axes in (a, b, c, d, e):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
         return image(figure, "png", 110)
 
 
