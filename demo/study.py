@@ -63,9 +63,8 @@ ROOT = DEMO.parent
 SIZES = (5, 20)  # per cent of the rows that are selected
 REPLAYED = (0.01, 0.1, 0.25)
 QUICK = ["one-off", "phased", "random stages", "stages 3-2-1", "stage 3 only", "phased, replay 0.1"]
-FORKS = multiprocessing.get_context(
-    "forkserver"
-)  # importing torch takes as long as ten steps of the demo: once for all
+# Runs are forks of a process that has imported torch, which takes as long as ten steps of the demo.
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "train", "demo.measure"])
 GRID_SEED = 1000  # of the runs that choose a rate; those that are tested have 0, 1, …
 
@@ -429,8 +428,7 @@ def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
     each = f"{plan['steps']:,} steps ({plan['seconds_per_step']:.2f} s each)"
     print(
         f"{len(arms)} arms, {len(plan['rates'])} rates, {plan['seeds']} seeds: {plan['runs']} runs of {each} "
-        f"on {plan['rows']:,} rows ({sizes}), tested on {plan['prompts']:,} prompts. About {takes}; "
-        f"{money}."
+        f"on {plan['rows']:,} rows ({sizes}), tested on {plan['prompts']:,} prompts. About {takes}; {money}."
     )
     for arm, share in plan["replayed"].items():
         print(f"{arm}: holds {100 * share:.3g} % of stage 1 back for each later stage (whole batches)")
