@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parts.api import ApiOptions, add_api_arguments, api_options, ask_questions
-from parts.plots import FIGURES, can_draw, report_figures
+from parts.plots import FIGURES, MANY, can_draw, report_figures
 from parts.program import (
     EXIT_CODES,
     HelpFormatter,
@@ -344,10 +344,11 @@ def page_data(rows: list[dict], summary: list[dict], drawn: dict[str, dict[str, 
         pairs.append(pair)
     asked = len({(r["dataset"], r["id"]) for r in rows})
     judges = " and ".join(dict.fromkeys(map(judge_of, rows)))
-    models, baselines = (dict.fromkeys(r[key] for r in rows) for key in ("model", "baseline"))
+    models, baselines = (list(dict.fromkeys(r[key] for r in rows)) for key in ("model", "baseline"))
+    named = ", ".join(models) if len(models) <= MANY else f"{len(models)} models"
     about = f"{asked:,} questions, {len(rows):,} comparisons{about_orders(rows)}. Judge: {judges}."
     return {
-        "title": f"{', '.join(models)} against {' and '.join(baselines)}",
+        "title": f"{named} against {' and '.join(baselines)}",
         "about": " ".join([*canaries, about]),
         "summary": summary,
         "figures": [{"title": FIGURES[k], "svg": base64.b64encode(v["svg"]).decode()} for k, v in drawn.items()],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.plots import can_draw, image, settings
-from parts.program import write_file, write_lines
+from parts.program import WorkError, write_file, write_lines
 
 COMPARED = {"phased", "random stages", "phased by IFD", "phased, replay 0.1"}  # measured after every stage
 DOTTED = "random"
@@ -164,7 +165,9 @@ def signed(x: dict, scale: float = 100, bound: float = 0.5) -> str:
     return f"{scale * x['mean']:+.{digits}f} ({scale * low:+.{digits}f} to {scale * high:+.{digits}f})"
 
 
-def markdown(table: dict[str, dict], prompts: list[dict], base: list, ceiling: list | None, judge: str) -> str:
+def markdown(
+    table: dict[str, dict], prompts: list[dict], base: list, ceiling: list | None, judge: str, stages: int
+) -> str:
     names, group = group_prompts(prompts)
     scale, digits = (1, 3) if judge == "loss" else (100, 0)
     what = {"exact": "exact answers, %", "loss": "loss of the answers", "api": "points against one-off, %"}[judge]
@@ -194,34 +197,31 @@ def markdown(table: dict[str, dict], prompts: list[dict], base: list, ceiling: l
             row += [signed(r["win_rate"]), f"{r['p_holm']:.2g}"]
         rows.append(row)
     seeds, steps = len(table["one-off"]["seeds"]), table["one-off"]["steps"]
+    over = "seeds and prompts" if seeds > 1 else "prompts alone, for one seed says nothing about others"
     text = (
-        f"{steps:,} steps an arm, {seeds} seeds, {len(prompts):,} prompts; in brackets 95 % intervals over seeds and "
-        f"prompts; p corrected for {len(table) - 1} comparisons. Each arm at its best rate on other prompts"
+        f"{steps:,} steps an arm, {seeds} seeds, {len(prompts):,} prompts; in brackets 95 % intervals over {over}; p "
+        f"corrected for {len(table) - 1} comparisons. Each arm at its best rate on other prompts"
     )
     text += " († the best is the grid's edge: better ones may lie beyond it)" * any(
         r["at_edge"] for r in table.values()
     )
     text += ". Hard: a test of which three quarters are the upper two fifths" * (names[0] == "fifth 1")
     text += ". Loss: held-out, the mean of all stages' sets"
-    return f"{text}.\n\n{lines_of(rows)}\n{orders_table(table)}{stages_table(table, names, number)}{matrices(table)}"
+    tables = f"{orders_table(table, stages)}{stages_table(table, names, number)}{matrices(table)}"
+    return f"{text}.\n\n{lines_of(rows)}\n{tables}"
 
 
-def orders_table(table: dict[str, dict]) -> str:
-    """The paper's table of orders beside its own numbers; empty without them."""
-    ours = {arm.removeprefix("stages "): r for arm, r in table.items() if arm == "phased" or arm.startswith("stages ")}
-    ours |= {arm: table[arm] for arm in ("stage 3 only", "stage 2 only") if arm in table}
+def orders_table(table: dict[str, dict], stages: int) -> str:
+    """The paper's table of orders, beside its own numbers where there are three stages; empty without orders."""
+    ours = orders_of(table) | {arm: r for arm, r in table.items() if arm.endswith(" only")}
     if len(ours) < 2:
         return ""
-    rows = [["win rate against one-off - 50", "here", *PAPER]]
+    paper = PAPER if stages == 3 else {}
+    rows = [["win rate against one-off - 50", "here", *paper]]
     for order, r in ours.items():
-        known = [PAPER[model].get(order, PAPER_OTHERS.get(model, {}).get(order)) for model in PAPER]
-        rows.append(
-            [
-                order.replace("phased", "1-2-3"),
-                signed(r["win_rate"]),
-                *("–" if x is None else f"{x:+.2f}" for x in known),
-            ]
-        )
+        known = [paper[model].get(order, PAPER_OTHERS.get(model, {}).get(order)) for model in paper]
+        cells = ("–" if x is None else f"{x:+.2f}" for x in known)
+        rows.append([order_name(order, stages), signed(r["win_rate"]), *cells])
     return f"{lines_of(rows)}\n"
 
 
@@ -240,17 +240,20 @@ def matrices(table: dict[str, dict]) -> str:
     for arm in ("one-off", "phased", "random stages", "phased, replay 0.1"):
         matrix = table.get(arm, {}).get("matrix")
         for name, losses in (matrix or {"losses": {}})["losses"].items():
-            cells = [f"{x:.3f}" for x in losses]
-            rows.append([arm, Path(name).stem, *cells, *["–"] * (4 - len(cells))][:6])
-    return lines_of([["held-out loss", "set", "start", "stage 1", "stage 2", "stage 3"], *rows]) if rows else ""
+            rows.append([arm, Path(name).stem, *(f"{x:.3f}" for x in losses)])
+    most = max(map(len, rows), default=0)
+    rows = [row + ["–"] * (most - len(row)) for row in rows]
+    stages = (f"stage {k}" for k in range(1, most - 2))
+    return lines_of([["held-out loss", "set", "start", *stages], *rows]) if rows else ""
 
 
 # ---------------------------------------------------------------- the figure
 
 
-def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judge: str) -> bytes:
+def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judge: str, stages: int) -> bytes:
     from matplotlib.figure import Figure
 
+    paper = PAPER if stages == 3 else {}
     names, group = group_prompts(prompts)
     with settings():
         figure = Figure((15, 9), layout="constrained")
@@ -262,20 +265,18 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
             )
             at = np.arange(1, len(mean) + 1) + 0.03 * k
             a.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3, label=arm, linestyle=style(arm))
-        for k, orders in enumerate(PAPER.values()):
+        for k, orders in enumerate(paper.values()):
             a.plot(3.25, orders["phased"], "*", color="grey", label="paper, phased (three models)" if k == 0 else None)
         a.axhline(0, color="grey", linewidth=0.8)
-        a.set(
-            xticks=[1, 2, 3], xlabel="after stage", ylabel="win rate against one-off - 50", title="The paper's figure"
-        )
-        orders = [o for o in ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1") if order_of(table, o)]
-        for k, (model, known) in enumerate(PAPER.items()):
+        a.set(xticks=range(1, stages + 1), xlabel="after stage", ylabel="win rate against one-off - 50")
+        a.set(title="The paper's figure")
+        orders = orders_of(table)
+        for k, (model, known) in enumerate(paper.items()):
             b.plot([i for i, o in enumerate(orders) if o in known], [known[o] for o in orders if o in known], "*v^"[k],
                    color="grey", label=f"paper, {model}", linestyle="none")  # fmt: skip
-        ours = [order_of(table, o)["win_rate"] for o in orders]
-        points(b, np.arange(len(orders)), ours, label="here")
+        points(b, np.arange(len(orders)), [r["win_rate"] for r in orders.values()], label="here")
         b.axhline(0, color="grey", linewidth=0.8)
-        b.set_xticks(range(len(orders)), [o.replace("phased", "1-2-3") for o in orders])
+        b.set_xticks(range(len(orders)), [order_name(o, stages) for o in orders])
         b.set(title="The paper's table of orders", ylabel="win rate against one-off - 50")
         others = [arm for arm in table if arm != "one-off"]
         for k, arm in enumerate(reversed(others)):
@@ -298,10 +299,15 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
                 )
         if ceiling:
             for k in range(len(names)):
-                c.plot(3.3, 100 * np.array(ceiling, float)[group == k].mean(), "_", color=f"C{k % 10}", markersize=14)
-        c.set(
-            xticks=[1, 2, 3], xlabel="after stage (random dotted; dash: known as text)", title="What each stage leaves"
-        )
+                c.plot(
+                    stages + 0.3,
+                    100 * np.array(ceiling, float)[group == k].mean(),
+                    "_",
+                    color=f"C{k % 10}",
+                    markersize=14,
+                )
+        c.set(xticks=range(1, stages + 1), xlabel="after stage (random dotted; dash: known as text)")
+        c.set(title="What each stage leaves")
         c.set_ylabel("loss of the answers" if judge == "loss" else "exact answers, %")
         for arm in ("one-off", "phased", "random stages", "stage 3 only", "phased, replay 0.1"):
             if arm in table and table[arm]["curve"]:
@@ -327,8 +333,13 @@ def style(arm: str) -> str:
     return ":" if DOTTED in arm else "-"
 
 
-def order_of(table: dict[str, dict], order: str) -> dict | None:
-    return table.get(order if order == "phased" else f"stages {order}")
+def orders_of(table: dict[str, dict]) -> dict[str, dict]:
+    """The arms that are the same stages in some order, by it."""
+    return {arm.removeprefix("stages "): r for arm, r in table.items() if arm == "phased" or arm.startswith("stages ")}
+
+
+def order_name(order: str, stages: int) -> str:
+    return order.replace("phased", "-".join(str(k) for k in range(1, stages + 1)))
 
 
 def points(axes, at, estimates: list[dict], label: str) -> None:
@@ -341,7 +352,7 @@ def points(axes, at, estimates: list[dict], label: str) -> None:
 
 
 def file_name(arm: str) -> str:
-    return arm.replace(" %", "").replace(",", "").replace(" ", "-").lower()
+    return re.sub("[^a-z0-9.]+", "-", arm.lower()).strip("-")
 
 
 def texts_of(out: Path, record: dict) -> list[list[str]]:
@@ -352,8 +363,8 @@ def texts_of(out: Path, record: dict) -> list[list[str]]:
     return [[f"(loss {x:.3f})" for x in losses] for losses in record["values"]]
 
 
-def verdict_rows(records: list[dict], prompts: list[dict], out: Path, judge: str) -> list[dict]:
-    """As judge.py writes them, of the first seed: for its page."""
+def verdict_rows(records: list[dict], prompts: list[dict], order: np.ndarray, out: Path, judge: str) -> list[dict]:
+    """As judge.py writes them, of the first seed, the prompts in this order: for its page."""
     first = {r["arm"]: r for r in records if r["seed"] == 0}
     base, rows = first.pop("one-off"), []
     against = texts_of(out, base)[-1]
@@ -363,13 +374,23 @@ def verdict_rows(records: list[dict], prompts: list[dict], out: Path, judge: str
             goal = np.array(base["values"][-1], float)
             wins = [wins_of(np.array(values, float), goal, judge) for values in r["values"]]
         for k, (answers, won) in enumerate(zip(texts, wins, strict=True), 1):
-            who = {"model": f"{arm}/stage{k}" if len(texts) > 1 else arm, "baseline": "one-off", "judge": judge}
-            for p, answer, other, points_won in zip(prompts, answers, against, won, strict=True):
+            who = {"model": f"{arm}/stage{k}" if len(texts) > 1 else arm, "baseline": "one-off, seed 0", "judge": judge}
+            compared = list(zip(prompts, answers, against, won, strict=True))
+            for p, answer, other, points_won in (compared[i] for i in order):
                 row = who | {"dataset": p["dataset"], "id": p["id"], "instruction": p["messages"][-1]["content"]}
                 said = {1.0: "win", 0.5: "tie", 0.0: "loss"}.get(points_won, "unparsed")
                 row |= {"answer": answer, "against": other, "verdict": said}
                 rows.append(row | ({"expected": p["expected"]} if "expected" in p else {}))
     return rows
+
+
+def write_page(rows: list[dict], verdicts: Path, page: Path) -> None:
+    """The page of judge.py report. Raises WorkError."""
+    write_lines(verdicts, rows)
+    command = [sys.executable, "judge.py", "report", str(verdicts), "--html", str(page), "--resamples", "2000"]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise WorkError(f"{page}: {done.stderr.strip()}")
 
 
 def write_findings(
@@ -384,22 +405,21 @@ def write_findings(
 ) -> None:
     """table.md, results.json, figure.png (with matplotlib) and report.html in `out`."""
     table = summarize(records, rates, prompts, judge)
-    text = markdown(table, prompts, base, ceiling, judge)
+    stages = len(about["plan"]["stages"])
+    text = markdown(table, prompts, base, ceiling, judge, stages)
     print(f"\n{text}")
     write_file(out / "table.md", text)
     names, group = group_prompts(prompts)
     shown = {"groups": names, "group": group.tolist(), "judge": judge, "base": base, "ceiling": ceiling}
-    runs = [{k: v for k, v in r.items() if k != "curve"} for r in records]
-    write_file(out / "results.json", json.dumps(about | shown | {"table": table, "runs": runs}))
+    write_file(out / "results.json", json.dumps(about | shown | {"table": table, "runs": records}))
     written = ["table.md", "results.json"]
     if can_draw():
-        write_file(out / "figure.png", draw(table, prompts, ceiling, judge))
+        write_file(out / "figure.png", draw(table, prompts, ceiling, judge, stages))
         written.append("figure.png")
-    write_lines(out / "verdicts.jsonl", verdict_rows(records, prompts, out, judge))
-    page = [out / "verdicts.jsonl", "--html", out / "report.html", "--resamples", "2000"]
-    page = [sys.executable, "judge.py", "report", *map(str, page)]
-    subprocess.run(page, cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.DEVNULL, check=True)
-    written.append("report.html")
+    if len(table) > 1:
+        rows = verdict_rows(records, prompts, np.argsort(group, kind="stable"), out, judge)
+        write_page(rows, out / "verdicts.jsonl", out / "report.html")
+        written.append("report.html")
     print(
         "-> "
         + ", ".join(str(out / name) for name in written)

@@ -54,11 +54,13 @@ def expected_documents(prompts: list[Prompt], template: str, tokenizer) -> Docum
     return Documents(tokens, supervised, starts, [p.id for p in prompts], [p.where for p in prompts], [])
 
 
-def measure(folder: Path, prompts: list[Prompt], told: list[str], what: str, most: int) -> tuple[list, list[str]]:
+def measure(
+    folder: Path, prompts: list[Prompt], told: list[str], what: str, most: int, template: str | None
+) -> tuple[list, list[str]]:
     """Of each prompt, with the model of an HF folder: whether the answer is exact, or its loss; and the answers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(folder, compute_dtype("auto"), device), load_tokenizer(folder)
-    template = read_json_object(folder / "template.json").get("template", "phased")
+    template = template or read_json_object(folder / "template.json").get("template", "phased")
     if what == "loss":
         return answer_losses(model, expected_documents(prompts, template, tokenizer)).tolist(), []
     if what == "told":
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     groups = sorted({p.dataset for p in prompts})
     values, written, table = [], [], []
     for folder in args.models:
-        mine, texts = measure(folder, prompts, told, args.what, args.max_new_tokens)
+        mine, texts = measure(folder, prompts, told, args.what, args.max_new_tokens, args.template)
         values.append(mine)
         written.append(texts)
         if mine:
@@ -107,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     what_help = "exact answers; mean loss of the answers expected; what is known as text; answers alone"
     add("--what", choices=TITLES, default="exact", help=what_help)
     add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
+    add("--template", choices=TEMPLATES, help="(default: what the folder's template.json says, else phased)")
     add("--json", type=Path, metavar="F", help="for each model, for each prompt: its value and its answer")
     add("--debug", action="store_true", help="show tracebacks")
     return run_program("measure.py", run, parser.parse_args(argv))

@@ -24,18 +24,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from itertools import permutations
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import TEMPLATES
+from demo.arms import REPLAYED, Arm, Ground, cut_scores, held_back, make_arms, read_ground, stages_by
 from demo.findings import COMPARED, file_name, write_findings
 from parts.api import ApiOptions
+from parts.options import make_parser
 from parts.program import (
     HelpFormatter,
     InputError,
@@ -45,6 +47,7 @@ from parts.program import (
     positive,
     progress,
     read_json_object,
+    read_text,
     refuse,
     refuse_overwriting,
     run_program,
@@ -53,131 +56,21 @@ from parts.program import (
     write_lines,
 )
 from parts.prompts import judge_prompt
-from parts.rows import finite_number, json_values, read_good_rows
+from parts.rows import json_values
 from parts.store import lock_folder
 from parts.testsets import read_prompts
-from score import answer_of, cut_at, cut_equally
+from score import score_of
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
-SIZES = (5, 20)  # per cent of the rows that are selected
-REPLAYED = (0.01, 0.1, 0.25)
 QUICK = ["one-off", "phased", "random stages", "stages 3-2-1", "stage 3 only", "phased, replay 0.1"]
 # Runs are forks of a process that has imported torch, which takes as long as ten steps of the demo.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "train", "demo.measure"])
+# What of train.py the arms themselves decide.
+OURS = {"stages", "eval", "replay", "model", "out", "epochs", "lr", "batch_size", "optimizer_state", "seed", "select",
+        "ratio", "scores", "eval_every", "sample", "dry_run"}  # fmt: skip
 GRID_SEED = 1000  # of the runs that choose a rate; those that are tested have 0, 1, …
-
-# ---------------------------------------------------------------- the rows and their stages
-
-
-@dataclass
-class Ground:
-    """What all arms share. Stages are indices of rows; each holds a multiple of the batch size."""
-
-    rows: list[dict]
-    stages: list[np.ndarray]  # by the score, rising
-    by: dict[str, list[np.ndarray]]  # by other keys, stages of the same sizes
-    lengths: np.ndarray  # of the answers, in characters
-    batch_size: int
-    epochs: int
-
-    @property
-    def everything(self) -> np.ndarray:
-        return np.sort(np.concatenate(self.stages))
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * len(self.everything) // self.batch_size
-
-
-def read_ground(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray], np.ndarray]:
-    """The scored rows, their stages, and the lengths of the answers. Raises InputError."""
-    rows = [row for path in args.scored for row in read_good_rows(path, skip_bad=False)]
-    missing = [row.where for row in rows if row.raw.get(args.score_key) is None]
-    refuse(missing, f"rows have no {args.score_key}", "Score them, or leave them out of the file.")
-    scores = np.array([finite_number(row.raw[args.score_key], args.score_key) for row in rows])
-    groups = cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)
-    share, stages = min(1.0, args.rows / len(rows)) if args.rows else 1.0, []
-    for k, group in enumerate(groups, 1):
-        batches = min(round(share * len(group) / args.batch_size), len(group) // args.batch_size)
-        if not batches:  # whole batches, so that every arm has the same steps
-            raise InputError(f"stage {k} has {share * len(group):.0f} rows, less than a batch of {args.batch_size}: "
-                             "--batch-size, --rows")  # fmt: skip
-        stages.append(np.sort(np.random.default_rng(k).permutation(group)[: batches * args.batch_size]))
-    return [row.raw for row in rows], stages, np.array([len(answer_of(row)) for row in rows])
-
-
-def stages_by(values: list[float | None], stages: list[np.ndarray]) -> list[np.ndarray]:
-    """The same rows in stages of the same sizes, by rising `values`; rows without one last."""
-    rows = np.sort(np.concatenate(stages))
-    of = np.array([np.inf if values[i] is None else values[i] for i in rows])
-    return np.split(rows[np.argsort(of, kind="stable")], np.cumsum([len(s) for s in stages])[:-1])
-
-
-# ---------------------------------------------------------------- arms
-
-
-@dataclass
-class Arm:
-    stages: Callable[[np.random.Generator], list[np.ndarray]]  # of a seed: the rows of each stage
-    epochs: int
-    flags: list = field(default_factory=list)  # of train.py
-    falling: float = 1.0  # each stage's rate over the one before
-
-
-def repeated(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` rows, each of `rows` as often as any other or once more."""
-    times = -(-count // len(rows))
-    return np.concatenate([rng.permutation(rows) for _ in range(times)])[:count]
-
-
-def held_back(stages: list[np.ndarray], share: float, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """About `share` of each stage's rows moved into each later stage, mixed in: every row is seen as often as without,
-    and stages stay multiples of the batch size."""
-    stages, later = [rng.permutation(s) for s in stages], [[] for _ in stages]
-    out = []
-    for k, stage in enumerate(stages):
-        after, here = len(stages) - 1 - k, sum(map(len, later[k]))
-        # What stays must fill the batches, together with what came from before.
-        given = after and max(1, round((share * after * len(stage) - here) / batch_size)) * batch_size + here
-        given = min(given, (len(stage) + here - batch_size) // batch_size * batch_size)
-        for j, part in enumerate(np.array_split(stage[:given], after) if after else []):
-            later[k + 1 + j].append(part)
-        out.append(np.concatenate([stage[given:], *later[k]]))
-    return out
-
-
-def make_arms(ground: Ground) -> dict[str, Arm]:
-    """By name. Every arm takes ground.steps steps."""
-    s, everything, epochs, n = ground.stages, ground.everything, ground.epochs, len(ground.everything)
-    sizes = [len(stage) for stage in s]
-    arms = {"one-off": Arm(lambda rng: [everything], epochs), "phased": Arm(lambda rng: s, epochs)}
-    for order in list(permutations(range(len(s))))[1:] if len(s) <= 3 else [tuple(range(len(s)))[::-1]]:
-        name = "stages " + "-".join(str(k + 1) for k in order)
-        arms[name] = Arm(lambda rng, order=order: [s[k] for k in order], epochs)
-    arms["random stages"] = Arm(lambda rng: np.split(rng.permutation(everything), np.cumsum(sizes)[:-1]), epochs)
-    for k in range(len(s) - 1, 0, -1):
-        arms[f"stage {k + 1} only"] = Arm(lambda rng, k=k: [repeated(s[k], n, rng)], epochs)
-    for share in REPLAYED:
-        arms[f"phased, replay {share:g}"] = Arm(
-            lambda rng, share=share: held_back(s, share, ground.batch_size, rng), epochs
-        )
-    arms["phased, optimizer kept"] = Arm(lambda rng: s, epochs, ["--optimizer-state", "keep"])
-    arms["phased, falling rate"] = Arm(lambda rng: s, epochs, falling=0.5)
-    for key in ground.by:
-        arms[f"phased by {key}"] = Arm(lambda rng, key=key: ground.by[key], epochs)
-    longest = everything[np.argsort(-ground.lengths[everything], kind="stable")]
-    for size in SIZES:
-        count = max(1, round(size / 100 * n / ground.batch_size)) * ground.batch_size
-        passes = max(1, round(epochs * n / count))
-        for select in ("iterit", "static"):
-            flags = ["--select", select, "--ratio", count, "--scores", "ifd.jsonl"]
-            arms[f"{select.replace('iterit', 'IterIT')} {size} %"] = Arm(lambda rng: [everything], passes, flags)
-        arms[f"longest {size} %"] = Arm(lambda rng, c=count: [longest[:c]], passes)
-        arms[f"random {size} %"] = Arm(lambda rng, c=count: [rng.permutation(everything)[:c]], passes)
-    return arms
-
 
 # ---------------------------------------------------------------- the prompts
 
@@ -187,14 +80,17 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
     a set of them per stage where prompts have scores. Raises InputError."""
 
     def read(path: Path) -> list[dict]:
-        raw = [value for _, value in json_values(path.read_text(encoding="utf-8"))]
-        prompts = read_prompts(path)
-        rows = []
+        prompts, rows = read_prompts(path), []
+        raw = [value if isinstance(value, dict) else {} for _, value in json_values(read_text(path))]
         for p, given in zip(prompts, raw if len(raw) == len(prompts) else [{}] * len(prompts)):
             row = {"id": p.id, "dataset": p.dataset, "messages": [{"role": r, "content": c} for r, c in p.turns]}
+            row |= {"told": given["told"]} if isinstance(given.get("told"), str) else {}
+            score = score_of(given, "score", p.where)
+            row |= {} if score is None else {"score": score}
             expected = p.expected if p.expected is not None else given.get("output")
-            rows.append(row | {k: given[k] for k in ("score", "told") if given.get(k) is not None})
-            rows[-1] |= {} if expected is None else {"expected": expected}
+            rows.append(row | ({"expected": expected} if isinstance(expected, str) and expected.strip() else {}))
+        named = Counter((row["dataset"], row["id"]) for row in rows)
+        refuse([f"{d} {i}" for (d, i), n in named.items() if n > 1], f"prompts of {path} have the same dataset and id")
         return rows
 
     prompts = read(args.prompts)
@@ -205,7 +101,8 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
         cut = max(1, len(prompts) // 3)
         prompts, validation = [prompts[i] for i in sorted(order[cut:])], [prompts[i] for i in sorted(order[:cut])]
     if args.most_prompts:
-        prompts, validation = prompts[: args.most_prompts], validation[: args.most_prompts]
+        few = [np.random.default_rng(1).permutation(len(x))[: args.most_prompts] for x in (prompts, validation)]
+        prompts, validation = ([x[i] for i in sorted(of)] for x, of in zip((prompts, validation), few))
     without = [f"{row['dataset']} {row['id']}" for row in (*prompts, *validation) if "expected" not in row]
     if args.judge != "api" or without != [f"{r['dataset']} {r['id']}" for r in prompts]:
         refuse(
@@ -215,11 +112,21 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
         )
     held_out = {"held-out": np.arange(len(validation))}
     if all("score" in row for row in validation):
-        scores = np.array([row["score"] for row in validation])
-        groups = cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)
+        groups = cut_scores(np.array([row["score"] for row in validation]), args)
         held_out = {f"held-out{k}": group for k, group in enumerate(groups, 1) if len(group)}
-    held_out = {name: [as_training_row(validation[i]) for i in group[:25]] for name, group in held_out.items()}
+    held_out = {name: [as_training_row(validation[i]) for i in group[:16]] for name, group in held_out.items()}
     return prompts, validation, held_out
+
+
+def refuse_leaks(ground: Ground, prompts: list[dict], validation: list[dict]) -> None:
+    """Raises InputError where a prompt that tests has trained, or chosen a rate."""
+    asked = {json.dumps(row["messages"]): f"{row['dataset']} {row['id']}" for row in prompts}
+    trained = [json.dumps(ground.rows[i].get("messages", [])[:-1]) for i in ground.everything]
+    refuse([asked[text] for text in trained if text in asked], "rows that train are prompts that test",
+           "Take them out of one of the two.")  # fmt: skip
+    chose = [json.dumps(row["messages"]) for row in validation]
+    refuse([asked[text] for text in chose if text in asked], "prompts that test also choose the rate",
+           "Take them out of one of the two.")  # fmt: skip
 
 
 def as_training_row(row: dict) -> dict:
@@ -270,6 +177,16 @@ def call(command: list, cwd: Path, device: str = "", ranks: int = 1) -> float:
     return time.monotonic() - started
 
 
+def device_of(args: argparse.Namespace, run: int) -> str:
+    """CUDA_VISIBLE_DEVICES of one of the runs side by side; where there are more runs than GPUs, they share."""
+    first = run % max(1, len(args.gpus) // args.nproc_per_node) * args.nproc_per_node
+    return ",".join(args.gpus[first : first + args.nproc_per_node])
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [value for _, value in json_values(read_text(path))]
+
+
 def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device: str) -> None:
     """Train and measure; the result is out/results/NAME.json. A run that was killed goes on."""
     out, tuning = args.out, job.seed == GRID_SEED
@@ -290,10 +207,10 @@ def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device
     found = measure(
         args, [folder / f"stage{k}" for k in measured], "validation" if tuning else "prompts", job.name, device
     )
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = read_lines(folder / "metrics.jsonl")
     steps = [row for row in metrics if "loss" in row]
-    if len(steps) != ground.steps:
-        raise WorkError(f"{job.name} took {len(steps)} steps instead of {ground.steps}")
+    if len(steps) != (arm.steps or ground.steps):
+        raise WorkError(f"{job.name} took {len(steps)} steps instead of {arm.steps or ground.steps}")
     curve: dict[str, list] = {}
     for row in metrics:
         if "eval_loss" in row:
@@ -316,7 +233,8 @@ def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: st
     path = args.out / "runs" / f"{name}.measured.json"
     what = {"exact": "exact", "loss": "loss", "api": "answers" if prompts == "prompts" else "loss"}[args.judge]
     file = args.out / "data" / f"{prompts}.jsonl"
-    how = ["--prompts", file, "--what", what, "--max-new-tokens", args.max_new_tokens, "--json", path]
+    how = ["--prompts", file, "--what", what, "--max-new-tokens", args.max_new_tokens, "--template", args.template]
+    how += ["--json", path]
     call([DEMO / "measure.py", *models, *how], ROOT, device)
     found = json.loads(path.read_text())
     path.unlink()
@@ -325,7 +243,7 @@ def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: st
 
 def write_answers(out: Path, job: Job, stage: int, texts: list[str]) -> None:
     """As generate.py writes them."""
-    prompts = [json.loads(line) for line in (out / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = read_lines(out / "data" / "prompts.jsonl")
     rows = [
         {"id": p["id"], "dataset": p["dataset"], "instruction": p["messages"][-1]["content"], "output": text,
          "generator": f"{job.arm}/stage{stage}"} | {k: p[k] for k in ("expected",) if k in p}
@@ -340,8 +258,7 @@ def run_jobs(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], job
     fails, when the others that run have ended."""
     devices: queue.Queue[str] = queue.Queue()
     for k in range(args.jobs):
-        mine = range(k * args.nproc_per_node, (k + 1) * args.nproc_per_node)
-        devices.put(",".join(map(str, mine)) if args.on_gpus else "")
+        devices.put(device_of(args, k))
 
     def work(job: Job) -> None:
         device = devices.get()
@@ -377,16 +294,17 @@ def time_a_step(args: argparse.Namespace, ground: Ground, prompts: list[dict]) -
     timing = args.out / "runs" / "timing"
     command = [ROOT / "train.py", "--model", args.model, "--stages", "timing.jsonl", "--lr", 0, "--out", timing,
                "--batch-size", ground.batch_size, *args.train]  # fmt: skip
-    device = ",".join(map(str, range(args.nproc_per_node))) if args.on_gpus else ""
+    device = device_of(args, 0)
     wall = call(command, args.out / "data", device, args.nproc_per_node)
-    times = [json.loads(line)["seconds"] for line in (timing / "metrics.jsonl").read_text().splitlines()]
+    times = [row["seconds"] for row in read_lines(timing / "metrics.jsonl")]
     shutil.rmtree(timing)
     started = time.monotonic()
     base = measure(args, [args.model], "prompts", "base", device)
     start, seconds = wall - sum(times), time.monotonic() - started
+    asked = sum(len(m["content"]) for p in prompts for m in p["messages"])
     said, expected = (sum(map(len, texts)) for texts in (base["answers"][0], [p.get("expected", "") for p in prompts]))
-    if said and expected:  # trained, it will answer at the length that is expected
-        seconds = start + max(0, seconds - start) * min(1, expected / said)
+    if said and expected:  # trained, it will answer at the length that is expected; one token of it costs three asked
+        seconds = start + max(0, seconds - start) * min(1, (asked + 3 * expected) / (asked + 3 * said))
     found = {"start": start, "step": float(np.median(times)), "measure": seconds, "base": base["values"][0]}
     write_file(path, json.dumps(found))
     return read_json_object(path)
@@ -394,22 +312,32 @@ def time_a_step(args: argparse.Namespace, ground: Ground, prompts: list[dict]) -
 
 def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], prompts: list[dict], times: dict) -> dict:
     """Runs, steps, hours, dollars of judging; kept in plan.json."""
-    runs = len(arms) * (args.seeds + (len(args.lr_grid) if len(args.lr_grid) > 1 else 0))
+    tuned = len(arms) * len(args.lr_grid) if len(args.lr_grid) > 1 else 0
+    runs, later = len(arms) * args.seeds + tuned, len(ground.stages) - 1
     seconds = runs * (times["start"] + ground.steps * times["step"] + times["measure"])
+    seconds += args.seeds * len(COMPARED & arms.keys()) * later * times["measure"]  # after every stage
+    if wants_ifd(arms):  # two forward passes over the rows, by one rank
+        seconds += args.jobs * args.nproc_per_node * ground.steps / ground.epochs * times["step"] * 2 / 3
     plan = {"arms": list(arms), "rates": args.lr_grid, "seeds": args.seeds, "runs": runs, "steps": ground.steps}
     plan |= {"rows": len(ground.everything), "stages": [len(s) for s in ground.stages], "prompts": len(prompts)}
     plan |= {"seconds_per_step": round(times["step"], 4), "hours": round(seconds / args.jobs / 3600, 4)}
-    first, later = len(ground.stages[0]), len(ground.stages) - 1
-    held = {f"phased, replay {x:g}": held_back(ground.stages, x, ground.batch_size, np.random.default_rng(0))[0]
-            for x in REPLAYED if later}  # fmt: skip
-    plan |= {"replayed": {arm: (first - len(kept)) / later / first for arm, kept in held.items() if arm in arms}}
-    plan |= {"dollars": judging_dollars(args, arms, prompts)}
+    plan |= {"other_steps": {name: arm.steps for name, arm in arms.items() if arm.steps not in (None, ground.steps)}}
+    plan |= {"replayed": {f"phased, replay {share:g}": replayed(ground, share) for share in REPLAYED}}
+    plan |= {"dollars": judging_dollars(args, arms, prompts, later)}
     write_file(args.out / "plan.json", json.dumps(plan, indent=1))
     return plan
 
 
-def judging_dollars(args: argparse.Namespace, arms: dict[str, Arm], prompts: list[dict]) -> float | None:
-    """Of the API, at most: every answer of an arm in both orders. None where no price is known."""
+def replayed(ground: Ground, share: float) -> list[float]:
+    """The share of each stage but the last that really moves into each later one: whole batches stay."""
+    kept = held_back(ground.stages, share, ground.batch_size, np.random.default_rng(0))
+    later = range(len(kept) - 1, 0, -1)
+    return [(1 - np.isin(stage, rows).mean()) / n for stage, rows, n in zip(ground.stages, kept, later)]
+
+
+def judging_dollars(args: argparse.Namespace, arms: dict[str, Arm], prompts: list[dict], later: int) -> float | None:
+    """Of the API, at most, but for what --judge-flags add: every answer of an arm in both orders, of some after the
+    `later` stages as well. None where no price is known."""
     if args.judge != "api":
         return 0.0
     options = ApiOptions(model=args.api_model) if args.api_model else ApiOptions()
@@ -418,7 +346,7 @@ def judging_dollars(args: argparse.Namespace, arms: dict[str, Arm], prompts: lis
         return None
     asked = np.mean([sum(len(m["content"]) for m in p["messages"]) for p in prompts]) + len(judge_prompt(None, False))
     each = prices[0] * (asked / 4 + 2 * args.max_new_tokens) + prices[1] * 16
-    return round(2 * len(prompts) * (len(arms) + 2 * len(COMPARED & arms.keys()) - 1) * args.seeds * each / 1e6, 2)
+    return round(2 * len(prompts) * (len(arms) + later * len(COMPARED & arms.keys()) - 1) * args.seeds * each / 1e6, 2)
 
 
 def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
@@ -430,8 +358,12 @@ def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
         f"{len(arms)} arms, {len(plan['rates'])} rates, {plan['seeds']} seeds: {plan['runs']} runs of {each} "
         f"on {plan['rows']:,} rows ({sizes}), tested on {plan['prompts']:,} prompts. About {takes}; {money}."
     )
-    for arm, share in plan["replayed"].items():
-        print(f"{arm}: holds {100 * share:.3g} % of stage 1 back for each later stage (whole batches)")
+    for arm, shares in plan["replayed"].items():
+        if arm in arms:
+            held = ", ".join(f"{100 * share:.3g} % of stage {k}" for k, share in enumerate(shares, 1))
+            print(f"{arm}: holds {held} back for each later stage (whole batches)")
+    for arm, steps in plan["other_steps"].items():
+        print(f"{arm}: {steps:,} steps, for whole epochs")
 
 
 # ---------------------------------------------------------------- all of it
@@ -446,33 +378,32 @@ def choose_rates(records: list[dict], judge: str) -> dict[str, dict[float, float
 
 
 def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
-    """Every arm's answers against one-off training with the same seed; the store of judge.py asks nothing twice."""
+    """Every arm's answers against one-off training with the same seed; judge.py itself asks nothing twice."""
     for r in records:
         r["wins"] = []
         base = args.out / "answers" / f"one-off-{r['seed']}.stage1.json"
         for path in sorted((args.out / "answers").glob(f"{file_name(r['arm'])}-{r['seed']}.stage*.json")):
             if path == base:
-                r["wins"].append([0.5] * len(json.loads(base.read_text())))
+                r["wins"].append([0.5] * len(json.loads(read_text(base))))
                 continue
             out = args.out / "verdicts" / f"{path.stem}.jsonl"
-            if not out.exists():  # of a run that was killed judge.py asks only for the rest
-                model = ["--api-model", args.api_model] if args.api_model else []
-                call([ROOT / "judge.py", "compare", base, path, "--out", out, *model, *args.judge_flags], ROOT)
+            model = ["--api-model", args.api_model] if args.api_model else []
+            call([ROOT / "judge.py", "compare", base, path, "--out", out, *model, *args.judge_flags], ROOT)
             points = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-            rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-            r["wins"].append([points.get(row["verdict"]) for row in rows if not row.get("canary")])
+            r["wins"].append([points.get(row["verdict"]) for row in read_lines(out) if not row.get("canary")])
 
 
 def settings_of(args: argparse.Namespace) -> dict:
     """What must be the same to go on: settings and hashes of data, model and code."""
     keys = "score_key bounds equal rows epochs batch_size lr_grid judge most_prompts max_new_tokens train api_model"
-    files = [*args.scored, args.prompts, *([args.validation] if args.validation else [])]
-    files += sorted(p for p in args.model.iterdir() if p.is_file())
+    files = {f"--scored {k}, {path.name}": path for k, path in enumerate(args.scored, 1)}
+    files |= {"--prompts": args.prompts} | ({"--validation": args.validation} if args.validation else {})
+    files |= {f"--model {p.name}": p for p in sorted(args.model.iterdir()) if p.is_file()}
     code = hashlib.sha256(
         b"".join(p.read_bytes() for d in (ROOT, ROOT / "parts", DEMO) for p in sorted(d.glob("*.py")))
     )
     given = {key: getattr(args, key) for key in keys.split()}
-    hashes = {f"{path.parent.name}/{path.name}": sha256(path) for path in map(Path.resolve, files)}
+    hashes = {name: sha256(path) for name, path in files.items()}
     return {"settings": given, "hashes": hashes, "code": code.hexdigest()[:16]}
 
 
@@ -489,20 +420,27 @@ def keep_settings(args: argparse.Namespace) -> dict:
     return about
 
 
-def write_data(args: argparse.Namespace, ground: Ground, prompts: list, validation: list, held_out: dict) -> None:
-    """The files that runs read in out/data, and the stages by IFD."""
-    data = args.out / "data"
+def write_data(out: Path, sets: dict[str, list[dict]]) -> None:
+    """The folders of a study, and the prompts and held-out rows that runs read in out/data."""
     for folder in ("data", "runs", "results", "answers", "verdicts"):
-        (args.out / folder).mkdir(exist_ok=True)
-    for name, rows in {"prompts": prompts, "validation": validation, **held_out}.items():
-        write_lines(data / f"{name}.jsonl", rows)
+        (out / folder).mkdir(exist_ok=True)
+    for name, rows in sets.items():
+        write_lines(out / "data" / f"{name}.jsonl", rows)
+
+
+def wants_ifd(arms: dict[str, Arm]) -> bool:
+    return any(name == "phased by IFD" or "--scores" in arm.flags for name, arm in arms.items())
+
+
+def measure_ifd(args: argparse.Namespace, ground: Ground) -> None:
+    """Of every row with the model before any training, once: out/data/ifd.jsonl, and the stages by it."""
+    data = args.out / "data"
     if not (data / "ifd.jsonl").exists():
         write_lines(data / "all.jsonl", [ground.rows[i] for i in ground.everything])
-        call([ROOT / "score.py", "ifd", "all.jsonl", "--model", args.model, "--out", "ifd.jsonl"], data)
-    ifd: list[float | None] = [None] * len(ground.rows)
-    for i, line in zip(ground.everything, (data / "ifd.jsonl").read_text(encoding="utf-8").splitlines()):
-        ifd[i] = json.loads(line)["ifd"]
-    ground.by["IFD"] = stages_by(ifd, ground.stages)
+        how = ["--template", args.template, "--max-len", args.max_len]
+        call([ROOT / "score.py", "ifd", "all.jsonl", "--model", args.model, "--out", "ifd.jsonl", *how], data)
+    found = {i: row["ifd"] for i, row in zip(ground.everything, read_lines(data / "ifd.jsonl"), strict=True)}
+    ground.by["IFD"] = stages_by([found.get(i) for i in range(len(ground.rows))], ground.stages)
 
 
 def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | None:
@@ -511,7 +449,7 @@ def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | Non
         return None
     path = args.out / "ceiling.json"
     if not path.exists():
-        how = ["--what", "told", "--prompts", args.out / "data" / "prompts.jsonl"]
+        how = ["--what", "told", "--prompts", args.out / "data" / "prompts.jsonl", "--template", args.template]
         call([DEMO / "measure.py", args.model, *how, "--max-new-tokens", args.max_new_tokens, "--json", path], ROOT)
     return json.loads(path.read_text())["values"][0]
 
@@ -522,6 +460,8 @@ def carry_out(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], pr
     print_plan(plan, arms)
     if args.dry_run:
         return
+    if wants_ifd(arms):
+        measure_ifd(args, ground)
     rates = {arm: {args.lr_grid[0]: None} for arm in arms}
     if len(args.lr_grid) > 1:
         grid = [Job(arm, lr, GRID_SEED) for arm in arms for lr in args.lr_grid]
@@ -538,17 +478,20 @@ def run(args: argparse.Namespace) -> None:
     args.out, args.model = args.out.resolve(), args.model.resolve()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
     refuse_overwriting([args.out], [*args.scored, args.prompts, args.model])
-    rows, stages, lengths = read_ground(args)
+    ground = read_ground(args)
     prompts, validation, held_out = read_tests(args)
-    by = {key: stages_by([row.get(key) for row in rows], stages) for key in args.also} | {"IFD": []}  # measured later
-    ground = Ground(rows, stages, by, lengths, args.batch_size, args.epochs)
+    refuse_leaks(ground, prompts, validation)
     known = make_arms(ground)
+    shared = Counter(map(file_name, known))
+    refuse([arm for arm in known if shared[file_name(arm)] > 1], "arms would share their files", "Other keys: --also.")
     wanted = ["one-off", *(args.arms or (QUICK if args.quick else known))]
     refuse([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
-    with lock_folder(args.out):
-        about = keep_settings(args)
-        write_data(args, ground, prompts, validation, held_out)
-        carry_out(args, ground, {arm: known[arm] for arm in dict.fromkeys(wanted)}, prompts, about)
+    with tempfile.TemporaryDirectory() as folder:  # for a plan alone, which leaves nothing behind
+        args.out = Path(folder) if args.dry_run else args.out
+        with lock_folder(args.out):
+            about = keep_settings(args)
+            write_data(args.out, {"prompts": prompts, "validation": validation, **held_out})
+            carry_out(args, ground, {arm: known[arm] for arm in dict.fromkeys(wanted)}, prompts, about)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -566,7 +509,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score-key", default="score", help="the key of the score")
     add("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help="scores at which a new stage begins")
     add("--equal", type=positive, metavar="K", help="K stages of equal size instead")
-    rows_help = "so many of them, from every stage its share (default: all; for the demo 400)"
+    rows_help = "so many of them, from every stage its share (default: all; for the demo 240)"
     add("--rows", type=positive, metavar="N", help=rows_help)
     add("--also", nargs="*", metavar="KEY", help="other keys of --scored to make stages by (for the demo: true)")
     prompts_help = "that test; with the right answer as `expected`, and perhaps a `score`"
@@ -578,11 +521,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     judge_help = "more of judge.py compare, which is called for each arm, seed and stage: say '--canaries'"
     add("--judge-flags", type=shlex.split, default=[], metavar="'…'", help=judge_help)
     add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
-    grid_help = "rates of which each arm gets its best (needed; for the demo four from 2.5e-4 to 2e-3)"
+    grid_help = "rates of which each arm gets its best (needed; for the demo four from 1.25e-4 to 1e-3)"
     add("--lr-grid", type=above_zero, nargs="+", metavar="X", help=grid_help)
-    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5; for the demo 10)")
+    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5; for the demo 12)")
     add("--epochs", type=positive, default=2, metavar="N", help="passes over a stage")
-    add("--batch-size", type=positive, default=16, metavar="N", help="documents in a step")
+    add("--batch-size", type=positive, metavar="N", help="documents in a step (default: 16; for the demo 4)")
     add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
     add("--jobs", type=positive, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
     add("--nproc-per-node", type=positive, default=1, metavar="N", help="ranks of a run, by torchrun")
@@ -592,25 +535,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv[:cut])
     args.train, is_demo = argv[cut + 1 :], args.model.resolve() == DEMO / "model"
-    for flag in ("--batch-size", "--epochs", "--seed", "--lr", "--stages", "--out", "--model"):
-        if flag in args.train:
-            parser.error(f"{flag} belongs to the study: give it in front of --")
+    of_train = make_parser(list(TEMPLATES), DEMO)
+    usual = vars(of_train.parse_args([]))
+    of_train.set_defaults(**dict.fromkeys(usual))
+    given = {k: v for k, v in vars(of_train.parse_args(args.train)).items() if v is not None}
+    for key in given.keys() & OURS:
+        parser.error(f"--{key.replace('_', '-')} belongs to the study, not behind --")
+    args.template, args.max_len = (given.get(key, usual[key]) for key in ("template", "max_len"))
     if args.lr_grid is None:
         if not is_demo:
             parser.error("--lr-grid must be given for this --model, say 2e-6 5e-6 1e-5 2e-5 at 7 B")
-        args.lr_grid = [5e-4, 1e-3] if args.quick else [2.5e-4, 5e-4, 1e-3, 2e-3]
+        args.lr_grid = [2.5e-4, 5e-4] if args.quick else [1.25e-4, 2.5e-4, 5e-4, 1e-3]
     if args.scored == scored:
         args.also = ["true"] if args.also is None else args.also
         args.validation = args.validation or DEMO / "validation.jsonl"
-        args.rows = args.rows or 400
+        args.rows = args.rows or 240
     args.also = args.also or []
+    args.batch_size = args.batch_size or (4 if is_demo else 16)
     args.most_prompts = 200 if args.quick else None
-    args.seeds = args.seeds or (2 if args.quick else 10 if is_demo else 5)
+    args.seeds = args.seeds or (2 if args.quick else 12 if is_demo else 5)
     args.out = args.out or ROOT / "out" / ("study-quick" if args.quick else "study")
     import torch  # only to count
 
-    args.on_gpus = torch.cuda.is_available()
-    args.jobs = args.jobs or max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // args.nproc_per_node)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    args.gpus = seen.split(",") if torch.cuda.is_available() else []
+    args.jobs = args.jobs or max(1, (len(args.gpus) or os.cpu_count() or 1) // args.nproc_per_node)
     return args
 
 

@@ -12,10 +12,12 @@ from parts.program import InputError, write_file
 FIGURES = {  # of a report: their names and titles
     "stages": "After each stage",
     "datasets": "By dataset",
+    "models": "Over all",
     "difficulty": "Difficulty of the instructions",
     "losses": "Training loss",
     "forgetting": "Held-out loss after each stage",
 }
+MANY = 8  # models: more are not named in a title, nor drawn by dataset
 SETTINGS = {
     "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",
@@ -105,10 +107,12 @@ def report_figures(
     their name are dotted lines. Raises InputError where matplotlib is not installed.
     """
     rated = [r for r in summary if r["n"]]
+    models = len({r["name"] for r in rated})
     with settings():
         drawn = {
             "stages": draw_stages(rated, dotted),
-            "datasets": draw_datasets(rated) if rated else None,
+            "datasets": draw_datasets(rated) if 0 < models <= MANY else None,
+            "models": draw_models(rated) if models > MANY else None,
             "difficulty": draw_difficulty(np.array(difficulty)) if difficulty else None,
             "losses": draw_losses(losses) if losses else None,
             "forgetting": draw_forgetting(held_out) if any(stages for _, stages, _ in held_out) else None,
@@ -161,6 +165,17 @@ def draw_datasets(rated: list[dict]):
     axes.axhline(50, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 3 else 0)
     figure.legend(loc="outside upper left", ncols=min(4, len(models)))
+    return figure
+
+
+def draw_models(rated: list[dict]):
+    """Each over all, one below the other."""
+    rows = [r for r in rated if r["total"]][::-1]
+    figure, axes = subplots(rate_label(rated), "", height=0.22 * len(rows) + 1)
+    mean, bars = rates(rows)
+    axes.errorbar(mean, range(len(rows)), xerr=bars, fmt="o", capsize=2)
+    axes.axvline(50, color="grey", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [r["name"] for r in rows])
     return figure
 
 

@@ -5,6 +5,7 @@ import json
 import signal
 import time
 from concurrent.futures import Executor, Future
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import judge
 import train
 from demo import findings, measure, study
+from demo.arms import Ground, held_back, make_arms, whole_epochs
 from parts.program import WorkError
 
 # ---------------------------------------------------------------- statistics
@@ -61,35 +63,58 @@ def ground():
     order = rng.permutation(240)
     stages = [np.sort(order[:144]), np.sort(order[144:208]), np.sort(order[208:])]
     lengths = rng.integers(1, 50, 240)
-    return study.Ground([{}] * 240, stages, {"IFD": stages}, lengths, 16, 2)
+    return Ground([{}] * 240, stages, {"IFD": stages}, lengths, 16, 2)
 
 
 def test_every_arm_takes_the_same_steps_and_sees_every_row_as_often_unless_that_is_its_point(ground):
-    arms = study.make_arms(ground)
+    arms = make_arms(ground)
     assert {"one-off", "phased", "stages 3-2-1", "random stages", "stage 3 only", "phased, replay 0.01"} <= arms.keys()
     for name, arm in arms.items():
         for seed in (0, 1):
             stages = arm.stages(np.random.default_rng(seed))
             if "--select" not in arm.flags:
                 steps = sum(arm.epochs * -(-len(s) // ground.batch_size) for s in stages)
-                assert steps == ground.steps == 30, name
+                assert steps == ground.steps == (arm.steps or 30), name
                 assert sum(map(len, stages)) * arm.epochs == 480, name
             if "only" not in name and "%" not in name:
                 assert sorted(np.concatenate(stages)) == list(range(240)), name
 
 
-def test_replay_moves_earlier_rows_into_later_stages_and_never_the_other_way(ground):
-    of = {int(i): k for k, rows in enumerate(ground.stages) for i in rows}
-    for share in study.REPLAYED:
-        stages = study.make_arms(ground)[f"phased, replay {share:g}"].stages(np.random.default_rng(0))
-        kinds = [[of[int(i)] for i in rows] for rows in stages]
-        assert set(kinds[0]) == {0} and set(kinds[1]) == {0, 1} and set(kinds[2]) == {0, 1, 2}
-        back = sum(k == 0 for k in (*kinds[1], *kinds[2])) / 144
-        assert abs(back - 2 * share) <= 16 / 144, (share, back)
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 16), st.floats(0.0, 0.5), st.integers(0, 9))
+def test_replay_moves_a_share_of_every_stage_into_each_later_one(batches, batch_size, share, seed):
+    """Whatever the sizes: whole batches, every row once, none in an earlier stage, and the share asked for as near as
+    whole batches allow."""
+    ends = np.cumsum([0, *batches]) * batch_size
+    stages = [np.arange(a, b) for a, b in pairwise(ends)]
+    found = held_back(stages, share, batch_size, np.random.default_rng(seed))
+    assert sorted(np.concatenate(found)) == list(range(ends[-1]))
+    assert all(len(rows) and len(rows) % batch_size == 0 for rows in found)
+    of = np.searchsorted(ends, np.arange(ends[-1]), side="right") - 1
+    for k, rows in enumerate(found):
+        assert of[rows].max() <= k
+        moved = [sum(of[later] == k) for later in found[k + 1 :]]
+        if moved and len(rows) > batch_size:  # or else all that could go is gone
+            assert max(moved) - min(moved) <= 1
+            assert abs(sum(moved) - min(1, share * len(moved)) * len(stages[k])) <= batch_size
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(3, 1000), st.integers(1, 4), st.sampled_from([1, 4, 16, 128]))
+def test_few_rows_over_and_over_take_as_many_steps_as_all_rows(batches, epochs, batch_size):
+    rows = np.arange(batches * batch_size)
+    ground = Ground([], [rows], {}, rows, batch_size, epochs)
+    for share in (0.05, 0.2):
+        count, passes = whole_epochs(ground, share)
+        assert count % batch_size == 0 and 0 < count <= len(rows)
+        assert abs(count * passes // batch_size - ground.steps) <= max(2, 0.1 * ground.steps)
+        if batches >= 40:
+            assert 0.799 * share <= count / len(rows) <= 1.251 * share
+            assert abs(count * passes // batch_size - ground.steps) <= max(2, 0.02 * ground.steps)
 
 
 def test_seeds_draw_other_rows_and_the_same_seed_the_same(ground):
-    arms = study.make_arms(ground)
+    arms = make_arms(ground)
     for name in ("random stages", "phased, replay 0.1", "random 20 %"):
         first, again, other = (
             [rows.tolist() for rows in arms[name].stages(np.random.default_rng(seed))] for seed in (0, 0, 1)
@@ -142,10 +167,16 @@ def folder(bench, tmp_path, monkeypatch):
         for line in (bench / f"s{k}.jsonl").read_text().splitlines()
     ]  # fmt: skip
     prompts = [
-        {"id": f"p{i}", "instruction": row["data"][0], "expected": row["data"][1], "score": row["score"]}
+        {"id": f"p{i}", "instruction": f"{row['data'][0]} Please.", "expected": row["data"][1], "score": row["score"]}
         for i, row in enumerate(rows) if i % 4 == 0
     ]  # fmt: skip
-    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[0]["data"][0] += "\u2028and a separator of lines that is none here\x85"
+    prompts[0]["instruction"] += "\u2028"
+    other = [
+        {"instruction": r["data"][0], "output": r["data"][1], "score": r["score"]} for r in rows if r["score"] == 4
+    ]
+    for name, part in (("scored.jsonl", rows[: -len(other)]), ("more.jsonl", other)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (tmp_path / "m").symlink_to(bench / "m")
 
@@ -163,7 +194,8 @@ def folder(bench, tmp_path, monkeypatch):
 
 
 def arguments(folder, *more):
-    files = ["--model", folder / "m", "--scored", folder / "scored.jsonl", "--prompts", folder / "prompts.jsonl"]
+    files = ["--model", folder / "m", "--scored", folder / "scored.jsonl", folder / "more.jsonl"]
+    files += ["--prompts", folder / "prompts.jsonl"]
     usual = ["--out", folder / "out", "--batch-size", 8, "--epochs", 1, "--max-new-tokens", 4, "--jobs", 1]
     return [str(a) for a in (*files, *usual, *more)]
 
@@ -185,10 +217,7 @@ def test_a_study_of_another_model_chooses_rates_tests_fresh_seeds_and_says_how_s
     for arm in ("one-off", "phased", "stage 3 only"):
         tuned = {r["lr"]: np.mean(r["values"][-1]) for r in runs if r["arm"] == arm and r["seed"] == study.GRID_SEED}
         assert results["table"][arm]["lr"] == min(tuned, key=tuned.get)
-    ids = [
-        {json.loads(x)["id"] for x in (out / "data" / f).read_text().splitlines()}
-        for f in ("prompts.jsonl", "validation.jsonl")
-    ]
+    ids = [{row["id"] for row in study.read_lines(out / "data" / f)} for f in ("prompts.jsonl", "validation.jsonl")]
     assert not ids[0] & ids[1] and len(ids[0]) + len(ids[1]) == 20
     # Table, intervals and correction, computed anew from the runs.
     last = {arm: np.array([r["values"][-1] for r in results["runs"] if r["arm"] == arm]) for arm in results["table"]}
@@ -247,23 +276,54 @@ def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
         (("--lr-grid", "1e-3", "--arms", "phasd"), "phasd"),
         (("--lr-grid", "1e-3", "--bounds", "1.5", "4.5"), "stage 3"),
         (("--lr-grid", "1e-3", "--score-key", "ifd"), "rows have no ifd"),
+        (("--lr-grid", "1e-3", "--also", "ifd"), "no row has it"),
+        (("--lr-grid", "1e-3", "--also", "IFD"), "is measured anyway"),
+        (("--lr-grid", "1e-3", "--also", "score", "Score"), "no row has it"),
+        (("--lr-grid", "1e-3", "--validation", str(folder / "prompts.jsonl")), "also choose the rate"),
+        (("--lr-grid", "1e-3", "--prompts", str(folder / "more.jsonl")), "rows that train are prompts that test"),
     ):
         assert study.main(arguments(folder, *more, *TRAIN)) == 2
         assert words in capsys.readouterr().err
-    for more, words in (((), "--lr-grid must be given"), (("--lr-grid", "1e-3", "--", "--lr", "1"), "--lr belongs")):
+    of_train = {"--lr=1": "--lr", "--optimizer-state=reset": "--optimizer-state", "--sel=static": "--select",
+                "--replay=0": "--replay"}  # fmt: skip
+    wrong = {("--lr-grid", "1e-3", "--", flag): f"{name} belongs to the study" for flag, name in of_train.items()}
+    for more, words in ({(): "--lr-grid must be given"} | wrong).items():
         with pytest.raises(SystemExit):
             study.main(arguments(folder, *more))
         assert words in capsys.readouterr().err
     prompts = [json.loads(x) for x in (folder / "prompts.jsonl").read_text().splitlines()]
-    del prompts[3]["expected"]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    assert study.main(arguments(folder, "--lr-grid", "1e-3", *TRAIN)) == 2
-    assert "p12" in capsys.readouterr().err
-    assert not (folder / "out" / "results").exists()
+    for wrong, words in (
+        ({"expected": " "}, "p12"),
+        ({"id": "p0"}, "same dataset and id"),
+        ({"score": "high"}, "high"),
+    ):
+        mine = [p | wrong if i == 3 else p for i, p in enumerate(prompts)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in mine))
+        assert study.main(arguments(folder, "--lr-grid", "1e-3", *TRAIN)) == 2
+        assert words in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_a_plan_alone_leaves_nothing_behind_and_says_what_whole_batches_make_of_replay(folder, capsys):
+    plan = arguments(folder, "--arms", "phased, replay 0.1", "--lr-grid", "1e-4", "1e-3", "--dry-run", *TRAIN)
+    assert study.main(plan) == 0 and not (folder / "out").exists()
+    said = capsys.readouterr().out
+    assert "2 arms, 2 rates, 5 seeds: 14 runs" in said
+    assert "phased, replay 0.1: holds 16.7 % of stage 1, 25 % of stage 2 back" in said
+
+
+def test_runs_side_by_side_have_their_own_gpus_of_those_that_may_be_used():
+    def devices(gpus, ranks, jobs):
+        args = argparse.Namespace(gpus=gpus, nproc_per_node=ranks)
+        return [study.device_of(args, k) for k in range(jobs)]
+
+    assert devices(["4", "5", "6", "7"], 2, 2) == ["4,5", "6,7"]
+    assert devices(["5"], 1, 3) == ["5", "5", "5"] and devices(["GPU-a", "GPU-b"], 1, 2) == ["GPU-a", "GPU-b"]
+    assert devices([], 2, 2) == ["", ""]
 
 
 def test_a_study_killed_goes_on_and_ends_with_the_same_results(folder):
-    asked = arguments(folder, "--arms", "phased", "--lr-grid", "1e-3", "--seeds", "1", *TRAIN)
+    asked = arguments(folder, "--equal", "2", "--arms", "phased", "--lr-grid", "1e-3", "--seeds", "1", *TRAIN)
     whole = [a.replace(str(folder / "out"), str(folder / "whole")) for a in asked]
     run_forked(study.main, *whole)
     first = Forked(study.main, asked, ".")
@@ -275,4 +335,6 @@ def test_a_study_killed_goes_on_and_ends_with_the_same_results(folder):
     run_forked(study.main, *asked)
     ours, theirs = (json.loads((folder / f / "results.json").read_text()) for f in ("out", "whole"))
     assert ours["table"] == theirs["table"]
+    said = (folder / "out" / "table.md").read_text()
+    assert "| start | stage 1 | stage 2 |\n" in said and "prompts alone" in said and "Llama" not in said
     assert all(path.read_text() == text for path, text in kept.items())

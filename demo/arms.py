@@ -1,0 +1,160 @@
+"""What a study compares: the rows and their stages, and the arms, which say what is trained on, when and how often."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import permutations
+
+import numpy as np
+
+from parts.program import InputError, refuse
+from parts.rows import Row, read_good_rows
+from score import answer_of, cut_at, cut_equally, score_of
+
+SIZES = (5, 20)  # per cent of the rows that are selected
+REPLAYED = (0.01, 0.1, 0.25)
+
+# ---------------------------------------------------------------- the rows and their stages
+
+
+@dataclass
+class Ground:
+    """What all arms share. Stages are indices of rows; each holds a multiple of the batch size."""
+
+    rows: list[dict]
+    stages: list[np.ndarray]  # by the score, rising
+    by: dict[str, list[np.ndarray]]  # by other keys, stages of the same sizes; IFD's are filled in when it is measured
+    lengths: np.ndarray  # of the answers, in characters
+    batch_size: int
+    epochs: int
+
+    @property
+    def everything(self) -> np.ndarray:
+        return np.sort(np.concatenate(self.stages))
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * len(self.everything) // self.batch_size
+
+
+def read_ground(args: argparse.Namespace) -> Ground:
+    """The scored rows, in stages by the score and by the other keys. Raises InputError."""
+    rows = [row for path in args.scored for row in read_good_rows(path, skip_bad=False)]
+    scores = scores_of(rows, args.score_key)
+    refuse([row.where for row, score in zip(rows, scores) if score is None], f"rows have no {args.score_key}",
+           "Score them, or leave them out of the file.")  # fmt: skip
+    share, stages = min(1.0, args.rows / len(rows)) if args.rows else 1.0, []
+    for k, group in enumerate(cut_scores(np.array(scores), args), 1):
+        batches = min(round(share * len(group) / args.batch_size), len(group) // args.batch_size)
+        if not batches:  # whole batches, so that every arm has the same steps
+            raise InputError(f"stage {k} has {share * len(group):.0f} rows, less than a batch of {args.batch_size}: "
+                             "--batch-size, --rows")  # fmt: skip
+        stages.append(np.sort(np.random.default_rng(k).permutation(group)[: batches * args.batch_size]))
+    by = {}
+    for key in args.also:
+        values = scores_of(rows, key)
+        if key == "IFD" or all(value is None for value in values):
+            raise InputError(f"--also {key}: " + ("is measured anyway" if key == "IFD" else "no row has it"))
+        by[key] = stages_by(values, stages)
+    lengths = np.array([len(answer_of(row)) for row in rows])
+    return Ground(list(map(as_data, rows)), stages, by | {"IFD": []}, lengths, args.batch_size, args.epochs)
+
+
+def scores_of(rows: list[Row], key: str) -> list[float | None]:
+    return [score_of(row.raw, key, row.where) for row in rows]
+
+
+def cut_scores(scores: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]:
+    """The indices of each stage, in the order of the file."""
+    groups = cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)
+    return [np.sort(group) for group in groups]
+
+
+def as_data(row: Row) -> dict:
+    """The same in one format, whatever its file had."""
+    if row.turns[0][0] == "text":
+        return {"id": row.id, "text": row.turns[0][1]}
+    return {"id": row.id, "messages": [{"role": role, "content": text} for role, text in row.turns]}
+
+
+def stages_by(values: list[float | None], stages: list[np.ndarray]) -> list[np.ndarray]:
+    """The same rows in stages of the same sizes, by rising `values`; rows without one last."""
+    rows = np.sort(np.concatenate(stages))
+    of = np.array([np.inf if values[i] is None else values[i] for i in rows])
+    return np.split(rows[np.argsort(of, kind="stable")], np.cumsum([len(s) for s in stages])[:-1])
+
+
+# ---------------------------------------------------------------- arms
+
+
+@dataclass
+class Arm:
+    stages: Callable[[np.random.Generator], list[np.ndarray]]  # of a seed: the rows of each stage
+    epochs: int
+    flags: list = field(default_factory=list)  # of train.py
+    falling: float = 1.0  # each stage's rate over the one before
+    steps: int | None = None  # where it is not ground.steps
+
+
+def repeated(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` rows, each of `rows` as often as any other or once more."""
+    times = -(-count // len(rows))
+    return np.concatenate([rng.permutation(rows) for _ in range(times)])[:count]
+
+
+def held_back(stages: list[np.ndarray], share: float, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """About `share` of each stage's rows moved into each later stage, mixed in: every row is seen as often as without,
+    and stages stay multiples of the batch size."""
+    stages, later = [rng.permutation(s) for s in stages], [[] for _ in stages]
+    out = []
+    for k, stage in enumerate(stages):
+        after, here = len(stages) - 1 - k, sum(map(len, later[k]))
+        given = 0
+        if after:  # what stays fills batches, at least one, together with what came from before
+            able = np.arange(here % batch_size, min(len(stage), len(stage) + here - batch_size) + 1, batch_size)
+            able = able[able > 0] if able.any() else able
+            given = able[np.abs(able - share * after * len(stage)).argmin()]
+        for j, part in enumerate(np.array_split(stage[:given], after) if after else []):
+            later[k + 1 + j].append(part)
+        out.append(np.concatenate([stage[given:], *later[k]]))
+    return out
+
+
+def whole_epochs(ground: Ground, share: float) -> tuple[int, int]:
+    """How many rows, about this share of all and whole batches, how often: as near to ground.steps as can be."""
+    about = share * len(ground.everything) / ground.batch_size
+    batches = [b for b in range(1, ground.steps + 1) if 0.8 * about <= b <= 1.25 * about] or [max(1, round(about))]
+    missed = [(abs(max(1, round(ground.steps / b)) * b - ground.steps), abs(b - about), b) for b in batches]
+    count = min(missed)[2]
+    return count * ground.batch_size, max(1, round(ground.steps / count))
+
+
+def make_arms(ground: Ground) -> dict[str, Arm]:
+    """By name. Every arm takes ground.steps steps, but for whole epochs of few rows a few more or less."""
+    s, everything, epochs, n = ground.stages, ground.everything, ground.epochs, len(ground.everything)
+    sizes = [len(stage) for stage in s]
+    arms = {"one-off": Arm(lambda rng: [everything], epochs), "phased": Arm(lambda rng: s, epochs)}
+    for order in list(permutations(range(len(s))))[1:] if len(s) <= 3 else [tuple(range(len(s)))[::-1]]:
+        name = "stages " + "-".join(str(k + 1) for k in order)
+        arms[name] = Arm(lambda rng, order=order: [s[k] for k in order], epochs)
+    arms["random stages"] = Arm(lambda rng: np.split(rng.permutation(everything), np.cumsum(sizes)[:-1]), epochs)
+    for k in range(len(s) - 1, 0, -1):
+        arms[f"stage {k + 1} only"] = Arm(lambda rng, k=k: [repeated(s[k], n, rng)], epochs)
+    for share in REPLAYED:
+        arms[f"phased, replay {share:g}"] = Arm(
+            lambda rng, share=share: held_back(s, share, ground.batch_size, rng), epochs
+        )
+    arms["phased, optimizer kept"] = Arm(lambda rng: s, epochs, ["--optimizer-state", "keep"])
+    arms["phased, falling rate"] = Arm(lambda rng: s, epochs, falling=0.5)
+    for key in ground.by:
+        arms[f"phased by {key}"] = Arm(lambda rng, key=key: ground.by[key], epochs)
+    longest = everything[np.argsort(-ground.lengths[everything], kind="stable")]
+    for size in SIZES:
+        count, passes = whole_epochs(ground, size / 100)
+        few = {"epochs": passes, "steps": count * passes // ground.batch_size}
+        for select in ("iterit", "static"):
+            flags = ["--select", select, "--ratio", count, "--scores", "ifd.jsonl"]
+            arms[f"{select.replace('iterit', 'IterIT')} {size} %"] = Arm(lambda rng: [everything], flags=flags, **few)
+        arms[f"longest {size} %"] = Arm(lambda rng, c=count: [longest[:c]], **few)
+        arms[f"random {size} %"] = Arm(lambda rng, c=count: [rng.permutation(everything)[:c]], **few)
+    return arms
