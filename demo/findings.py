@@ -14,6 +14,7 @@ from parts.program import WorkError, write_file, write_lines
 
 COMPARED = {"phased", "random stages", "phased by IFD", "phased, replay 0.1"}  # measured after every stage
 DOTTED = "random"
+MEASURED = {"exact": "exact answers, %", "loss": "loss of the answers", "api": "points against one-off, %"}
 PAPER = {  # win rate against one-off - 50, by the order of the stages (Phased IFT, figure 3 and table 3)
     "Llama-2 7B": {"phased": 7.26, "2-1-3": 4.59, "1-3-2": 2.14, "3-1-2": 2.26},
     "Llama-2 13B": {"phased": 7.35, "2-1-3": 5.57, "1-3-2": 3.53, "3-1-2": 2.71, "3-2-1": -7.09},
@@ -170,7 +171,6 @@ def markdown(
 ) -> str:
     names, group = group_prompts(prompts)
     scale, digits = (1, 3) if judge == "loss" else (100, 0)
-    what = {"exact": "exact answers, %", "loss": "loss of the answers", "api": "points against one-off, %"}[judge]
 
     def number(x: float) -> str:
         return f"{scale * x:.{digits}f}"
@@ -178,7 +178,7 @@ def markdown(
     def groups_of(values: list) -> list[str]:
         return [number(np.mean(np.array(values, float)[group == k])) for k in range(len(names))]
 
-    rows = [[what, "rate", *names, "all", "hard", "loss", "against one-off", "win rate - 50", "p (Holm)"]]
+    rows = [[MEASURED[judge], "rate", *names, "all", "hard", "loss", "against one-off", "win rate - 50", "p (Holm)"]]
     for name, values in (("*the model before*", base), ("*known as text*", ceiling)):
         if values:
             hard = hard_weights(names, group)
@@ -308,7 +308,7 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
                 )
         c.set(xticks=range(1, stages + 1), xlabel="after stage (random dotted; dash: known as text)")
         c.set(title="What each stage leaves")
-        c.set_ylabel("loss of the answers" if judge == "loss" else "exact answers, %")
+        c.set_ylabel(MEASURED[judge])
         for arm in ("one-off", "phased", "random stages", "stage 3 only", "phased, replay 0.1"):
             if arm in table and table[arm]["curve"]:
                 d.plot(*zip(*table[arm]["curve"]), label=arm, linestyle=style(arm))
@@ -355,9 +355,15 @@ def file_name(arm: str) -> str:
     return re.sub("[^a-z0-9.]+", "-", arm.lower()).strip("-")
 
 
+def answers_of(out: Path, arm: str, seed: int) -> list[Path]:
+    """The answers of a run after each measured stage."""
+    found = (out / "answers").glob(f"{file_name(arm)}-{seed}.stage*.json")
+    return sorted(found, key=lambda path: int(path.stem.rpartition("stage")[2]))
+
+
 def texts_of(out: Path, record: dict) -> list[list[str]]:
     """After each measured stage, what there is to read of each prompt: the answers, or else the losses."""
-    paths = sorted((out / "answers").glob(f"{file_name(record['arm'])}-{record['seed']}.stage*.json"))
+    paths = answers_of(out, record["arm"], record["seed"])
     if paths:
         return [[row["output"] for row in json.loads(path.read_text(encoding="utf-8"))] for path in paths]
     return [[f"(loss {x:.3f})" for x in losses] for losses in record["values"]]

@@ -26,7 +26,9 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +37,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import TEMPLATES
 from demo.arms import REPLAYED, Arm, Ground, cut_scores, held_back, make_arms, read_ground, stages_by
-from demo.findings import COMPARED, file_name, write_findings
+from demo.findings import COMPARED, answers_of, file_name, write_findings
 from parts.api import ApiOptions
-from parts.options import make_parser
+from parts.options import FREE, make_parser
 from parts.program import (
     HelpFormatter,
     InputError,
@@ -70,6 +72,7 @@ FORKS.set_forkserver_preload(["torch", "train", "demo.measure"])
 # What of train.py the arms themselves decide.
 OURS = {"stages", "eval", "replay", "model", "out", "epochs", "lr", "batch_size", "optimizer_state", "seed", "select",
         "ratio", "scores", "eval_every", "sample", "dry_run"}  # fmt: skip
+REAPING = threading.Lock()  # starting a process reads the exit code of any that has ended; it can be read once
 GRID_SEED = 1000  # of the runs that choose a rate; those that are tested have 0, 1, …
 
 # ---------------------------------------------------------------- the prompts
@@ -103,13 +106,10 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
     if args.most_prompts:
         few = [np.random.default_rng(1).permutation(len(x))[: args.most_prompts] for x in (prompts, validation)]
         prompts, validation = ([x[i] for i in sorted(of)] for x, of in zip((prompts, validation), few))
-    without = [f"{row['dataset']} {row['id']}" for row in (*prompts, *validation) if "expected" not in row]
-    if args.judge != "api" or without != [f"{r['dataset']} {r['id']}" for r in prompts]:
-        refuse(
-            without,
-            "prompts do not say what answer is `expected`",
-            "--judge exact and loss, and --validation, need it.",
-        )
+    needing = validation if args.judge == "api" else [*prompts, *validation]
+    refuse([f"{row['dataset']} {row['id']}" for row in needing if "expected" not in row],
+           "prompts do not say what answer is `expected`",
+           "--judge exact and loss, and --validation, need it.")  # fmt: skip
     held_out = {"held-out": np.arange(len(validation))}
     if all("score" in row for row in validation):
         groups = cut_scores(np.array([row["score"] for row in validation]), args)
@@ -119,14 +119,19 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
 
 
 def refuse_leaks(ground: Ground, prompts: list[dict], validation: list[dict]) -> None:
-    """Raises InputError where a prompt that tests has trained, or chosen a rate."""
-    asked = {json.dumps(row["messages"]): f"{row['dataset']} {row['id']}" for row in prompts}
-    trained = [json.dumps(ground.rows[i].get("messages", [])[:-1]) for i in ground.everything]
-    refuse([asked[text] for text in trained if text in asked], "rows that train are prompts that test",
-           "Take them out of one of the two.")  # fmt: skip
-    chose = [json.dumps(row["messages"]) for row in validation]
-    refuse([asked[text] for text in chose if text in asked], "prompts that test also choose the rate",
-           "Take them out of one of the two.")  # fmt: skip
+    """Raises InputError where a prompt that tests, or chooses the rate, has trained, or one does both."""
+
+    def text(messages: list[dict]) -> str:
+        return "\n".join(m["content"] for m in messages)
+
+    test, chose = ({text(row["messages"]): f"{row['dataset']} {row['id']}" for row in x} for x in (prompts, validation))
+    trained = set()
+    for row in (ground.rows[i].get("messages", []) for i in ground.everything):
+        trained |= {text(row[:k]) for k, m in enumerate(row) if m["role"] == "assistant"}
+    advice = "Each question once, on one side."
+    refuse([test[x] for x in test if x in trained], "rows that train are prompts that test", advice)
+    refuse([chose[x] for x in chose if x in trained], "rows that train are prompts that choose the rate", advice)
+    refuse([test[x] for x in test if x in chose], "prompts that test also choose the rate", advice)
 
 
 def as_training_row(row: dict) -> dict:
@@ -169,8 +174,11 @@ def call(command: list, cwd: Path, device: str = "", ranks: int = 1) -> float:
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said"
         process = FORKS.Process(target=run_file, args=(launched, cwd, device, said))
-        process.start()
-        process.join()
+        with REAPING:
+            process.start()
+        wait([process.sentinel])
+        with REAPING:
+            process.join()
         if process.exitcode:
             text = said.read_text(errors="replace")[-4000:]
             raise WorkError(f"{shlex.join(map(str, command))} ended with {process.exitcode}:\n{text}")
@@ -292,11 +300,13 @@ def time_a_step(args: argparse.Namespace, ground: Ground, prompts: list[dict]) -
     few = np.concatenate([ground.everything] * 4)[: 8 * ground.batch_size]
     write_lines(args.out / "data" / "timing.jsonl", [ground.rows[i] for i in few])
     timing = args.out / "runs" / "timing"
+    shutil.rmtree(timing, ignore_errors=True)
+    held_out = sorted(path.name for path in (args.out / "data").glob("held-out*.jsonl"))
     command = [ROOT / "train.py", "--model", args.model, "--stages", "timing.jsonl", "--lr", 0, "--out", timing,
-               "--batch-size", ground.batch_size, *args.train]  # fmt: skip
+               "--batch-size", ground.batch_size, "--eval", *held_out, *args.train]  # fmt: skip
     device = device_of(args, 0)
     wall = call(command, args.out / "data", device, args.nproc_per_node)
-    times = [row["seconds"] for row in read_lines(timing / "metrics.jsonl")]
+    times = [row["seconds"] for row in read_lines(timing / "metrics.jsonl") if "loss" in row]
     shutil.rmtree(timing)
     started = time.monotonic()
     base = measure(args, [args.model], "prompts", "base", device)
@@ -382,20 +392,26 @@ def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
     for r in records:
         r["wins"] = []
         base = args.out / "answers" / f"one-off-{r['seed']}.stage1.json"
-        for path in sorted((args.out / "answers").glob(f"{file_name(r['arm'])}-{r['seed']}.stage*.json")):
+        for path in answers_of(args.out, r["arm"], r["seed"]):
             if path == base:
                 r["wins"].append([0.5] * len(json.loads(read_text(base))))
                 continue
             out = args.out / "verdicts" / f"{path.stem}.jsonl"
             model = ["--api-model", args.api_model] if args.api_model else []
-            call([ROOT / "judge.py", "compare", base, path, "--out", out, *model, *args.judge_flags], ROOT)
+            out.unlink(missing_ok=True)
+            try:
+                call([ROOT / "judge.py", "compare", base, path, "--out", out, *model, *args.judge_flags], Path.cwd())
+            except WorkError as e:
+                if not out.exists():  # it does where some answers were refused: the others count
+                    raise
+                print(e, file=sys.stderr)
             points = {"win": 1.0, "tie": 0.5, "loss": 0.0}
             r["wins"].append([points.get(row["verdict"]) for row in read_lines(out) if not row.get("canary")])
 
 
 def settings_of(args: argparse.Namespace) -> dict:
     """What must be the same to go on: settings and hashes of data, model and code."""
-    keys = "score_key bounds equal rows epochs batch_size lr_grid judge most_prompts max_new_tokens train api_model"
+    keys = "score_key bounds equal rows epochs batch_size lr_grid judge most_prompts max_new_tokens trained api_model"
     files = {f"--scored {k}, {path.name}": path for k, path in enumerate(args.scored, 1)}
     files |= {"--prompts": args.prompts} | ({"--validation": args.validation} if args.validation else {})
     files |= {f"--model {p.name}": p for p in sorted(args.model.iterdir()) if p.is_file()}
@@ -477,17 +493,21 @@ def carry_out(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], pr
 def run(args: argparse.Namespace) -> None:
     args.out, args.model = args.out.resolve(), args.model.resolve()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
-    refuse_overwriting([args.out], [*args.scored, args.prompts, args.model])
+    validation = [args.validation] if args.validation else []
+    refuse_overwriting([args.out], [*args.scored, args.prompts, *validation, args.model])
+    if (args.out / "data").exists() and not (args.out / "study.json").exists():
+        raise InputError(f"{args.out} holds data that are not a study's: another --out")
     ground = read_ground(args)
     prompts, validation, held_out = read_tests(args)
     refuse_leaks(ground, prompts, validation)
     known = make_arms(ground)
     shared = Counter(map(file_name, known))
     refuse([arm for arm in known if shared[file_name(arm)] > 1], "arms would share their files", "Other keys: --also.")
-    wanted = ["one-off", *(args.arms or (QUICK if args.quick else known))]
+    wanted = ["one-off", *(args.arms or ([arm for arm in QUICK if arm in known] if args.quick else known))]
     refuse([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
-    with tempfile.TemporaryDirectory() as folder:  # for a plan alone, which leaves nothing behind
-        args.out = Path(folder) if args.dry_run else args.out
+    beside = next(parent for parent in args.out.parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(dir=beside) if args.dry_run else nullcontext(args.out) as folder:
+        args.out = Path(folder)  # a plan alone leaves nothing behind
         with lock_folder(args.out):
             about = keep_settings(args)
             write_data(args.out, {"prompts": prompts, "validation": validation, **held_out})
@@ -504,8 +524,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, default=DEMO / "model", metavar="DIR", help="HF folder from which every arm starts")
-    scored = [DEMO / "scored.jsonl"]
-    add("--scored", type=Path, nargs="+", default=scored, metavar="F", help="rows with a score of difficulty")
+    add("--scored", type=Path, nargs="+", metavar="F", help="rows with a score of difficulty (default: the demo's)")
     add("--score-key", default="score", help="the key of the score")
     add("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help="scores at which a new stage begins")
     add("--equal", type=positive, metavar="K", help="K stages of equal size instead")
@@ -518,7 +537,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", choices=["exact", "api", "loss"], default="exact", help="of an answer: is it as expected; against "
         "one-off's, by an LLM; the loss of the answer expected")  # fmt: skip
     add("--api-model", metavar="M", help="the judge (default: judge.py's)")
-    judge_help = "more of judge.py compare, which is called for each arm, seed and stage: say '--canaries'"
+    judge_help = "more of judge.py compare, which is called for each arm, seed and stage: --judge-flags='--canaries'"
     add("--judge-flags", type=shlex.split, default=[], metavar="'…'", help=judge_help)
     add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
     grid_help = "rates of which each arm gets its best (needed; for the demo four from 1.25e-4 to 1e-3)"
@@ -541,12 +560,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = {k: v for k, v in vars(of_train.parse_args(args.train)).items() if v is not None}
     for key in given.keys() & OURS:
         parser.error(f"--{key.replace('_', '-')} belongs to the study, not behind --")
+    args.trained = {key: value for key, value in sorted(given.items()) if key not in FREE}
     args.template, args.max_len = (given.get(key, usual[key]) for key in ("template", "max_len"))
     if args.lr_grid is None:
         if not is_demo:
             parser.error("--lr-grid must be given for this --model, say 2e-6 5e-6 1e-5 2e-5 at 7 B")
         args.lr_grid = [2.5e-4, 5e-4] if args.quick else [1.25e-4, 2.5e-4, 5e-4, 1e-3]
-    if args.scored == scored:
+    if args.scored is None:
+        args.scored = [DEMO / "scored.jsonl"]
         args.also = ["true"] if args.also is None else args.also
         args.validation = args.validation or DEMO / "validation.jsonl"
         args.rows = args.rows or 240

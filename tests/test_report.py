@@ -293,6 +293,15 @@ def test_figures_are_drawn_as_png_and_svg(tmp_path):
     )
 
 
+def test_many_models_are_one_below_the_other_and_not_all_in_the_title(tmp_path):
+    pytest.importorskip("matplotlib")
+    make_verdicts(tmp_path / "v.jsonl", 6, [f"model{k}" for k in range(9)], evil=False)
+    report(tmp_path / "v.jsonl", "--plots", tmp_path / "p", "--html", tmp_path / "r.html")
+    drawn = (tmp_path / "p" / "models.svg").read_text()
+    assert all(f">model{k}<" in drawn for k in range(9)) and not (tmp_path / "p" / "datasets.svg").exists()
+    assert '"title": "9 models against base"' in (tmp_path / "r.html").read_text()
+
+
 # ---------------------------------------------------------------- the page, in a browser
 
 

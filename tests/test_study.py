@@ -19,7 +19,7 @@ import judge
 import train
 from demo import findings, measure, study
 from demo.arms import Ground, held_back, make_arms, whole_epochs
-from parts.program import WorkError
+from parts.program import InputError, WorkError
 
 # ---------------------------------------------------------------- statistics
 
@@ -270,8 +270,19 @@ def test_an_llm_judges_every_arm_against_one_off_with_the_same_seed_and_is_asked
         asked = paid(tmp_path)
         assert len(asked) >= 24 and set(asked.values()) == {1}
 
+    def some_refused(command, cwd):  # as judge.py ends where it is more than 5 %
+        verdicts = ('{"verdict": "refused"}\n', '{"verdict": "win"}\n')
+        Path(command[command.index("--out") + 1]).write_text("".join(verdicts))
+        raise WorkError("1 refused")
+
+    monkeypatch.setattr(study, "call", some_refused)
+    records = [{"arm": "phased", "seed": 0}]
+    study.judge_by_api(args, records)
+    assert records[0]["wins"] == [[None, 1.0]]
+
 
 def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
+    (folder / "data").mkdir()
     for more, words in (
         (("--lr-grid", "1e-3", "--arms", "phasd"), "phasd"),
         (("--lr-grid", "1e-3", "--bounds", "1.5", "4.5"), "stage 3"),
@@ -281,9 +292,14 @@ def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
         (("--lr-grid", "1e-3", "--also", "score", "Score"), "no row has it"),
         (("--lr-grid", "1e-3", "--validation", str(folder / "prompts.jsonl")), "also choose the rate"),
         (("--lr-grid", "1e-3", "--prompts", str(folder / "more.jsonl")), "rows that train are prompts that test"),
+        (("--lr-grid", "1e-3", "--validation", str(folder / "more.jsonl")), "rows that train are prompts that choose"),
+        (("--lr-grid", "1e-3", "--bounds", "3", "2"), "--bounds must rise"),
+        (("--lr-grid", "1e-3", "--out", str(folder)), "data that are not a study's"),
     ):
         assert study.main(arguments(folder, *more, *TRAIN)) == 2
         assert words in capsys.readouterr().err
+    asked = study.parse_args(arguments(folder, "--lr-grid", "1e-3", "--judge-flags=--canaries --votes 2", *TRAIN))
+    assert asked.judge_flags == ["--canaries", "--votes", "2"]
     of_train = {"--lr=1": "--lr", "--optimizer-state=reset": "--optimizer-state", "--sel=static": "--select",
                 "--replay=0": "--replay"}  # fmt: skip
     wrong = {("--lr-grid", "1e-3", "--", flag): f"{name} belongs to the study" for flag, name in of_train.items()}
@@ -302,6 +318,34 @@ def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
         assert study.main(arguments(folder, "--lr-grid", "1e-3", *TRAIN)) == 2
         assert words in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_a_question_on_both_sides_is_found_in_whatever_form():
+    def said(*texts):
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)]
+
+    def refused(trained, tested):
+        ground = Ground([{"messages": trained}], [np.array([0])], {}, np.array([1]), 1, 1)
+        prompt = {"id": "7", "dataset": "d", "messages": tested}
+        try:
+            study.refuse_leaks(ground, [prompt], [prompt | {"messages": said("another")}])
+        except InputError as e:
+            return "d 7" in str(e)
+        return False
+
+    assert refused(said("q", "a"), said("q")) and refused(said("q", "a", "r", "b"), said("q"))
+    assert refused(said("q", "a", "r", "b"), said("q", "a", "r"))
+    assert refused(said("be brief\nq", "a"), [{"role": "system", "content": "be brief"}, *said("q")])
+    assert not refused(said("q", "a", "r", "b"), said("r")) and not refused(said("q", "a"), said("another q"))
+
+
+def test_answers_after_ten_stages_are_in_order(tmp_path):
+    (tmp_path / "answers").mkdir()
+    for k in range(12, 0, -1):
+        (tmp_path / "answers" / f"phased-0.stage{k}.json").touch()
+    (tmp_path / "answers" / "phased-by-ifd-0.stage1.json").touch()
+    found = findings.answers_of(tmp_path, "phased", 0)
+    assert [path.name for path in found] == [f"phased-0.stage{k}.json" for k in range(1, 13)]
 
 
 def test_a_plan_alone_leaves_nothing_behind_and_says_what_whole_batches_make_of_replay(folder, capsys):
