@@ -542,7 +542,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
     grid_help = "rates of which each arm gets its best (needed; for the demo four from 1.25e-4 to 1e-3)"
     add("--lr-grid", type=above_zero, nargs="+", metavar="X", help=grid_help)
-    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5; for the demo 12)")
+    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5; for the demo 6)")
     add("--epochs", type=positive, default=2, metavar="N", help="passes over a stage")
     add("--batch-size", type=positive, metavar="N", help="documents in a step (default: 16; for the demo 4)")
     add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
@@ -574,7 +574,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.also = args.also or []
     args.batch_size = args.batch_size or (4 if is_demo else 16)
     args.most_prompts = 200 if args.quick else None
-    args.seeds = args.seeds or (2 if args.quick else 12 if is_demo else 5)
+    args.seeds = args.seeds or (2 if args.quick else 6 if is_demo else 5)
     args.out = args.out or ROOT / "out" / ("study-quick" if args.quick else "study")
     import torch  # only to count
 
