@@ -55,7 +55,7 @@ def expected_documents(prompts: list[Prompt], template: str, tokenizer) -> Docum
 
 
 def measure(
-    folder: Path, prompts: list[Prompt], told: list[str], what: str, most: int, template: str | None
+    folder: Path, prompts: list[Prompt], told: list[str], what: str, most: int, template: str | None = None
 ) -> tuple[list, list[str]]:
     """Of each prompt, with the model of an HF folder: whether the answer is exact, or its loss; and the answers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
