@@ -191,6 +191,10 @@ def device_of(args: argparse.Namespace, run: int) -> str:
     return ",".join(args.gpus[first : first + args.nproc_per_node])
 
 
+def held_out_files(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "data").glob("held-out*.jsonl"))
+
+
 def read_lines(path: Path) -> list[dict]:
     return [value for _, value in json_values(read_text(path))]
 
@@ -207,8 +211,7 @@ def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device
     command = [ROOT / "train.py", "--model", args.model, "--stages", *names, "--lr", *rates, "--out", folder,
                "--epochs", arm.epochs, "--batch-size", ground.batch_size, "--seed", job.seed, *arm.flags]  # fmt: skip
     if not tuning:
-        held_out = sorted(path.name for path in (out / "data").glob("held-out*.jsonl"))
-        command += ["--eval", *held_out, "--eval-every", max(1, ground.steps // 8)]
+        command += ["--eval", *held_out_files(out), "--eval-every", max(1, ground.steps // 8)]
     command += args.train
     seconds = call(command, out / "data", device, args.nproc_per_node)
     measured = range(1 if job.arm in COMPARED and not tuning else len(names), len(names) + 1)
@@ -301,9 +304,8 @@ def time_a_step(args: argparse.Namespace, ground: Ground, prompts: list[dict]) -
     write_lines(args.out / "data" / "timing.jsonl", [ground.rows[i] for i in few])
     timing = args.out / "runs" / "timing"
     shutil.rmtree(timing, ignore_errors=True)
-    held_out = sorted(path.name for path in (args.out / "data").glob("held-out*.jsonl"))
     command = [ROOT / "train.py", "--model", args.model, "--stages", "timing.jsonl", "--lr", 0, "--out", timing,
-               "--batch-size", ground.batch_size, "--eval", *held_out, *args.train]  # fmt: skip
+               "--batch-size", ground.batch_size, "--eval", *held_out_files(args.out), *args.train]  # fmt: skip
     device = device_of(args, 0)
     wall = call(command, args.out / "data", device, args.nproc_per_node)
     times = [row["seconds"] for row in read_lines(timing / "metrics.jsonl") if "loss" in row]
@@ -493,8 +495,8 @@ def carry_out(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], pr
 def run(args: argparse.Namespace) -> None:
     args.out, args.model = args.out.resolve(), args.model.resolve()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
-    validation = [args.validation] if args.validation else []
-    refuse_overwriting([args.out], [*args.scored, args.prompts, *validation, args.model])
+    inputs = [*args.scored, args.prompts, args.model, *([args.validation] if args.validation else [])]
+    refuse_overwriting([args.out], inputs)
     if (args.out / "data").exists() and not (args.out / "study.json").exists():
         raise InputError(f"{args.out} holds data that are not a study's: another --out")
     ground = read_ground(args)
