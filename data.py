@@ -1,6 +1,6 @@
 """From rows to batches: templates, documents, micro-batches. Numpy only, no torch.
 
-A row of a data file is a list of (role, text) turns (parts/rows.py); `render` turns these into tokens and says which of
+A row of a data file is a list of turns (parts/rows.py); `render` turns these into tokens and says which of
 them are supervised; the result is a document. Documents of a file lie end to end in flat arrays (`Documents`).
 """
 
@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from parts.mapped import Texts, map_arrays, save_arrays
-from parts.program import InputError, leave_signals_to_parent, progress, refuse, sha256
-from parts.rows import SKIP_ADVICE, Row, find_files, read_rows
+from parts.program import InputError, leave_signals_to_parent, progress, read_json_object, read_text, refuse, sha256
+from parts.rows import SKIP_ADVICE, Row, Turn, find_files, read_rows
 from parts.tokenizers import load_tokenizer, tokenizer_files
 
 # ---------------------------------------------------------------- templates
@@ -38,6 +38,7 @@ class Template:
     system: tuple[str, ...] = ()  # a turn of its own, or else …
     system_text: str = "{}\n"  # … text in front of the first user turn's
     begin: tuple[str, ...] = ("‹bos›",)
+    prefix_every_text: bool = False  # every text is tokenized like the first of a document, with its prefix space
 
     def __post_init__(self):
         for name in ("begin", "system", "first", "later", "header", "answer"):
@@ -54,6 +55,7 @@ class Template:
 
 
 LLAMA3_USER = ("‹<|start_header_id|>›", "user", "‹<|end_header_id|>›", "\n\n", "{}", "‹<|eot_id|>›")
+MISTRAL_USER = ("‹[INST]›", "{}", "‹[/INST]›")
 CHATML_USER = ("‹<|im_start|>›", "user\n{}", "‹<|im_end|>›", "\n")
 
 TEMPLATES = {
@@ -64,10 +66,10 @@ TEMPLATES = {
     "alpaca": Template(
         first=(
             "Below is an instruction that describes a task. Write a response that appropriately "
-            "completes the request.\n\n### Instruction:\n{}",
+            "completes the request.\n\n### Instruction:\n{}\n\n### Response:\n",
         ),
-        later=("\n\n### Instruction:\n{}",),
-        header=("\n\n### Response:\n",),
+        later=("\n\n### Instruction:\n{}\n\n### Response:\n",),
+        header=(),
         answer=("{}", "‹eos›"),
         system_text="{}\n\n",
     ),
@@ -92,6 +94,23 @@ TEMPLATES = {
         answer=("{}", "‹eos›"),
         system_text="{}\n\n",
     ),
+    # Mistral's formats since its tokenizers have control tokens (mistral-common's InstructTokenizerV3 and V7).
+    "mistral-v3": Template(
+        first=MISTRAL_USER,
+        later=MISTRAL_USER,
+        header=(),
+        answer=("{}", "‹eos›"),
+        system_text="{}\n\n",
+        prefix_every_text=True,
+    ),
+    "mistral-v7": Template(
+        first=MISTRAL_USER,
+        later=MISTRAL_USER,
+        system=("‹[SYSTEM_PROMPT]›", "{}", "‹[/SYSTEM_PROMPT]›"),
+        header=(),
+        answer=("{}", "‹eos›"),
+        prefix_every_text=True,
+    ),
     "chatml": Template(
         begin=(),
         first=CHATML_USER,
@@ -103,11 +122,80 @@ TEMPLATES = {
 }
 
 
+# What a chat template contains if the model was trained with one of ours; the first that fits decides.
+MARKERS = {
+    "llama3": ("<|start_header_id|>",),
+    "chatml": ("<|im_start|>",),
+    "mistral-v7": ("[SYSTEM_PROMPT]", "[INST]"),
+    "llama2": ("[INST]", "<<SYS>>"),
+    "mistral": ("[INST]",),
+    "alpaca": ("Below is an instruction", "### Response:"),
+}
+
+
+def read_chat_template(folder: Path) -> str:
+    """The Jinja chat template of a model folder, "" where it has none."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return read_text(file)
+    found = read_json_object(folder / "tokenizer_config.json").get("chat_template") or ""
+    if isinstance(found, list):  # several, each {"name", "template"}
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default") or next(iter(named.values()), "")
+    return found if isinstance(found, str) else ""
+
+
+def choose_template(folder: Path, tokenizer, given: str | None) -> tuple[str, list[str]]:
+    """The name of the template for a model folder, and lines that say why and what differs from the folder's own.
+
+    `given` by the user, else that of an export of ours (template.json), else the one that its chat template resembles,
+    else `phased`. Raises InputError.
+    """
+    jinja = read_chat_template(folder)
+    own = next((name for name, marks in MARKERS.items() if all(mark in jinja for mark in marks)), None)
+    if own == "mistral" and "[INST]" in tokenizer.specials:
+        own = "mistral-v3"
+    exported = read_json_object(folder / "template.json").get("template")
+    if exported is not None and exported not in TEMPLATES:
+        raise InputError(f"{folder / 'template.json'}: unknown template {exported!r} (known: {', '.join(TEMPLATES)})")
+    if given or exported:
+        name, why = (given, "--template") if given else (exported, "template.json of the model folder")
+        differs = (exported or own or "one that none of ours resembles") if jinja and (exported or own) != name else ""
+        notes = [f"The model folder's own chat template ({differs}) is replaced by {name}."] if differs else []
+        return name, [f"Template {name}: given by {why}.", *notes]
+    if not own and not jinja:
+        return "phased", ["Template phased: the model folder has no chat template."]
+    if not own:
+        why = "the model folder's chat template resembles none of ours and is replaced (see --template)"
+        return "phased", [f"Warning: template phased: {why}."]
+    marks = " and ".join(MARKERS.get(own, ("[INST], here a control token",)))
+    notes = [f"Template {own}: the model folder's chat template contains {marks}."]
+    if added := default_system_text(jinja):
+        notes.append(
+            f"Warning: that chat template adds a text of its own, {added[:60]!r}…, where {own} adds none: other tools "
+            "prompt the model with it. Rows and prompts with a system turn decide for themselves."
+        )
+    return own, notes
+
+
+def default_system_text(jinja: str) -> str:
+    """A sentence that a chat template adds by itself, "" where it adds none: a literal of at least four words that is
+    no error message."""
+    jinja = re.sub(r"\{#.*?#\}|raise_exception\(.*?\)\s*[-%}]", "", jinja, flags=re.DOTALL)
+    for literal in re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", jinja):
+        text = re.sub(r"<\|.*?\|>|\\n|\[/?\w+\]", "\n", "".join(literal))
+        sentence = next((line for line in text.split("\n") if len(re.findall(r"[A-Za-z]{2,}", line)) >= 4), "")
+        if sentence:
+            return sentence.strip()
+    return ""
+
+
 def special_id(name: str, tokenizer) -> int | None:
     """The id of a template's special token. A missing BOS is None: some tokenizers have none."""
     if name == "bos":
         return tokenizer.bos_id
-    found = (tokenizer.eos_ids or [None])[0] if name == "eos" else tokenizer.specials.get(name)
+    added = tokenizer.text_tokens | tokenizer.specials
+    found = (tokenizer.eos_ids or [None])[0] if name == "eos" else added.get(name)
     if found is None:
         raise InputError(
             f"the template needs the token {name}, which this tokenizer does not have: choose another "
@@ -118,57 +206,94 @@ def special_id(name: str, tokenizer) -> int | None:
 
 def stop_ids(template: Template, tokenizer) -> list[int]:
     """The ids that end an answer: the template's end of turn and every EOS of the tokenizer."""
-    return list(dict.fromkeys([special_id(template.answer[-1].strip("‹›"), tokenizer), *tokenizer.eos_ids]))
+    template = fit_template(template, tokenizer)
+    return list(dict.fromkeys([special_id(template.answer[-1][1:-1], tokenizer), *tokenizer.eos_ids]))
 
 
-def render(turns: list[tuple[str, str]], template: Template, tokenizer) -> tuple[list[int], list[bool]]:
+@lru_cache(maxsize=64)
+def fit_template(template: Template, tokenizer) -> Template:
+    """The template in the pieces of one tokenizer: what a literal holds of its special tokens' names becomes the tokens
+    (in Mistral's later vocabularies [INST] is one), and a BOS that it lacks is left out. Raises InputError where it
+    lacks another token."""
+    names = sorted(tokenizer.specials, key=len, reverse=True)
+    pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("(?!)")
+    # Where the prefix space stands in front of a document's first text only, the others need it spelled out.
+    space = " " if template.prefix_every_text and tokenizer.prefix_space == "first" else ""
+
+    def fit(pieces: tuple[str, ...]) -> tuple[str, ...]:
+        out = []
+        for piece in pieces:
+            if piece == "‹bos›" and tokenizer.bos_id is None:
+                continue
+            parts = [piece] if piece.startswith("‹") else [part for part in pattern.split(piece) if part]
+            for part in parts:
+                is_name = part in tokenizer.specials
+                out.append(f"‹{part}›" if is_name else part if part.startswith("‹") else space + part)
+                if out[-1].startswith("‹"):
+                    special_id(out[-1][1:-1], tokenizer)
+        return tuple(out)
+
+    names = ("begin", "system", "first", "later", "header", "answer")
+    return replace(template, **{name: fit(getattr(template, name)) for name in names})
+
+
+def render(turns: list[Turn], template: Template, tokenizer) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation, and which of them are supervised. The one function that makes tokens from turns.
 
     A conversation that ends in a user turn is a prompt: it ends in the header, ready for an answer. A single turn of
     role "text" is plain text between BOS and EOS, supervised from its first token.
     """
+    template = fit_template(template, tokenizer)
     tokens, supervised = [], []
 
-    def add(pieces: tuple[str, ...], text: str, learn: bool) -> None:
+    def add(pieces: tuple[str, ...], text: str, learn: bool, first: bool = False) -> None:
         for piece in pieces:
             if piece.startswith("‹"):
                 token = special_id(piece[1:-1], tokenizer)
                 ids = [] if token is None else [token]
             else:
-                ids = tokenizer.encode(piece.replace("{}", text))
+                ids = tokenizer.encode(piece.replace("{}", text), first or not tokens)
             tokens.extend(ids)
             supervised.extend([learn] * len(ids))
 
-    if turns[0][0] == "text":
+    if turns[0].role == "text":
         add(("‹bos›",), "", False)
-        add(("{}", "‹eos›"), turns[0][1], True)
+        add(("{}", "‹eos›"), turns[0].text, True, first=True)
         return tokens, supervised
     add(template.begin, "", False)
     in_front, first = "", True
-    for role, text in turns:
-        if role == "system" and template.system:
-            add(template.system, text, False)
-        elif role == "system":
-            in_front = template.system_text.replace("{}", text)
-        elif role == "user":
-            add(template.first if first else template.later, in_front + text if first else text, False)
+    for turn in turns:
+        if turn.role == "system" and template.system:
+            add(template.system, turn.text, False)
+        elif turn.role == "system":
+            in_front = template.system_text.replace("{}", turn.text)
+        elif turn.role == "user":
+            add(template.first if first else template.later, in_front + turn.text if first else turn.text, False)
             add(template.header, "", False)
             first = False
         else:
-            add(template.answer, text, True)
+            add(template.answer, turn.text, turn.trained)
     return tokens, supervised
 
 
-def chat_template(template: Template) -> str:
-    """The template as Jinja, for tokenizer_config.json, so that other tools prompt the model in the same way.
+def chat_template(template: Template, tokenizer) -> str:
+    """The template as Jinja, for tokenizer_config.json, so that other tools prompt the model with the same tokens.
 
-    The text is the same; so are the tokens of a first prompt. Between an answer's header and the answer, where we cut
-    and no special token stands, other tools see no border: earlier answers of a conversation may differ in a token.
+    They tokenize the text between two special tokens at once, we each piece by itself. Where the tokenizer puts a space
+    in front of every text (SentencePiece), that space stands between the pieces here. docs/data.md lists where tokens
+    of earlier answers may still differ.
     """
+    template = fit_template(template, tokenizer)
 
-    def emit(pieces: tuple[str, ...], text: str = "''") -> str:
+    def is_text(piece: str) -> bool:
+        return not piece.startswith("‹")
+
+    def emit(pieces: tuple[str, ...], text: str = "''", after: tuple[str, ...] = ()) -> str:
+        """`after`: the pieces in front of these."""
         terms = []
-        for piece in pieces:
+        for before, piece in zip((*after[-1:], *pieces) if after else ("‹›", *pieces), pieces):
+            if is_text(before) and is_text(piece) and tokenizer.prefix_space == "always":
+                terms.append("' '")
             if piece in ("‹bos›", "‹eos›"):
                 terms.append(f"{piece[1:-1]}_token")
             else:
@@ -192,9 +317,9 @@ def chat_template(template: Template) -> str:
         + "{% elif m['role'] == 'user' %}"
         + emit(template.later, "m['content']")
         + "{% else %}"
-        + emit(template.header + template.answer, "m['content']")
+        + emit(template.header + template.answer, "m['content']", after=template.first)
         + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        + emit(template.header)
+        + emit(template.header, after=template.first)
         + "{% endif %}"
     )
 
@@ -214,6 +339,7 @@ class Documents:
     bad: list[str]  # rows that could not be used, "file:line: why"
     truncated: int = 0  # rows cut to max_len …
     lost_tokens: int = 0  # … and the tokens that cost
+    lossy: int = 0  # rows with characters that the tokenizer cannot represent
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -262,6 +388,7 @@ def join(parts: list[Documents]) -> Documents:
         [b for p in parts for b in p.bad],
         sum(p.truncated for p in parts),
         sum(p.lost_tokens for p in parts),
+        sum(p.lossy for p in parts),
     )
 
 
@@ -282,13 +409,15 @@ cached_tokenizer = lru_cache(maxsize=1)(load_tokenizer)  # so that a worker proc
 
 
 def tokenize_rows(rows: list[Row], folder: Path, template: str, max_len: int) -> list[tuple]:
-    """(tokens int32, supervised bool, tokens cut off) for each row; the work of one process."""
+    """(tokens int32, supervised bool, tokens cut off, whether characters are lost) for each row; the work of one
+    process."""
     tokenizer = cached_tokenizer(folder)
     out = []
     for row in rows:
         tokens, supervised = render(row.turns, TEMPLATES[template], tokenizer)
         cut = max(0, len(tokens) - max_len)
-        out.append((np.array(tokens[:max_len], np.int32), np.array(supervised[:max_len], bool), cut))
+        lossy = any(tokenizer.loses(turn.text) for turn in row.turns)
+        out.append((np.array(tokens[:max_len], np.int32), np.array(supervised[:max_len], bool), cut, lossy))
     return out
 
 
@@ -313,9 +442,9 @@ def tokenize_files(paths: list[Path], folder: Path, template: str, max_len: int,
         if pool:
             pool.terminate()
     kept = []
-    for row, (tokens, supervised, cut) in zip(rows, done):
+    for row, (tokens, supervised, cut, lossy) in zip(rows, done):
         if supervised[1:].any():
-            kept.append((row, tokens, supervised, cut))
+            kept.append((row, tokens, supervised, cut, lossy))
         else:
             total = len(tokens) + cut
             bad.append(f"{row.where}: nothing supervised is left of its {total} tokens within --max-len {max_len}")
@@ -328,6 +457,7 @@ def tokenize_files(paths: list[Path], folder: Path, template: str, max_len: int,
         bad=bad,
         truncated=sum(k[3] > 0 for k in kept),
         lost_tokens=sum(k[3] for k in kept),
+        lossy=sum(k[4] for k in kept),
     )
 
 
@@ -345,7 +475,10 @@ def load_documents(
 
     `hashes` are of the files. `keep`: write what is not there, or damaged.
     """
-    code = [Path(__file__), *(Path(__file__).parent / "parts" / f for f in ("tokenizers.py", "rows.py"))]
+    code = [
+        Path(__file__),
+        *(Path(__file__).parent / "parts" / f for f in ("tokenizers.py", "bpe.py", "patterns.py", "rows.py")),
+    ]
     sources = [*code, *folder.glob("config.json"), *tokenizer_files(folder)]
     about = json.dumps([list(map(str, paths)), template, max_len, hashes, [sha256(p) for p in sources]])
     file = cache / (hashlib.sha256(about.encode()).hexdigest()[:32] + ".arrays")
@@ -358,7 +491,7 @@ def load_documents(
         for name in ("ids", "where"):
             texts = getattr(documents, name)
             arrays |= {f"{name} content": texts.content, f"{name} starts": texts.starts}
-        rest = {"bad": documents.bad, "truncated": documents.truncated, "lost_tokens": documents.lost_tokens}
+        rest = {name: getattr(documents, name) for name in ("bad", "truncated", "lost_tokens", "lossy")}
         save_arrays(file, arrays, rest)
         found = map_arrays(file)
     arrays, rest = found
@@ -401,6 +534,13 @@ def refuse_bad_rows(documents: dict[str, Documents], skip_bad_rows: bool) -> Non
     if not skip_bad_rows:
         refuse(bad, "rows cannot be used", SKIP_ADVICE)
     refuse(empty, "files are of no use")
+
+
+def print_lossy(documents: list[Documents]) -> None:
+    """Say how many rows hold characters that the tokenizer cannot represent."""
+    lossy = sum(d.lossy for d in documents)
+    if lossy:
+        print(f"{lossy:,} rows hold characters that the tokenizer drops or turns into its unknown token.")
 
 
 def check_vocabulary(highest: int, vocab_size: int, folder: Path) -> None:

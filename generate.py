@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +23,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import TEMPLATES, check_vocabulary, render, stop_ids
+from data import TEMPLATES, check_vocabulary, choose_template, render, stop_ids
 from model import Config, Transformer, WithinDocuments, load_model, read_config
-from parts.distributed import compute_dtype, join_ranks
+from parts.distributed import compute_dtype, is_first_rank, join_ranks
 from parts.memory import free_memory, ran_out
 from parts.program import (
     EXIT_CODES,
@@ -42,7 +43,7 @@ from parts.program import (
     run_program,
     write_file,
 )
-from parts.rows import is_exact
+from parts.rows import Turn, is_exact
 from parts.slots import MOST, USED, Group, describe, plan_groups, slot_bytes, told_of_memory, working_bytes
 from parts.store import Store
 from parts.testsets import Prompt, read_prompts, too_long
@@ -165,6 +166,12 @@ def render_prompts(prompts: list[Prompt], tokenizer, template: str) -> list[int]
     for prompt in prompts:
         prompt.tokens = render(prompt.turns, TEMPLATES[template], tokenizer)[0]
     return [max(prompt.tokens) for prompt in prompts]
+
+
+def print_later_turns(prompts: list[Prompt]) -> None:
+    """Say which prompts hold further questions, as MT-bench's do: they are not asked."""
+    later = [f"{p.where}: {p.later_turns} more" for p in prompts if p.later_turns]
+    print_listed("prompts hold further questions; only the first of each is answered", later)
 
 
 @dataclass
@@ -310,7 +317,7 @@ def decode_group(
 
 
 def generate(
-    model: Transformer, tokenizer, prompts: list[list[tuple[str, str]]], template: str, options: Options
+    model: Transformer, tokenizer, prompts: list[list[Turn]], template: str, options: Options
 ) -> list[list[int]]:
     """The tokens of the answer to each conversation (turns that end with a user's), without the token that ends it;
     none for a prompt that fills the model's context."""
@@ -477,7 +484,7 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
 
 def chat(model: Transformer, tokenizer, template: str, stop: set[int], options: Options) -> None:
     """Talk in the terminal. Ctrl-C stops the answer, not the program; Ctrl-D or an empty line ends it."""
-    turns: list[tuple[str, str]] = []
+    turns: list[Turn] = []
     print("Ctrl-C stops an answer; an empty line or Ctrl-D ends.")
     while True:
         try:
@@ -489,12 +496,12 @@ def chat(model: Transformer, tokenizer, template: str, stop: set[int], options: 
             return print()
         if not text.strip():
             return
-        prompt = render([*turns, ("user", text)], TEMPLATES[template], tokenizer)[0]
+        prompt = render([*turns, Turn("user", text)], TEMPLATES[template], tokenizer)[0]
         if len(prompt) >= model.config.max_positions:
             print(f"[{len(prompt)} tokens, and the context ends at {model.config.max_positions}: starting afresh]")
             turns = []
             continue
-        turns += [("user", text), ("assistant", print_answer(model, tokenizer, prompt, stop, options))]
+        turns += [Turn("user", text), Turn("assistant", print_answer(model, tokenizer, prompt, stop, options))]
 
 
 def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int], options: Options) -> str:
@@ -535,7 +542,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source("--chat", action="store_true", help="talk in the terminal")
     add("--out", type=Path, metavar="F", help="JSON list of answers (needed with --prompts)")
     add("--name", help="of the generator in the answers (default: the model's folder, or --server)")
-    add("--template", choices=TEMPLATES, help="(default: what the folder's template.json says, else phased)")
+    template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
+    add("--template", choices=TEMPLATES, help=template_help)
     add("--max-new-tokens", type=positive, default=default.max_new_tokens, metavar="N", help="longest answer")
     add("--temperature", type=float, default=default.temperature, help="0: always the likeliest token")
     add("--top-k", type=int, default=default.top_k, help="sample from the K likeliest (0: from all)")
@@ -581,12 +589,14 @@ def run(args: argparse.Namespace) -> None:
     if args.out and args.out.resolve() in [path.resolve() for path in args.prompts or []]:
         raise InputError(f"--out {args.out} is read as prompts: it would be overwritten")
     prompts = [p for path in args.prompts or [] for p in read_prompts(path)]
+    if is_first_rank():
+        print_later_turns(prompts)
     if args.server and not args.completions:
         return answer_by_server(prompts, args, None, None)
     tokenizer = load_tokenizer(args.model)
-    template = args.template or read_json_object(args.model / "template.json").get("template", "phased")
-    if template not in TEMPLATES:
-        raise InputError(f"{args.model / 'template.json'}: unknown template {template!r}")
+    template, notes = choose_template(args.model, tokenizer, args.template)
+    if is_first_rank():
+        print("\n".join(notes), file=sys.stderr if args.prompt is not None else sys.stdout)
     if args.server:
         return answer_by_server(prompts, args, template, tokenizer)
     stop, dtype, options = (
@@ -602,7 +612,7 @@ def run(args: argparse.Namespace) -> None:
             if args.chat:
                 chat(model, tokenizer, template, stop, options)
             elif args.prompt is not None:
-                tokens = render([("user", args.prompt)], TEMPLATES[template], tokenizer)[0]
+                tokens = render([Turn("user", args.prompt)], TEMPLATES[template], tokenizer)[0]
                 if error := too_long(len(tokens), model.config.max_positions):
                     raise InputError(error)
                 print_answer(model, tokenizer, tokens, stop, options)

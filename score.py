@@ -45,8 +45,9 @@ from parts.program import (
 )
 from parts.prompts import DIFFICULTY_REMINDER, difficulty_prompt
 from parts.questions import fence, fill, make_question, state_of, value_of
-from parts.rows import Row, each_row, finite_number, read_good_rows
+from parts.rows import Row, each_row, finite_number, messages_of, read_good_rows
 from parts.store import Store
+from parts.tokenizers import load_tokenizer
 from parts.weights import checksum
 
 # ---------------------------------------------------------------- difficulty from an LLM
@@ -54,10 +55,8 @@ from parts.weights import checksum
 
 def conversation(row: Row) -> list[str]:
     """User and assistant in turn, as in the paper's files; a system text goes in front of the first turn."""
-    turns = list(row.turns)
-    if turns[0][0] == "system":
-        turns = [("user", f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
-    return [text for _, text in turns]
+    texts = [turn.text for turn in row.turns]
+    return [f"{texts[0]}\n\n{texts[1]}", *texts[2:]] if row.turns[0].role == "system" else texts
 
 
 def difficulty(args: argparse.Namespace) -> None:
@@ -67,7 +66,7 @@ def difficulty(args: argparse.Namespace) -> None:
     options = api_options(args)
     refuse_overwriting([args.out], [args.input, *([args.prompt_file] if args.prompt_file else [])])
     rows = read_good_rows(args.input, args.skip_bad_rows)
-    if any(row.turns[0][0] == "text" for row in rows):
+    if any(row.turns[0].role == "text" for row in rows):
         raise InputError(f"{args.input}: plain text has no instruction that could be scored")
     prompt = difficulty_prompt(args.prompt_file, args.instruction_only)
     if args.votes > 1 and options.temperature == 0:
@@ -81,6 +80,7 @@ def difficulty(args: argparse.Namespace) -> None:
     answers = ask_questions(options, args.out, every, parse_difficulty, DIFFICULTY_REMINDER)
     if answers is None:
         return
+    as_pairs = all(turn.role != "system" and turn.trained for row in rows for turn in row.turns)  # the paper's format
     lines, without, failed = [], [], {"refused": 0, "unparsed": 0}
     for i, (row, votes) in enumerate(zip(rows, questions)):
         records = [answers.of(q.key) for q in votes]
@@ -88,7 +88,7 @@ def difficulty(args: argparse.Namespace) -> None:
         line = {
             "id": row.raw.get("id", str(i)),
             "score": sum(scores) / len(scores) if scores else None,
-            "data": conversation(row),
+            **({"data": conversation(row)} if as_pairs else {"messages": messages_of(row.turns)}),
             "model": args.api_model,
         }
         if args.votes > 1:
@@ -167,7 +167,7 @@ def stages(args: argparse.Namespace) -> None:
             chosen = [rows[i] for i in sorted(group)]
             write_lines(args.out_dir / f"s{k}.jsonl", [row.raw for row in chosen])
             low, high, mean = scores[group].min(), scores[group].max(), scores[group].mean()
-            tokens = sum(len(text.encode()) for row in chosen for _, text in row.turns) // 4
+            tokens = sum(len(turn.text.encode()) for row in chosen for turn in row.turns) // 4
             answers = np.mean([len(answer_of(row)) for row in chosen])
             table.append(
                 (
@@ -188,7 +188,8 @@ def stages(args: argparse.Namespace) -> None:
 
 
 def answer_of(row: Row) -> str:
-    return "\n".join(text for role, text in row.turns if role in ("assistant", "text"))
+    """What a row teaches: its answers but for those that are context only, or its plain text."""
+    return "\n".join(turn.text for turn in row.turns if turn.role in ("assistant", "text") and turn.trained)
 
 
 # ---------------------------------------------------------------- IFD from a local model
@@ -251,7 +252,11 @@ def ifd_command(args: argparse.Namespace) -> None:
     refuse_overwriting([args.out], [args.input, *args.model.glob("*")])
     rows = list(each_row(args.input))  # also those that have no usable answer
     refuse([f"{where}: {problem}" for where, raw, _, problem in rows if not isinstance(raw, dict)], "lines are no rows")
+    args.template, notes = data.choose_template(args.model, load_tokenizer(args.model), args.template)
     documents = data.tokenize_files([args.input], args.model, args.template, args.max_len, shown=is_first_rank())
+    if is_first_rank():
+        print("\n".join(notes))
+        data.print_lossy([documents])
     with join_ranks() as ranks:
         started = time.monotonic()
         model = load_model(args.model, compute_dtype(args.dtype), ranks.device)
@@ -476,7 +481,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     p = make("difficulty", help="an LLM scores each instruction with its response from 1 to 5")
     p.add_argument("input", type=Path, metavar="IN")
-    p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: id, score, data, model")
+    p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: id, score, data or messages, model")
     p.add_argument("--instruction-only", action="store_true", help="show the instruction without its response")
     p.add_argument(
         "--prompt-file", type=Path, metavar="F", help="instead of the built-in prompt: {instruction} and {answer}"
@@ -490,7 +495,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("input", type=Path, metavar="IN")
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the rows as they are, and ifd")
-    p.add_argument("--template", choices=data.TEMPLATES, default="phased", help="how turns become text")
+    template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
+    p.add_argument("--template", choices=data.TEMPLATES, help=template_help)
     p.add_argument("--max-len", type=positive, default=2048, help="tokens; longer rows are cut at the end")
     p.add_argument("--micro-tokens", type=positive, default=4096, help="tokens that go through the model at once")
     p.add_argument(

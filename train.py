@@ -512,8 +512,9 @@ def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, sampl
         save_model(model, new, DTYPES.get(output.save_dtype) or weights_dtype(model, output.model), output.model)
         if ranks.rank == 0:
             template = TEMPLATES[output.template]
-            stop_ids = data.stop_ids(template, load_tokenizer(output.model))
-            copy_tokenizer(output.model, new, data.chat_template(template), stop_ids)
+            tokenizer = load_tokenizer(output.model)
+            stop_ids = data.stop_ids(template, tokenizer)
+            copy_tokenizer(output.model, new, data.chat_template(template, tokenizer), stop_ids)
             write_file(new / "template.json", json.dumps({"template": output.template}))
             if samples is not None:
                 write_file(new / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False))
@@ -565,6 +566,7 @@ def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Sta
     highest = max(int(d.tokens.max()) for d in everything)
     if args.sample:
         asked = generate.read_prompts(args.sample)
+        generate.print_later_turns(asked)
         highest = max(highest, *generate.render_prompts(asked, load_tokenizer(args.model), args.template))
     data.check_vocabulary(highest, model.config.vocab_size, args.model)
     data.stop_ids(TEMPLATES[args.template], load_tokenizer(args.model))
@@ -578,11 +580,12 @@ def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Sta
         raise InputError(f"--replicas {args.replicas} does not divide {' and '.join(uneven)} ranks")
     print_stages(stages, chosen=args.select != "none")
     print_listed("rows that cannot be used are left out (run.json lists them all)", description["skipped_rows"])
+    data.print_lossy(everything)
     total, trained = sum(p.numel() for p in model.parameters()), trained_parameters(model)
     learned = sum(p.numel() for p in trained.values())
     of = "" if learned == total else f", {learned:,} of them trained"
     name, dtype = min(str(args.model), os.path.relpath(args.model), key=len), compute_dtype(args.dtype)
-    print(f"{name}: {total:,} parameters{of}, {dtype} computation, template {args.template}.")
+    print(f"{name}: {total:,} parameters{of}, {dtype} computation.")
     if not args.dry_run or list(args.model.glob("*.safetensors")):  # a plan needs no weights
         find_weights(model, args.model)
     if args.dry_run:
@@ -605,12 +608,25 @@ def check_weights(model: Transformer, folder: Path, out: Path) -> None:
         write_file(path, json.dumps(description | {"weights": found}, indent=1))
 
 
+def choose_template(args: argparse.Namespace) -> list[str]:
+    """Set `args.template` where it was not given: a run that goes on keeps its own. Returns what to say of it."""
+    arguments = read_json_object(args.out / "run.json").get("arguments", {})
+    before = arguments.get("template") if isinstance(arguments, dict) else None
+    if args.template is None and before in TEMPLATES:
+        args.template = before
+        return [f"Template {before}: that of the run in {args.out}."]
+    args.template, notes = data.choose_template(args.model, load_tokenizer(args.model), args.template)
+    return notes
+
+
 def start(args: argparse.Namespace) -> None:
     config = read_config(args.model)
+    template_notes = choose_template(args)
     weights = from_arguments(Weights, args)
     if is_first_rank():  # the others wait for it to join them, then take what it has cached
         with catch_signals():
             lock = claim_folder(args)
+            print("\n".join(template_notes))
             stages, held_out = check_everything(args, config)
     if args.dry_run:
         return

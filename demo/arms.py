@@ -8,7 +8,7 @@ from itertools import permutations
 import numpy as np
 
 from parts.program import InputError, refuse
-from parts.rows import Row, read_good_rows
+from parts.rows import Row, messages_of, read_good_rows
 from score import answer_of, cut_at, cut_equally, score_of
 
 SIZES = (5, 20)  # per cent of the rows that are selected
@@ -74,9 +74,9 @@ def cut_scores(scores: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]
 
 def as_data(row: Row) -> dict:
     """The same in one format, whatever its file had."""
-    if row.turns[0][0] == "text":
-        return {"id": row.id, "text": row.turns[0][1]}
-    return {"id": row.id, "messages": [{"role": role, "content": text} for role, text in row.turns]}
+    if row.turns[0].role == "text":
+        return {"id": row.id, "text": row.turns[0].text}
+    return {"id": row.id, "messages": messages_of(row.turns)}
 
 
 def stages_by(values: list[float | None], stages: list[np.ndarray]) -> list[np.ndarray]:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import TEMPLATES, Documents, micro_batches, render, stop_ids
+from data import TEMPLATES, Documents, choose_template, micro_batches, render, stop_ids
 from generate import Options, decode
 from model import Transformer, load_model
 from parts.distributed import compute_dtype
-from parts.program import HelpFormatter, InputError, positive, print_table, read_json_object, run_program, write_file
-from parts.rows import is_exact, json_values
+from parts.program import HelpFormatter, InputError, positive, print_table, run_program, write_file
+from parts.rows import Turn, is_exact, json_values
 from parts.testsets import Prompt, read_prompts
 from parts.tokenizers import load_tokenizer
 
@@ -47,7 +47,7 @@ def answer_losses(model: Transformer, documents: Documents) -> np.ndarray:
 
 
 def expected_documents(prompts: list[Prompt], template: str, tokenizer) -> Documents:
-    rendered = [render([*p.turns, ("assistant", p.expected)], TEMPLATES[template], tokenizer) for p in prompts]
+    rendered = [render([*p.turns, Turn("assistant", p.expected)], TEMPLATES[template], tokenizer) for p in prompts]
     tokens = np.concatenate([np.array(t, np.int32) for t, _ in rendered])
     supervised = np.concatenate([np.array(s, bool) for _, s in rendered])
     starts = np.cumsum([0, *(len(t) for t, _ in rendered)])
@@ -60,11 +60,11 @@ def measure(
     """Of each prompt, with the model of an HF folder: whether the answer is exact, or its loss; and the answers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(folder, compute_dtype("auto"), device), load_tokenizer(folder)
-    template = template or read_json_object(folder / "template.json").get("template", "phased")
+    template = choose_template(folder, tokenizer, template)[0]
     if what == "loss":
         return answer_losses(model, expected_documents(prompts, template, tokenizer)).tolist(), []
     if what == "told":
-        rendered = [render([("text", text)], TEMPLATES[template], tokenizer)[0][:-1] for text in told]
+        rendered = [render([Turn("text", text)], TEMPLATES[template], tokenizer)[0][:-1] for text in told]
         stop = {tokenizer.encode(".")[-1], *tokenizer.eos_ids}
         found = [text.split(".")[0] for text in answers(model, tokenizer, rendered, stop, most)]
     else:
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     what_help = "exact answers; mean loss of the answers expected; what is known as text; answers alone"
     add("--what", choices=TITLES, default="exact", help=what_help)
     add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
-    add("--template", choices=TEMPLATES, help="(default: what the folder's template.json says, else phased)")
+    add("--template", choices=TEMPLATES, help="(default: as the model folder's own chat template, else phased)")
     add("--json", type=Path, metavar="F", help="for each model, for each prompt: its value and its answer")
     add("--debug", action="store_true", help="show tracebacks")
     return run_program("measure.py", run, parser.parse_args(argv))

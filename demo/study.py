@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import TEMPLATES
+from data import TEMPLATES, choose_template
 from demo.arms import REPLAYED, Arm, Ground, cut_scores, held_back, make_arms, read_ground, stages_by
 from demo.findings import COMPARED, answers_of, file_name, write_findings
 from parts.api import ApiOptions
@@ -58,9 +58,10 @@ from parts.program import (
     write_lines,
 )
 from parts.prompts import judge_prompt
-from parts.rows import json_values
+from parts.rows import json_values, messages_of
 from parts.store import lock_folder
 from parts.testsets import read_prompts
+from parts.tokenizers import load_tokenizer
 from score import score_of
 
 DEMO = Path(__file__).resolve().parent
@@ -86,7 +87,7 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
         prompts, rows = read_prompts(path), []
         raw = [value if isinstance(value, dict) else {} for _, value in json_values(read_text(path))]
         for p, given in zip(prompts, raw if len(raw) == len(prompts) else [{}] * len(prompts)):
-            row = {"id": p.id, "dataset": p.dataset, "messages": [{"role": r, "content": c} for r, c in p.turns]}
+            row = {"id": p.id, "dataset": p.dataset, "messages": messages_of(p.turns)}
             row |= {"told": given["told"]} if isinstance(given.get("told"), str) else {}
             score = score_of(given, "score", p.where)
             row |= {} if score is None else {"score": score}
@@ -494,6 +495,7 @@ def carry_out(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], pr
 
 def run(args: argparse.Namespace) -> None:
     args.out, args.model = args.out.resolve(), args.model.resolve()
+    args.template = choose_template(args.model, load_tokenizer(args.model), args.template)[0]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
     inputs = [*args.scored, args.prompts, args.model, *([args.validation] if args.validation else [])]
     refuse_overwriting([args.out], inputs)
@@ -563,7 +565,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for key in given.keys() & OURS:
         parser.error(f"--{key.replace('_', '-')} belongs to the study, not behind --")
     args.trained = {key: value for key, value in sorted(given.items()) if key not in FREE}
-    args.template, args.max_len = (given.get(key, usual[key]) for key in ("template", "max_len"))
+    args.template, args.max_len = given.get("template"), given.get("max_len", usual["max_len"])
     if args.lr_grid is None:
         if not is_demo:
             parser.error("--lr-grid must be given for this --model, say 2e-6 5e-6 1e-5 2e-5 at 7 B")

@@ -23,7 +23,8 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     stages_help = "a data file, or folder of *.jsonl files, a stage; s1 finds s1.jsonl (without --model also in demo/)"
     add("--stages", nargs="+", default=demo_stages, metavar="F", help=stages_help)
     add("--eval", nargs="+", default=[], metavar="F", help="held-out data: the loss on it is measured")
-    add("--template", choices=templates, default="phased", help="how turns become text")
+    template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
+    add("--template", choices=templates, help=template_help)
     add("--max-len", type=positive, default=2048, help="tokens; longer rows are cut at the end")
     replay_help = "share of every earlier stage's rows mixed into a stage (default: 0; in the demo 0.1)"
     add("--replay", type=fraction, metavar="X", help=replay_help)

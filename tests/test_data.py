@@ -17,10 +17,12 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 import data
 from data import TEMPLATES, render
-from parts import tokenizers as T
+from parts import bpe
+from parts.bpe import BPETokenizer, read_tiktoken
+from parts.patterns import LLAMA3_PATTERN, compile_pattern
 from parts.program import InputError, sha256
-from parts.rows import read_rows
-from parts.tokenizers import SentencePieceTokenizer, load_tokenizer, read_tiktoken
+from parts.rows import Turn, read_rows
+from parts.tokenizers import SentencePieceTokenizer, load_tokenizer
 
 relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 UGLY = [
@@ -136,7 +138,7 @@ def test_user_defined_symbols_that_are_special_cannot_come_from_text(symbol_fold
     assert not set(ids) & set(tokenizer.specials.values())
     assert tokenizer.decode(ids) == text
     start = tokenizer.specials["<|im_start|>"]
-    assert start in render([("user", text)], TEMPLATES["chatml"], tokenizer)[0]
+    assert start in render([Turn("user", text)], TEMPLATES["chatml"], tokenizer)[0]
     assert tokenizer.decode([start, 400, *ids]) == text
 
 
@@ -152,7 +154,7 @@ def llama3(request):
     path = SHARED / "tokenizers" / "llama3.tiktoken"
     ranks = {base64.b64decode(a): int(b) for a, b in (line.split() for line in path.read_text().splitlines())}
     return read_tiktoken(path), tiktoken.Encoding(
-        "l3", pat_str=T.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        "l3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
 
 
@@ -177,10 +179,10 @@ def test_unicode_classes_are_those_of_tiktoken_at_every_code_point(name):
         "x", pat_str=rf"\p{{{name}}}", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
     )
     expected = set(bytes(theirs.encode_ordinary(everything)).decode())
-    ours = set(re.findall(T.compile_pattern(rf"\p{{{name}}}"), everything))
+    ours = set(re.findall(compile_pattern(rf"\p{{{name}}}"), everything))
     assert {f"{ord(c):x}" for c in ours ^ expected} == set()
-    assert re.findall(T.compile_pattern(rf"[^\p{{{name}}}]"), "aé1½ ٣") == re.findall(
-        T.compile_pattern(rf"\P{{{name}}}"), "aé1½ ٣"
+    assert re.findall(compile_pattern(rf"[^\p{{{name}}}]"), "aé1½ ٣") == re.findall(
+        compile_pattern(rf"\P{{{name}}}"), "aé1½ ٣"
     )
 
 
@@ -197,7 +199,7 @@ def test_a_long_run_of_one_letter_takes_no_quadratic_time(llama3, unit):
                 asked[0] += 1
                 return dict.get(self, *key)
 
-        counted = T.BytePairTokenizer(Counting(ours.vocab), None, ours.steps, {})
+        counted = BPETokenizer(Counting(ours.vocab), None, ours.steps, {})
         assert counted.encode(text[:size]) == theirs.encode_ordinary(text[:size])
         operations[size] = asked[0]
     assert operations[len(text)] < 4.5 * operations[len(text) // 4] + 100
@@ -209,7 +211,7 @@ PRE_TOKENIZERS = {
     "prefix space": (ByteLevel(add_prefix_space=True), None, []),
     "smollm": (Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]), None, []),
     "llama3": (
-        Sequence([Split(Regex(T.LLAMA3_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
+        Sequence([Split(Regex(LLAMA3_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
         None,
         [],
     ),
@@ -229,7 +231,7 @@ PRE_TOKENIZERS = {
     ),
     "removed, inverted": (
         Sequence(
-            [Split(Regex(T.LLAMA3_PATTERN), "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
+            [Split(Regex(LLAMA3_PATTERN), "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
         ),
         None,
         [],
@@ -278,7 +280,7 @@ def test_tokenizer_json_ids_are_those_of_tokenizers_on_any_text(json_pair, text)
 
 def test_real_llama3_as_tokenizer_json_gives_the_same_ids(llama3, shared, tmp_path):
     ours, theirs = llama3
-    letters = {b: c for c, b in T.byte_letters().items()}
+    letters = {b: c for c, b in bpe.byte_letters().items()}
 
     def text(piece):
         return "".join(letters[b] for b in piece)
@@ -298,7 +300,7 @@ def test_real_llama3_as_tokenizer_json_gives_the_same_ids(llama3, shared, tmp_pa
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": T.LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
             ],
         },
@@ -319,25 +321,21 @@ def test_real_llama3_as_tokenizer_json_gives_the_same_ids(llama3, shared, tmp_pa
 @pytest.mark.parametrize(
     "spec, word",
     [
-        ({}, "model"),
-        ([], "byte-level"),
+        ({}, "'model' is missing"),
+        ([], "not a tokenizer.json"),
         ({"model": {"vocab": {"▁a": 0}, "merges": []}}, "tokenizer.model"),
-        ({"model": {"vocab": {c: i for i, c in enumerate(T.byte_letters())}, "merges": []}}, "not supported"),
-        ({"model": {"vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+        ({"model": {"vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+        ({"model": {"vocab": {}, "merges": []}, "normalizer": {"type": "Precompiled"}}, "Precompiled"),
+        ({"model": {"vocab": {"<unk>": 0}, "merges": [], "type": "Unigram"}}, "Unigram"),
+        ({"model": {"vocab": {}, "merges": [], "unk_token": "<unk>"}}, "unk_token"),
         ({"model": {"vocab": {}, "merges": [], "dropout": 0.1}}, "dropout"),
-        (
-            {
-                "model": {"vocab": {"a": 0}, "merges": []},
-                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-            },
-            "byte 0",
-        ),
     ],
 )
 def test_a_tokenizer_json_that_would_tokenize_differently_is_refused(spec, word, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(InputError, match=word) as raised:
         load_tokenizer(tmp_path)
+    assert str(raised.value).startswith(str(tmp_path / "tokenizer.json"))
 
 
 def test_tokenizers_are_picked_by_what_is_there(shared, tmp_path):
@@ -360,7 +358,12 @@ def test_tokenizers_are_picked_by_what_is_there(shared, tmp_path):
 
 # ---------------------------------------------------------------- templates
 
-TURNS = [("user", "What is 2 + 2?"), ("assistant", "Four.</s>"), ("user", "{} and ‹eos›?"), ("assistant", "\n Five {}")]
+TURNS = [
+    Turn("user", "What is 2 + 2?"),
+    Turn("assistant", "Four.</s>"),
+    Turn("user", "{} and ‹eos›?"),
+    Turn("assistant", "\n Five {}"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -369,10 +372,22 @@ def byte_tokenizer():
     specials = {
         t: 300 + i
         for i, t in enumerate(
-            ["<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+            [
+                "<s>",
+                "</s>",
+                "<|start_header_id|>",
+                "<|end_header_id|>",
+                "<|eot_id|>",
+                "<|im_start|>",
+                "<|im_end|>",
+                "[INST]",
+                "[/INST]",
+                "[SYSTEM_PROMPT]",
+                "[/SYSTEM_PROMPT]",
+            ]
         )
     }
-    tokenizer = T.BytePairTokenizer({bytes([i]): i for i in range(256)}, {}, [], specials)
+    tokenizer = BPETokenizer({chr(i): i for i in range(256)}, {}, [], specials)
     tokenizer.bos_id, tokenizer.eos_ids = 300, [301]
     return tokenizer
 
@@ -383,7 +398,7 @@ def spell(tokenizer, ids):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("system", [[], [("system", "Be brief.")]])
+@pytest.mark.parametrize("system", [[], [Turn("system", "Be brief.")]])
 def test_a_prompt_is_the_prefix_of_the_document_it_was_trained_in(name, system, byte_tokenizer):
     turns = system + TURNS
     document, supervised = render(turns, TEMPLATES[name], byte_tokenizer)
@@ -391,7 +406,7 @@ def test_a_prompt_is_the_prefix_of_the_document_it_was_trained_in(name, system, 
         prompt, _ = render(turns[:end], TEMPLATES[name], byte_tokenizer)
         assert document[: len(prompt)] == prompt
         assert supervised[len(prompt)] and not supervised[len(prompt) - 1]
-    answers = [text for role, text in turns if role == "assistant"]
+    answers = [text for role, text, _ in turns if role == "assistant"]
     learnt = spell(byte_tokenizer, [t for t, s in zip(document, supervised) if s])
     end_of_turn = TEMPLATES[name].answer[-1].strip("‹›").replace("eos", "</s>")
     pad = " " if name == "llama2" else ""
@@ -400,13 +415,15 @@ def test_a_prompt_is_the_prefix_of_the_document_it_was_trained_in(name, system, 
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("turns", [TURNS, TURNS[:3], [("system", "Be brief."), *TURNS], [("system", "{'"), TURNS[0]]])
+@pytest.mark.parametrize(
+    "turns", [TURNS, TURNS[:3], [Turn("system", "Be brief."), *TURNS], [Turn("system", "{'"), TURNS[0]]]
+)
 def test_the_exported_chat_template_renders_what_we_render(name, turns, byte_tokenizer):
     import jinja2
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers compiles it
-    text = environment.from_string(data.chat_template(TEMPLATES[name])).render(
-        messages=[{"role": r, "content": t} for r, t in turns],
+    text = environment.from_string(data.chat_template(TEMPLATES[name], byte_tokenizer)).render(
+        messages=[{"role": r, "content": t} for r, t, _ in turns],
         bos_token="<s>",
         eos_token="</s>",
         add_generation_prompt=turns[-1][0] == "user",
@@ -416,7 +433,7 @@ def test_the_exported_chat_template_renders_what_we_render(name, turns, byte_tok
 
 def test_phased_template_is_the_papers_token_for_token(piece_pair):
     ours, theirs = piece_pair
-    tokens, supervised = render([("user", "Hi there"), ("assistant", "Hello!")], TEMPLATES["phased"], ours)
+    tokens, supervised = render([Turn("user", "Hi there"), Turn("assistant", "Hello!")], TEMPLATES["phased"], ours)
     pieces = [[1], theirs.encode("User: Hi there"), [2], theirs.encode("\nAssistant: "), theirs.encode("Hello!"), [2]]
     assert tokens == [t for piece in pieces for t in piece]
     assert supervised == [False] * (len(tokens) - len(pieces[4]) - 1) + [True] * (len(pieces[4]) + 1)
@@ -424,13 +441,13 @@ def test_phased_template_is_the_papers_token_for_token(piece_pair):
 
 def test_plain_text_is_supervised_from_its_first_token(piece_pair):
     ours, theirs = piece_pair
-    tokens, supervised = render([("text", "Once upon")], TEMPLATES["phased"], ours)
+    tokens, supervised = render([Turn("text", "Once upon")], TEMPLATES["phased"], ours)
     assert tokens == [1, *theirs.encode("Once upon"), 2] and supervised == [False] + [True] * (len(tokens) - 1)
 
 
 def test_a_template_whose_token_is_missing_says_so(piece_pair):
     with pytest.raises(InputError, match="start_header_id"):
-        render([("user", "x")], TEMPLATES["llama3"], piece_pair[0])
+        render([Turn("user", "x")], TEMPLATES["llama3"], piece_pair[0])
 
 
 # ---------------------------------------------------------------- rows
@@ -450,7 +467,7 @@ def test_every_row_format_becomes_the_same_turns(form, as_array, tmp_path):
     text = json.dumps(rows, indent=2) if as_array else "\n".join(map(json.dumps, rows)) + "\n\n"
     (tmp_path / "f.json").write_text("\ufeff" + text, encoding="utf-8")
     got, bad = read_rows(tmp_path / "f.json")
-    assert bad == [] and [r.turns for r in got] == [[("user", "q"), ("assistant", "a")]] * 3
+    assert bad == [] and [r.turns for r in got] == [[Turn("user", "q"), Turn("assistant", "a")]] * 3
     assert got[0].score == (3.5 if form == "phased" else None) and got[0].raw == rows[0]
     lines = text.split("\n")
     for row in got:
@@ -461,8 +478,8 @@ def test_every_row_format_becomes_the_same_turns(form, as_array, tmp_path):
 def test_input_is_joined_to_the_instruction_and_text_is_text(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Add.", "input": "1 2", "output": "3"}))
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "once"}))
-    assert read_rows(tmp_path / "a.jsonl")[0][0].turns[0] == ("user", "Add.\n1 2")
-    assert read_rows(tmp_path / "t.jsonl")[0][0].turns == [("text", "once")]
+    assert read_rows(tmp_path / "a.jsonl")[0][0].turns[0] == Turn("user", "Add.\n1 2")
+    assert read_rows(tmp_path / "t.jsonl")[0][0].turns == [Turn("text", "once")]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import generate
 from generate import Options
 from model import load_model
 from parts.program import InputError, printable
-from parts.rows import read_rows, row_turns
+from parts.rows import Turn, read_rows, row_turns
 from parts.store import Store
 from parts.testsets import prompt_of, read_prompts
 from parts.tokenizers import SentencePieceTokenizer
@@ -166,14 +166,14 @@ def test_the_test_sets_are_read_in_their_own_formats(name, count, first, shared)
 @pytest.mark.parametrize(
     "row, turns",
     [
-        ({"instruction": "a", "input": "b"}, [("user", "a\nb")]),
-        ({"instruction": "a", "input": " ", "output": "c"}, [("user", "a")]),
-        ({"prompt": "p"}, [("user", "p")]),
-        ({"text": "p"}, [("user", "p")]),
-        ({"data": ["q", "a"]}, [("user", "q")]),
+        ({"instruction": "a", "input": "b"}, [Turn("user", "a\nb")]),
+        ({"instruction": "a", "input": " ", "output": "c"}, [Turn("user", "a")]),
+        ({"prompt": "p"}, [Turn("user", "p")]),
+        ({"text": "p"}, [Turn("user", "p")]),
+        ({"data": ["q", "a"]}, [Turn("user", "q")]),
         (
             {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
-            [("system", "s"), ("user", "u")],
+            [Turn("system", "s"), Turn("user", "u")],
         ),
         (
             {
@@ -183,7 +183,7 @@ def test_the_test_sets_are_read_in_their_own_formats(name, count, first, shared)
                     {"from": "human", "value": "3"},
                 ]
             },
-            [("user", "1"), ("assistant", "2"), ("user", "3")],
+            [Turn("user", "1"), Turn("assistant", "2"), Turn("user", "3")],
         ),
     ],
 )
@@ -205,7 +205,7 @@ def test_bad_prompts_are_listed_with_their_place(tmp_path):
         read_prompts(tmp_path / "x.jsonl")
     assert all(f"x.jsonl:{k}" in str(e.value) for k in (2, 3, 4, 5)) and "x.jsonl:1:" not in str(e.value)
     (tmp_path / "y").write_text("one\n\ntwo {\n")
-    assert [p.turns for p in read_prompts(tmp_path / "y")] == [[("user", "one")], [("user", "two {")]]
+    assert [p.turns for p in read_prompts(tmp_path / "y")] == [[Turn("user", "one")], [Turn("user", "two {")]]
 
 
 # ---------------------------------------------------------------- the program

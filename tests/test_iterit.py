@@ -19,6 +19,7 @@ from test_score import reference_choice
 import data
 import score
 import train
+from parts.rows import Turn
 from parts.state import read_about
 from parts.tokenizers import load_tokenizer
 
@@ -70,7 +71,7 @@ def test_the_choice_of_every_epoch_is_that_of_transformers_and_scikit_learn(shar
     documents = []
     for row in rows:
         tokens, supervised = data.render(
-            [("user", row["data"][0]), ("assistant", row["data"][1])], data.TEMPLATES["phased"], tokenizer
+            [Turn("user", row["data"][0]), Turn("assistant", row["data"][1])], data.TEMPLATES["phased"], tokenizer
         )
         documents.append((torch.tensor(tokens[:140]), torch.tensor(supervised[:140])))
     answers = [tokenizer.decode(t[s].tolist()) for t, s in documents]

@@ -116,7 +116,7 @@ def exported(model, folder, template):
     )
     (folder / "x" / "template.json").write_text(json.dumps({"template": template}))
     stop = data.stop_ids(data.TEMPLATES[template], load_tokenizer(model))
-    copy_tokenizer(model, folder / "x", data.chat_template(data.TEMPLATES[template]), stop)
+    copy_tokenizer(model, folder / "x", data.chat_template(data.TEMPLATES[template], load_tokenizer(model)), stop)
     return folder / "x"
 
 

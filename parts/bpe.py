@@ -1,0 +1,396 @@
+"""Byte-pair encoding as Hugging Face's `tokenizers` and tiktoken compute it, and the files that describe it.
+
+A text is normalized, cut into words, each word into symbols of one character; then the pair of symbols whose merge has
+the lowest rank is merged, leftmost first, until no pair can be. There are two kinds of vocabulary:
+
+- byte-level (GPT-2, Llama-3, SmolLM2): a symbol is a byte, written as the character of that number (latin-1);
+- of characters (Llama-2, Mistral, TinyLlama as transformers saves them): spaces are "▁", and a character that is not in
+  the vocabulary becomes its UTF-8 bytes, "<0xE2>" and so on.
+"""
+
+import base64
+import heapq
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+from parts.patterns import GPT2_PATTERN, LLAMA3_PATTERN, compile_pattern, cut
+from parts.program import InputError
+
+UNKNOWN = "\U0010ffff unknown"  # stands for unk_token among the symbols; no text of one character equals it
+
+
+class AddedTokens:
+    """Strings that become one token wherever a text holds them. A special token's name keeps to plain text."""
+
+    def __init__(self, ids: dict[str, int | None]):
+        """`ids`: {string: id, or None for the name of a special token}."""
+        names = sorted(ids, key=len, reverse=True)  # `tokenizers` takes the leftmost match, then the longest
+        found = any(i is not None for i in ids.values())
+        self.ids, self.pattern = ids, re.compile("|".join(map(re.escape, names))) if found else None
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The ids of the added tokens in `text` and the texts between them, in order; no text is empty."""
+        end = 0
+        for match in self.pattern.finditer(text) if self.pattern else ():
+            token = self.ids[match.group()]
+            if token is not None:
+                if match.start() > end:
+                    yield text[end : match.start()]
+                yield token
+                end = match.end()
+        if end < len(text):
+            yield text[end:]
+
+
+class BPETokenizer:
+    """A byte-pair encoder. Text never becomes a special token: `encode` makes none, whatever the text holds.
+
+    vocab: {symbols: id}. merges: {(left, right): rank}, or None where the rank of a merge is the id of what it makes
+    (tiktoken). normalize: applied to a text first. steps: functions (text, whether it begins the document) -> words,
+    applied one after the other. specials, text_tokens: {text: id} of the added tokens that text cannot and can make;
+    `normalized` names those that are looked for after normalization. ignore_merges: a word in vocab is one token.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: dict[tuple[str, str], int] | None,
+        steps: list[Callable[[str, bool], list[str]]],
+        specials: dict[str, int],
+        text_tokens: dict[str, int] | None = None,
+        *,
+        byte_level: bool = True,
+        byte_fallback: bool = False,
+        normalize: Callable[[str], str] = str,
+        normalized: set[str] = frozenset(),
+        ignore_merges: bool = False,
+        unknown: int | None = None,
+        fuse_unknown: bool = False,
+        strip_first_space: bool = False,
+        prefix_space: str = "",
+    ):
+        self.merges, self.steps, self.specials, self.text_tokens = merges, steps, specials, text_tokens or {}
+        self.byte_level, self.normalize, self.ignore_merges = byte_level, normalize, ignore_merges
+        self.byte_fallback, self.fuse_unknown, self.strip_first_space = byte_fallback, fuse_unknown, strip_first_space
+        self.prefix_space = (
+            prefix_space  # in front of every text ("always"), of a document's first ("first"), of none ("")
+        )
+        self.vocab = vocab if unknown is None else vocab | {UNKNOWN: unknown}
+        self.alphabet = frozenset(piece for piece in vocab if len(piece) == 1)
+        self.missing_bytes = bytes(b for b in range(256) if chr(b) not in vocab) if byte_level else b""
+        added = dict.fromkeys(specials) | self.text_tokens
+        self.added = AddedTokens({name: i for name, i in added.items() if name not in normalized})
+        self.added_normalized = AddedTokens({normalize(name): i for name, i in added.items() if name in normalized})
+        to_bytes = piece_bytes_of_byte_level if byte_level else piece_bytes_of_characters
+        self.pieces = {i: to_bytes(piece) for piece, i in vocab.items()}
+        for name, i in self.text_tokens.items():
+            name = normalize(name) if name in normalized else name
+            self.pieces[i] = name.encode() if byte_level else to_bytes(name)
+        self.vocab_size = max([*self.pieces, *specials.values()], default=0) + 1
+        self.bos_id, self.eos_ids = None, []
+        self.encode_word_cached = lru_cache(maxsize=2**16)(self.encode_word)
+
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Token ids. `first`: the text begins a document, where some vocabularies put a space in front."""
+        ids = []
+        for i, part in enumerate(self.added.split(text)):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            for j, piece in enumerate(self.added_normalized.split(self.normalize(part))):
+                if isinstance(piece, int):
+                    ids.append(piece)
+                    continue
+                for word in self.words(piece, first and i == j == 0):
+                    ids += self.encode_word_cached(word) if len(word) < 256 else self.encode_word(word)
+        return ids
+
+    def words(self, text: str, first: bool) -> list[str]:
+        words = [text]
+        for step in self.steps:
+            words = [w for i, word in enumerate(words) for w in step(word, first and i == 0)]
+        return [word.encode().decode("latin-1") for word in words] if self.byte_level else words
+
+    def symbols(self, word: str) -> list[str]:
+        """The symbols that a word begins as. What is not in the vocabulary becomes bytes, else the unknown token, else
+        nothing, as in `tokenizers`."""
+        if self.alphabet.issuperset(word):
+            return list(word)
+        out, unknown = [], 0
+        for character in word:
+            if character in self.alphabet:
+                out += [UNKNOWN] * unknown + [character]
+                unknown = 0
+            elif self.byte_fallback and self.vocab.keys() >= set(spelled := byte_tokens(character)):
+                out += spelled
+            elif UNKNOWN in self.vocab:
+                unknown = 1 if self.fuse_unknown else unknown + 1
+        return out + [UNKNOWN] * unknown
+
+    def encode_word(self, word: str) -> list[int]:
+        """Merge the pair of lowest rank, leftmost first, until none is left. O(n log n): a heap over a linked list."""
+        if self.ignore_merges and word in self.vocab:
+            return [self.vocab[word]]
+        parts = self.symbols(word)
+        after, before = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))
+        heap = []
+
+        def offer(i: int, j: int) -> None:
+            left, right = parts[i], parts[j]
+            rank = self.vocab.get(left + right) if self.merges is None else self.merges.get((left, right))
+            if rank is not None:
+                heapq.heappush(heap, (rank, i, left, right))
+
+        for i in range(len(parts) - 1):
+            offer(i, i + 1)
+        while heap:
+            _, i, left, right = heapq.heappop(heap)
+            j = after[i]
+            if parts[i] != left or j == len(parts) or parts[j] != right:
+                continue  # one of the two has been merged with another neighbour since
+            parts[i], parts[j] = left + right, ""
+            after[i] = k = after[j]
+            if k < len(parts):
+                before[k] = i
+                offer(i, k)
+            if before[i] >= 0:
+                offer(before[i], i)
+        return [self.vocab[p] for p in parts if p]
+
+    def loses(self, text: str) -> bool:
+        """Whether `encode` drops characters of the text or replaces them by the unknown token."""
+        if self.byte_level:
+            content = self.normalize(text).encode() if self.missing_bytes else b""
+            return len(content.translate(None, self.missing_bytes)) < len(content)
+        missing = set("".join(self.words(self.normalize(text), True))) - self.alphabet
+        return any(not (self.byte_fallback and self.vocab.keys() >= set(byte_tokens(c))) for c in missing)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens left out, bytes that are not UTF-8 replaced."""
+        special = set(self.specials.values())
+        content = b"".join(self.pieces.get(int(i), b"") for i in ids if int(i) not in special)
+        text = content.decode("utf-8", "replace")
+        return text[1:] if self.strip_first_space and text.startswith(" ") else text
+
+
+def byte_tokens(character: str) -> list[str]:
+    """The tokens that stand for the UTF-8 bytes of a character in a vocabulary of characters."""
+    return [f"<0x{b:02X}>" for b in character.encode()]
+
+
+def piece_bytes_of_byte_level(piece: str) -> bytes:
+    try:
+        return piece.encode("latin-1")
+    except UnicodeEncodeError:  # a token that no text makes
+        return piece.encode()
+
+
+def piece_bytes_of_characters(piece: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+# ---------------------------------------------------------------- tiktoken
+
+
+def read_tiktoken(path: Path) -> BPETokenizer:
+    """Llama-3's ranks: a line "base64 rank" a token. Its 256 special tokens follow; names as in Llama 3.1 and later."""
+    try:
+        lines = [line.split() for line in path.read_text(encoding="ascii").split("\n") if line]
+        vocab = {base64.b64decode(piece, validate=True).decode("latin-1"): int(rank) for piece, rank in lines}
+    except (ValueError, IndexError) as e:
+        raise InputError(f"{path}: not a file of tiktoken ranks ({e})") from None
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise InputError(f"{path}: the ranks are not 0 to {len(vocab) - 1}, each once")
+    named = {
+        0: "begin_of_text",
+        1: "end_of_text",
+        4: "finetune_right_pad_id",
+        6: "start_header_id",
+        7: "end_header_id",
+        8: "eom_id",
+        9: "eot_id",
+        10: "python_tag",
+    }
+    reserved = iter(f"reserved_special_token_{i}" for i in range(256))
+    specials = {f"<|{named.get(i) or next(reserved)}|>": len(vocab) + i for i in range(256)}
+    pattern = compile_pattern(LLAMA3_PATTERN)
+    tokenizer = BPETokenizer(vocab, None, [lambda text, first: cut(pattern, False, text)], specials)
+    tokenizer.bos_id, tokenizer.eos_ids = specials["<|begin_of_text|>"], [specials["<|end_of_text|>"]]
+    return tokenizer
+
+
+# ---------------------------------------------------------------- tokenizer.json
+
+
+def read_tokenizer_json(path: Path, declared: dict[str, tuple[int, bool]]) -> BPETokenizer:
+    """An HF tokenizer.json with a BPE model of either kind. What would tokenize differently and is not supported is an
+    InputError. `declared`: {text: (id, is special)} of what tokenizer_config.json and its kin add; they override."""
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        return parse_tokenizer_json(spec, declared)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
+    except KeyError as e:
+        raise InputError(f"{path}: not a tokenizer.json of a BPE model: {e} is missing") from None
+    except (TypeError, AttributeError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not a tokenizer.json of a BPE model ({e})") from None
+
+
+def parse_tokenizer_json(spec: dict, declared: dict[str, tuple[int, bool]]) -> BPETokenizer:
+    model = spec["model"]
+    vocab, merges = model["vocab"], model["merges"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    if model.get("type", "BPE") != "BPE":
+        raise InputError(f"a {model['type']} model is not supported, only BPE")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise unsupported({key: model[key]})
+    pre = spec.get("pre_tokenizer") or {}
+    byte_level = "ByteLevel" in json.dumps(pre)
+    normalize, prepends = read_normalizer(spec.get("normalizer"))
+    steps, scheme = read_pre_tokenizer(pre)
+    specials, text_tokens, normalized = read_added_tokens(spec.get("added_tokens") or [], declared)
+    unknown = model.get("unk_token")
+    unknown_id = None if unknown is None else vocab.get(unknown, specials.get(unknown))
+    if unknown is not None and unknown_id is None:
+        raise InputError(f"unk_token {unknown!r} is not in the vocabulary")
+    known = {*specials, *text_tokens, unknown}
+    if byte_level:
+        table = {ord(letter): byte for letter, byte in byte_letters().items()}
+        text_tokens_of_letters = {t for t in text_tokens if table.keys() >= set(map(ord, t))}
+        kept = {t: i for t, i in vocab.items() if t not in known or t in text_tokens_of_letters}
+        vocab = {t.translate(table): i for t, i in kept.items()}
+        merges = [(a.translate(table), b.translate(table)) for a, b in merges]
+    else:
+        if not prepends and not scheme:
+            raise InputError(
+                "neither byte-level nor of the SentencePiece kind: it has no ByteLevel or Metaspace pre-tokenizer and "
+                "no Prepend normalizer. If the model has a tokenizer.model, put that into the folder"
+            )
+        vocab = {t: i for t, i in vocab.items() if t not in known}
+        splittable = not model.get("ignore_merges") and not any("▁" in t.lstrip("▁") for t in vocab)
+        if "▁" in vocab and splittable:  # no merge reaches across the border of a word: cut there, and cache words
+            steps.append(lambda text, first: re.findall("▁*[^▁]+|▁+", text))
+    missing = next((f"{a} {b}" for a, b in merges if a + b not in vocab), None)
+    if missing:
+        raise InputError(f"the merge {missing!r} makes a token that is not in the vocabulary")
+    decoder = json.dumps(spec.get("decoder") or {})
+    return BPETokenizer(
+        vocab,
+        {pair: rank for rank, pair in enumerate(merges)},
+        steps,
+        specials,
+        text_tokens,
+        byte_level=byte_level,
+        byte_fallback=bool(model.get("byte_fallback")) and not byte_level,
+        normalize=normalize,
+        normalized=normalized,
+        ignore_merges=bool(model.get("ignore_merges")),
+        unknown=unknown_id,
+        fuse_unknown=bool(model.get("fuse_unk")),
+        strip_first_space='"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder),
+        prefix_space="always" if prepends else {"never": ""}.get(scheme, scheme),
+    )
+
+
+def unsupported(what) -> InputError:
+    return InputError(f"not supported: {json.dumps(what)[:200]}")
+
+
+def byte_letters() -> dict[str, int]:
+    """GPT-2's alphabet: every byte as one printable letter, {letter: byte}; bytes without one follow from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def read_added_tokens(
+    added: list[dict], declared: dict[str, tuple[int, bool]]
+) -> tuple[dict[str, int], dict[str, int], set[str]]:
+    """Special tokens and text tokens, {text: id}, and the texts of those that are looked for after normalization."""
+    specials, text_tokens, normalized = {}, {}, set()
+    listed = {a["content"]: (int(a["id"]), bool(a.get("special"))) for a in added}
+    for text, (i, special) in (declared | listed).items():
+        is_special = special or declared.get(text, (i, False))[1]
+        (specials if is_special else text_tokens)[text] = i
+    for a in added:
+        if a["content"] in text_tokens and (a.get("single_word") or a.get("lstrip") or a.get("rstrip")):
+            raise unsupported(a)
+        if a.get("normalized"):
+            normalized.add(a["content"])
+    return specials, text_tokens, normalized
+
+
+def read_normalizer(spec: dict | None) -> tuple[Callable[[str], str], bool]:
+    """The function that a normalizer is, and whether it puts something in front of every text."""
+    functions, prepends = [], False
+    for part in [] if not spec else spec["normalizers"] if spec.get("type") == "Sequence" else [spec]:
+        match part:
+            case {"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}:
+                functions.append(partial(unicodedata.normalize, form))
+            case {"type": "Prepend", "prepend": str(prefix)}:
+                functions.append(lambda text, prefix=prefix: prefix + text if text else text)
+                prepends = True
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
+                functions.append(lambda text, old=old, new=new: text.replace(old, new))
+            case {"type": "Replace", "pattern": {"Regex": str(pattern)}, "content": str(new)}:
+                compiled = compile_pattern(pattern)
+                functions.append(lambda text, old=compiled, new=new: old.sub(lambda m: new, text))
+            case _:
+                raise unsupported(part)
+
+    def normalize(text: str) -> str:
+        for function in functions:
+            text = function(text)
+        return text
+
+    return normalize, prepends
+
+
+def read_pre_tokenizer(spec: dict) -> tuple[list[Callable[[str, bool], list[str]]], str]:
+    """The steps that cut a text into words, and when they put a space in front: "always", "first", "never" or "" (they
+    never look for one)."""
+    steps, scheme = [], ""
+    parts = spec["pretokenizers"] if spec.get("type") == "Sequence" else [spec] if spec else []
+    for k, part in enumerate(parts):
+        match part:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
+                steps.append(cutting(pattern, True))
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"String": text}}:
+                steps.append(cutting(re.escape(text), True))
+            case {"type": "Split", "behavior": "Removed", "invert": True, "pattern": {"Regex": pattern}}:
+                steps.append(cutting(pattern, False))
+            case {"type": "Digits", "individual_digits": bool(alone)}:
+                steps.append(cutting(r"\p{N}" if alone else r"\p{N}+", True))
+            case {"type": "ByteLevel", "add_prefix_space": bool(prefix)} if k == len(parts) - 1:
+                if prefix:
+                    scheme = "always"
+                    steps.append(lambda text, first: [text if text.startswith(" ") else " " + text])
+                if part.get("use_regex", True):
+                    steps.append(cutting(GPT2_PATTERN, True))
+            case {"type": "Metaspace", "replacement": "▁"}:
+                scheme = part.get("prepend_scheme", "always") if part.get("add_prefix_space", True) else "never"
+                if scheme not in ("always", "first", "never"):
+                    raise unsupported(part)
+                steps.append(partial(metaspace_words, scheme=scheme, split=part.get("split", True)))
+            case _:
+                raise unsupported(part)
+    return steps, scheme
+
+
+def cutting(pattern: str, keep_between: bool) -> Callable[[str, bool], list[str]]:
+    compiled = compile_pattern(pattern)
+    return lambda text, first: cut(compiled, keep_between, text)
+
+
+def metaspace_words(text: str, first: bool, scheme: str, split: bool) -> list[str]:
+    """`tokenizers`' Metaspace: spaces become "▁", with one in front unless there is one already."""
+    text = text.replace(" ", "▁")
+    if (scheme == "always" or (scheme == "first" and first)) and not text.startswith("▁"):
+        text = "▁" + text
+    return re.findall("▁[^▁]*|[^▁]+", text) if split else [text]
