@@ -177,7 +177,7 @@ class BatchClient(Client):
                 if wanted and reply.status and self.is_final(reply):
                     self.keep_end(question, "refused", said)
                 else:
-                    self.came_to_nothing(question, said, 1 if reply.status else 2, wanted)
+                    self.came_to_nothing(question, said, 2 if reply.status in (0, 200) else 1, wanted)
             except WorkError as e:
                 self.stop(e)
 

@@ -358,12 +358,12 @@ class Client:
 
     def asked_of(self, question: Question) -> list[dict] | str | list[int]:
         """The question; after a reply that could not be parsed, that reply and a reminder of what is wanted."""
-        records = self.store.of(question.key)
         if question.prompt is not None:
             return question.prompt
-        if not records or "reply" not in records[-1]:
+        said = next((r["reply"] for r in reversed(self.store.of(question.key)) if "reply" in r), None)
+        if said is None:
             return question.messages
-        reply = {"role": "assistant", "content": records[-1]["reply"]}
+        reply = {"role": "assistant", "content": said}
         return [*question.messages, reply, {"role": "user", "content": self.reminder}]
 
     def is_open(self, question: Question) -> bool:
