@@ -3,6 +3,7 @@ progress."""
 
 import argparse
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -249,6 +250,7 @@ def refuse_overwriting(outputs: list[Path], inputs: list[Path], folders: bool = 
                 f"writing {out} could overwrite unfinished work of another output: choose another name for it"
             )
         beside = [out.with_name(out.name + end) for end in (".tmp", ".partial.jsonl", ".batch.json")]
+        beside += out.parent.glob(f"{glob.escape(out.name)}.partial.*.jsonl")  # of the ranks of generate.py
         for path in (out, *beside):
             same = (was for was in known if path.exists() and was.exists() and path.samefile(was))  # a link to it
             harmed = known.get(path.resolve()) or known.get(next(same, None))

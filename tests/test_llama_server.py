@@ -60,7 +60,7 @@ def llama(tmp_path):
             "-np",
             "2",
             "-t",
-            "2",
+            "1",
             "--host",
             "127.0.0.1",
             "--port",
@@ -89,7 +89,8 @@ def test_difficulty_through_a_kill_with_a_row_beyond_the_context(llama, tmp_path
     env, source = llama("root ::= [1-5]"), make_rows(tmp_path / "in.jsonl", 8)
     long = {"id": "long", "instruction": "Sum up: " + "one word and another " * 600, "output": "Words."}
     source.write_text(source.read_text() + json.dumps(long) + "\n")
-    more = ["--instruction-only", "--concurrency", "2", "--api-model", "smollm2"]
+    (tmp_path / "prompt.txt").write_text("{instruction}\nHow hard is that, from 1 to 5?")  # short: it takes no time
+    more = ["--prompt-file", tmp_path / "prompt.txt", "--concurrency", "2", "--api-model", "smollm2"]
     command = ["difficulty", source, "--out", tmp_path / "o.jsonl", *more]
     process = subprocess.Popen([sys.executable, ROOT / "score.py", *command], env=env, stdout=subprocess.DEVNULL)
     kill_after(process, tmp_path / "o.jsonl.partial.jsonl", 3)
@@ -116,7 +117,9 @@ def test_answers_are_those_that_the_server_gives(llama, tmp_path):
 
 def test_a_weak_judge_in_form_and_out_of_it(llama, tmp_path):
     a, b = (write_answers(tmp_path / f"{n}.json", [1, 2], n) for n in "ab")
-    compare(llama('root ::= [0-9] " " [0-9]'), a, b, "--concurrency", "2")
+    (tmp_path / "prompt.txt").write_text("{question}\n{answer_1}\n{answer_2}\nTwo scores from 1 to 10:")
+    how = ["--concurrency", "2", "--prompt-file", tmp_path / "prompt.txt"]
+    compare(llama('root ::= [0-9] " " [0-9]'), a, b, *how)
     assert all(r["verdict"] in ("win", "tie", "loss") and None not in r["scores"] for r in lines(tmp_path / "v.jsonl"))
-    done = compare(llama("root ::= [a-z]+"), a, b, "--concurrency", "2", "--max-tokens", "4", out="u.jsonl", expect=1)
+    done = compare(llama("root ::= [a-z]+"), a, b, *how, "--max-tokens", "4", out="u.jsonl", expect=1)
     assert {r["verdict"] for r in lines(tmp_path / "u.jsonl")} == {"unparsed"} and "raise --max-tokens" in done.stderr

@@ -386,3 +386,7 @@ def test_generate_refuses_to_write_onto_what_is_read_or_needed(bench, tmp_path):
             given = ["--model", bench / "m", *more, "--prompts", tmp_path / "p.jsonl", "--out", out]
             assert str(out) in run(generate, os.environ, *given, expect=2).stderr
     assert (bench / "m" / "config.json").read_bytes() == before
+    prompts = tmp_path / "p.jsonl.partial.0.jsonl"
+    prompts.write_text((tmp_path / "p.jsonl").read_text())
+    given = ["--model", bench / "m", "--prompts", prompts, "--out", tmp_path / "p.jsonl"]
+    assert "overwrite" in run(generate, os.environ, *given, expect=2).stderr and prompts.exists()
