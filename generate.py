@@ -35,14 +35,17 @@ from parts.program import (
     from_arguments,
     leave,
     positive,
+    print_last_line,
     print_listed,
     print_table,
     printable,
     progress,
     read_json_object,
+    refuse_overwriting,
     run_program,
     write_file,
 )
+from parts.questions import state_of
 from parts.rows import Turn, is_exact
 from parts.slots import MOST, USED, Group, describe, plan_groups, slot_bytes, told_of_memory, working_bytes
 from parts.store import Store
@@ -409,11 +412,14 @@ def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, 
         path.unlink()
     print_listed("prompts could not be answered", errors)
     table = []
-    for name, of in by_dataset.items():
-        sizes = [f"{np.mean([r[k] for r in of]):,.0f}" for k in ("prompt_tokens", "output_tokens")]
-        cut = np.mean([r["finish_reason"] == "length" for r in of])
-        right = [is_exact(r["output"], r["expected"]) for r in of if "expected" in r]
-        table.append((name, f"{len(of):,}", *sizes, f"{cut:.0%}", f"{np.mean(right):.0%}" if right else "–"))
+    for name, every in by_dataset.items():
+        of = [r for r in every if "error" not in r]
+        about = ("–", "–", "–")
+        if of:
+            sizes = [f"{np.mean([r[k] for r in of]):,.0f}" for k in ("prompt_tokens", "output_tokens")]
+            about = (*sizes, f"{np.mean([r['finish_reason'] == 'length' for r in of]):.0%}")
+        right = [is_exact(r["output"], r["expected"]) for r in every if "expected" in r]
+        table.append((name, f"{len(of):,}", *about, f"{np.mean(right):.0%}" if right else "–"))
     print_table(("dataset", "answers", "prompt tokens", "output tokens", "cut at the limit", "as expected"), table)
     print(f"{out}: {len(rows):,} answers")
 
@@ -474,9 +480,9 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
         counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts if p.key not in guessed]
         other = [f"{p.where}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
         print_listed("prompts have another number of tokens at the server: another BOS, or another tokenizer", other)
-    refused = sum("error" in done[q.key] for q in questions)
-    if refused > 0.05 * len(questions):
-        raise WorkError(f"{refused:,} of {len(questions):,} prompts were refused (--ask-refused asks them again)")
+    states = [state_of(store.of(q.key)) for q in questions]
+    failed = {kind: states.count(kind) for kind in ("refused", "failed", "unparsed")}
+    print_last_line(f"{len(questions):,} prompts asked", len(questions), failed)
 
 
 # ---------------------------------------------------------------- in the terminal
@@ -586,8 +592,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out and args.out.resolve() in [path.resolve() for path in args.prompts or []]:
-        raise InputError(f"--out {args.out} is read as prompts: it would be overwritten")
+    if args.out:
+        read = [*(args.prompts or []), *(args.model.glob("*") if args.model else [])]
+        refuse_overwriting([args.out], read)
     prompts = [p for path in args.prompts or [] for p in read_prompts(path)]
     if is_first_rank():
         print_later_turns(prompts)

@@ -37,7 +37,7 @@ from parts.program import (
     write_lines,
 )
 from parts.prompts import JUDGE_REMINDER, PLACES, judge_prompt
-from parts.questions import fence, fill, make_question, state_of, value_of
+from parts.questions import fence, fill, make_question, reason_of, state_of, value_of
 from parts.record import forgetting
 from parts.replies import parse_scores
 from parts.rows import is_exact, json_values, read_rows
@@ -155,7 +155,7 @@ def judge_exactly(pairs: list[Pair]) -> list[dict]:
     return rows
 
 
-def in_both_orders(pair: Pair, prompt: str, model: str, repeat: int) -> list:
+def in_both_orders(pair: Pair, prompt: str, options: ApiOptions, repeat: int) -> list:
     """The two questions about a pair; none where the answers are identical."""
     if pair.answer == pair.against:
         return []
@@ -163,7 +163,7 @@ def in_both_orders(pair: Pair, prompt: str, model: str, repeat: int) -> list:
     for answers in ((pair.answer, pair.against), (pair.against, pair.answer)):
         fenced = [fence(pair.instruction, "question"), fence(answers[0], "answer 1"), fence(answers[1], "answer 2")]
         text = fill(prompt, dict(zip(PLACES, fenced)))
-        questions.append(make_question(model, text, f"{pair.dataset} {pair.id}", repeat))
+        questions.append(make_question(options, text, f"{pair.dataset} {pair.id}", repeat))
     return questions
 
 
@@ -174,16 +174,18 @@ def verdict_of(questions: list, store: Store) -> dict:
     orders = [store.of(q.key) for q in questions]
     ahead, behind = map(value_of, orders)
     scores = [ahead, behind and behind[::-1]]
-    failed = next((state_of(records) for records in orders if state_of(records) != "parsed"), None)
+    failed = next((records for records in orders if state_of(records) != "parsed"), None)
     replies = [next((r["reply"] for r in reversed(records) if "reply" in r), "") for records in orders]
-    said = failed or verdict([model - baseline for model, baseline in scores])
-    return {"scores": scores, "replies": replies, "verdict": said}
+    row = {"scores": scores, "replies": replies}
+    if failed:
+        return row | {"verdict": state_of(failed), "reason": reason_of(failed)}
+    return row | {"verdict": verdict([model - baseline for model, baseline in scores])}
 
 
 def judge_by_api(pairs: list[Pair], prompt: str, options: ApiOptions, out: Path, repeat: int) -> list[dict] | None:
     """Ask for every pair in both orders, `repeat` times: the verdict on each, later ones under "repeats". None after a
     dry run."""
-    questions = [[in_both_orders(p, prompt, options.model, k) for k in range(repeat)] for p in pairs]
+    questions = [[in_both_orders(p, prompt, options, k) for k in range(repeat)] for p in pairs]
     every = [q for of_pair in questions for both in of_pair for q in both]
     store = ask_questions(options, out, every, parse_scores, JUDGE_REMINDER)
     if store is None:
@@ -212,7 +214,9 @@ def compare(args: argparse.Namespace) -> None:
     write_lines(args.out, rows)
     verdicts = real(rows)
     print_report(rows, summarize(verdicts, resamples=2000, seed=0))
-    failed = {kind: sum(row["verdict"] == kind for row in verdicts) for kind in ("refused", "unparsed")}
+    without = [f"{row['dataset']} {row['id']}: {row['reason']}" for row in verdicts if "reason" in row]
+    print_listed("pairs have no verdict", without)
+    failed = {kind: sum(row["verdict"] == kind for row in verdicts) for kind in ("refused", "failed", "unparsed")}
     print_last_line(f"{args.out}: {len(verdicts):,} verdicts", len(verdicts), failed)
 
 
@@ -239,7 +243,7 @@ def percent(x: float | None) -> str:
 def print_report(rows: list[dict], summary: list[dict]) -> None:
     for line in about_canaries(rows):
         print(line)
-    counts = (*POINTS, "identical", "unparsed", "refused")
+    counts = (*POINTS, "identical", "unparsed", "refused", "failed")
     columns = ("win rate %", "95 %", "- 50 %", "p", "orders disagree %", "front wins %", "length-controlled %")
     table, several = [], len({r["judge"] for r in summary}) > 1
     for r in summary:
@@ -250,7 +254,7 @@ def print_report(rows: list[dict], summary: list[dict]) -> None:
             rates += tuple(percent(r[key]) for key in ("disagree", "front", "length_controlled"))
         name = f"{r['model']} against {r['baseline']}" + f" by {r['judge']}" * several
         table.append((name, r["dataset"] or "–", *(f"{r[v]:,}" for v in counts), *rates))
-    print_table(("", "dataset", "wins", "ties", "losses", "identical", "unparsed", "refused", *columns), table)
+    print_table(("", "dataset", "wins", "ties", "losses", "identical", *counts[4:], *columns), table)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -44,7 +44,7 @@ from parts.program import (
     write_lines,
 )
 from parts.prompts import DIFFICULTY_REMINDER, difficulty_prompt
-from parts.questions import fence, fill, make_question, state_of, value_of
+from parts.questions import fence, fill, make_question, reason_of, state_of, value_of
 from parts.rows import Row, each_row, finite_number, messages_of, read_good_rows
 from parts.store import Store
 from parts.tokenizers import load_tokenizer
@@ -75,13 +75,13 @@ def difficulty(args: argparse.Namespace) -> None:
     for row in rows:
         asked, answered = ("\n\n".join(conversation(row)[k::2]) for k in (0, 1))
         text = fill(prompt, {"{instruction}": fence(asked, "instruction"), "{answer}": fence(answered, "response")})
-        questions.append([make_question(args.api_model, text, row.id, vote) for vote in range(args.votes)])
+        questions.append([make_question(options, text, row.id, vote) for vote in range(args.votes)])
     every = [q for votes in questions for q in votes]
     answers = ask_questions(options, args.out, every, parse_difficulty, DIFFICULTY_REMINDER)
     if answers is None:
         return
     as_pairs = all(turn.role != "system" and turn.trained for row in rows for turn in row.turns)  # the paper's format
-    lines, without, failed = [], [], {"refused": 0, "unparsed": 0}
+    lines, without, failed = [], [], {"refused": 0, "failed": 0, "unparsed": 0}
     for i, (row, votes) in enumerate(zip(rows, questions)):
         records = [answers.of(q.key) for q in votes]
         scores = [value_of(r) for r in records if value_of(r) is not None]
@@ -94,7 +94,7 @@ def difficulty(args: argparse.Namespace) -> None:
         if args.votes > 1:
             line["votes"] = scores
         if not scores:
-            line["unscored"] = next((r["refused"] for r in records[0] if "refused" in r), "the reply is no score")
+            line["unscored"] = reason_of(records[0])
             failed[state_of(records[0])] += 1
             without.append(f"{row.where}: {line['unscored']}")
         lines.append(line)

@@ -498,7 +498,7 @@ def run(args: argparse.Namespace) -> None:
     args.template = choose_template(args.model, load_tokenizer(args.model), args.template)[0]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
     inputs = [*args.scored, args.prompts, args.model, *([args.validation] if args.validation else [])]
-    refuse_overwriting([args.out], inputs)
+    refuse_overwriting([args.out], inputs, folders=True)
     if (args.out / "data").exists() and not (args.out / "study.json").exists():
         raise InputError(f"{args.out} holds data that are not a study's: another --out")
     ground = read_ground(args)

@@ -3,6 +3,7 @@ progress."""
 
 import argparse
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -180,7 +181,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if new.is_dir():
             remove(path)
         os.replace(new, path)
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, OSError) and e.filename is None:  # as when the disk is full
+            e.filename = str(path)
         remove(new)
         raise
 
@@ -229,14 +232,25 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
-def refuse_overwriting(outputs: list[Path], inputs: list[Path]) -> None:
-    """Raise InputError if writing one of `outputs` would harm one of `inputs`, or another output. Beside an output lie
-    the file it is written to first, and the store and the batch of paid work."""
+PAID_WORK = re.compile(r".+\.(partial(\.\d+)?\.jsonl|batch\.json)")
+
+
+def refuse_overwriting(outputs: list[Path], inputs: list[Path], folders: bool = False) -> None:
+    """Raise InputError if writing one of `outputs` would harm one of `inputs`, or another output; if one is named like
+    the work that another output still needs; or is a folder, unless `folders`. Beside an output lie the file it is
+    written to first, and the store and the batch of paid work."""
     known: dict[Path, str] = {}
     for path in inputs:
         known.setdefault(path.resolve(), f"{path}, which is read")
     for out in outputs:
+        if out.is_dir() and not folders:
+            raise InputError(f"{out} is a folder: give the name of a file")
+        if PAID_WORK.fullmatch(out.name):
+            raise InputError(
+                f"writing {out} could overwrite unfinished work of another output: choose another name for it"
+            )
         beside = [out.with_name(out.name + end) for end in (".tmp", ".partial.jsonl", ".batch.json")]
+        beside += out.parent.glob(f"{glob.escape(out.name)}.partial.*.jsonl")  # of the ranks of generate.py
         for path in (out, *beside):
             same = (was for was in known if path.exists() and was.exists() and path.samefile(was))  # a link to it
             harmed = known.get(path.resolve()) or known.get(next(same, None))
@@ -289,11 +303,13 @@ def print_listed(what: str, lines: list[str]) -> None:
 
 
 def print_last_line(text: str, total: int, failed: dict[str, int]) -> None:
-    """`text` and how many of `total` rows failed, by what befell them. Raises WorkError where it is more than 5 %."""
+    """`text` and how many of `total` rows came to nothing, by what befell them. Raises WorkError where it is more than
+    5 %, and where any has "failed": always an error of the server."""
     bad = ", ".join(f"{n:,} {what}" for what, n in failed.items() if n)
-    print(text + (f"; {bad}" if bad else ""))
-    if sum(failed.values()) > 0.05 * total:
-        raise WorkError(f"more than 5 % of {total:,} rows came to nothing: {bad} (--ask-refused asks them again)")
+    print(text + (f"; {bad}" if bad else ""), flush=True)
+    if failed.get("failed") or sum(failed.values()) > 0.05 * total:
+        more = "more than 5 % of " if sum(failed.values()) > 0.05 * total else "of "
+        raise WorkError(f"{more}{total:,} rows came to nothing: {bad} (--ask-refused asks them again)")
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -5,14 +5,14 @@ import json
 import re
 from dataclasses import dataclass
 
-from parts.program import whole
+from parts.program import printable, whole
 
-TRIES = 3  # a reply that cannot be parsed is asked for again up to twice
+TRIES = 3  # replies to one question that are paid for, until one can be used
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask. `key` says what an answer belongs to: model, prompt and vote; `row` is for messages only."""
+    """One thing to ask. `key` says what an answer belongs to (see key_of); `row` is for messages only."""
 
     key: str
     row: str
@@ -26,10 +26,15 @@ class Question:
         return "/chat/completions" if self.prompt is None else "/completions"
 
 
-def make_question(model: str, prompt: str, row: str, vote: int = 0) -> Question:
-    prompt = whole(prompt)
-    key = hashlib.sha256(json.dumps([model, prompt, vote]).encode()).hexdigest()[:32]
-    return Question(key, row, [{"role": "user", "content": prompt}], vote)
+def key_of(options, asked: list[dict] | str | list[int], most: float, seed: int) -> str:
+    """64 hex digits of all that shapes the answer to `asked`, of at most `most` tokens; `options`: ApiOptions."""
+    about = [options.model, asked, options.temperature, most, options.extra, seed]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def make_question(options, prompt: str, row: str, vote: int = 0) -> Question:
+    messages = [{"role": "user", "content": whole(prompt)}]
+    return Question(key_of(options, messages, options.max_tokens, vote)[:32], row, messages, vote)
 
 
 def fence(text: str, name: str) -> str:
@@ -45,12 +50,38 @@ def fill(prompt: str, by_place: dict[str, str]) -> str:
 
 
 def state_of(records: list[dict]) -> str:
-    """open, parsed, refused or unparsed, from all records of a question."""
+    """open, parsed, refused, failed or unparsed, from all records of a question."""
     if value_of(records) is not None:
         return "parsed"
-    if any("refused" in r for r in records):
-        return "refused"
-    return "unparsed" if len(records) >= TRIES else "open"
+    for state in ("refused", "failed"):
+        if any(state in r for r in records):
+            return state
+    replies = [r for r in records if "reply" in r]
+    if any("final" in r for r in replies) or len(replies) + sum("lost" in r for r in records) >= TRIES:
+        return "unparsed" if replies else "failed"
+    return "open"
+
+
+def reason_of(records: list[dict]) -> str:
+    """Why a question has no value: what the server said, with the state in front."""
+    for kind in ("refused", "failed", "lost"):
+        if said := next((r[kind] for r in reversed(records) if kind in r), None):
+            return f"{'failed' if kind == 'lost' else kind}: {said}"
+    return "unparsed: the reply cannot be read"
+
+
+def reply_of(records: list[dict]) -> str:
+    """The newest reply, its beginning on one line; "" where there is none."""
+    reply = next((r["reply"] for r in reversed(records) if "reply" in r), "")
+    return printable(" ".join(reply.split()))[:100]
+
+
+def about_unread(unread: list[list[dict]]) -> str:
+    """Three replies that cannot be read, of the records of such questions, and what to change."""
+    cut = any(r.get("finish_reason") == "length" for records in unread for r in records)
+    advice = "raise --max-tokens, at which they end" if cut else "change --prompt-file or --api-model"
+    shown = "; ".join(repr(reply_of(records)) for records in unread[:3])
+    return f"such as {shown}: {advice}; --ask-refused asks these rows again"
 
 
 def value_of(records: list[dict]):

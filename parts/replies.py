@@ -6,6 +6,7 @@ import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -22,19 +23,21 @@ class BadReply(ValueError):
 
 @dataclass
 class Reply:
-    """Of a server, whole."""
+    """Of a server; `broken`: why it is not whole."""
 
     status: int
     headers: httpx.Headers
-    content: bytes
+    content: bytes | bytearray
+    broken: str = ""
 
     @cached_property
     def body(self) -> dict:
-        """The JSON object; {} where there is none."""
+        """The JSON object, which Google puts into a list when it is an error; {} where there is none."""
         try:
             body = json.loads(self.content)
         except (ValueError, RecursionError):
             return {}
+        body = body[0] if isinstance(body, list) and len(body) == 1 else body
         return body if isinstance(body, dict) else {}
 
     @property
@@ -61,18 +64,69 @@ def error_of(body: dict) -> dict:
     return error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else {}
 
 
+# How servers say that they do not know a parameter, or do not take it.
+NOT_TAKEN = re.compile(
+    "unsupported|not support|unrecognized|unknown|unexpected|extra_forbidden|extra (inputs|fields)|additional propert"
+    "|cannot find field|not a valid field"
+)
+
+
+def rejected_parameter(body: dict, sent: list[str]) -> str | None:
+    """Which of the parameters `sent` an error's body says to be unknown or not supported, if one of them.
+
+    Bodies differ: OpenAI's error with `param`, FastAPI's and Mistral's detail with `loc`, also nested as an object or a
+    text in `message`, "Unknown name" with Google, "unknown field" with Go and Rust. Of several names in a text the
+    first counts: the others are those that are known.
+    """
+    param = error_of(body).get("param")
+    for text in texts_in(body):
+        if NOT_TAKEN.search(text):
+            places = {name: re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) for name in sent}
+            named = [name for name in sent if places[name]]
+            if param in sent or named:
+                return param if param in sent else min(named, key=lambda name: places[name].start())
+    return None
+
+
+def texts_in(value) -> list[str]:
+    """The texts of a JSON value, in lower case; an object with a `loc` as one, JSON in a text as what it is. What was
+    sent (`input`) is left out."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            if value.lstrip()[:1] in ("{", "["):
+                return texts_in(json.loads(value))
+        return [value.lower()]
+    if isinstance(value, dict):
+        found = [text for key, v in value.items() if key != "input" for text in texts_in(v)]
+        return [" ".join(found)] if "loc" in value else found
+    return [text for v in value for text in texts_in(v)] if isinstance(value, list) else []
+
+
 def message_of(body: dict) -> dict | None:
-    """The message of a chat completion, the text of a completion as one; None if this is neither."""
+    """The message of a chat completion, the text of a completion as one; None if this is neither, or an error.
+
+    Content as a list of parts becomes the text of those that are text: thoughts are others.
+    """
     try:
         choice = body["choices"][0]
         message = choice["message"] if "message" in choice else {"content": choice["text"]}
-        return message if isinstance(message.get("content"), str | None) else None
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
+        usable = isinstance(content, str | None) and choice.get("finish_reason") != "error"
+        return {**message, "content": content} if usable else None
     except (KeyError, IndexError, TypeError, AttributeError):
         return None
 
 
 def is_completion(reply: Reply) -> bool:
-    return message_of(reply.body) is not None
+    return not reply.broken and message_of(reply.body) is not None
+
+
+def is_paid(reply: Reply) -> bool:
+    """Whether a completion was made for this reply, usable or not: an error or a gateway's page costs nothing."""
+    cut = not reply.body and reply.content.lstrip()[:1] == b"{"
+    return reply.status == 200 and (cut or "choices" in reply.body or "usage" in reply.body)
 
 
 def usage_of(record: dict, sent: int = 0, back: int = 0) -> tuple[int, int]:
@@ -91,8 +145,9 @@ EMPHASIS = re.compile(r"(\*{1,3}|__?|`{1,3})(?=\S)(.+?)(?<=\S)\1")
 LABEL = r"(?:(?:overall|final|difficulty)\s+)?(?:scores?|ratings?|difficulty)\s*[:=]\s*"
 
 
-def read_scores(text: str, count: int, most: int) -> list[float] | None:
-    """The `count` numbers from 1 to `most` that a text says and nothing else; None where it could be read otherwise.
+def read_scores(text: str, count: int, least: int, most: int) -> list[float] | None:
+    """The `count` numbers from `least` to `most` that a text says and nothing else; None where it could be read
+    otherwise.
 
     `**4**`, `4.`, `4/5`, `Score: **4.5**`, `{"score": 4.5}`; for two `7 8`, `7/10, 8/10`, `[7, 8]`, `**7** 8`.
     """
@@ -107,24 +162,30 @@ def read_scores(text: str, count: int, most: int) -> list[float] | None:
     separator = r"(?:\s+|\s*,\s*)"
     found = re.fullmatch(rf"(?:{LABEL})?{separator.join([number] * count)}\.?", text.strip(), re.IGNORECASE)
     scores = [float(n) for n in found.groups()] if found else []
-    return scores if scores and all(1 <= s <= most for s in scores) else None
+    return scores if scores and all(least <= s <= most for s in scores) else None
 
 
 def without_thoughts(reply: str) -> str:
-    """A reply without the <think>…</think> in front; "" where that does not end."""
-    reply = reply.strip()
-    return reply.partition("</think>")[2].strip() if reply.startswith("<think>") else reply
+    """A reply without the <think>…</think> in front, which a template may have opened in the prompt: then there is an
+    end alone. "" where it does not end."""
+    while True:
+        thought, end, rest = reply.partition("</think>")
+        if not thought.lstrip().startswith("<think>") and ("<think>" in thought or not end):
+            return reply  # none, or not in front
+        reply = rest.strip()
 
 
 def parse_difficulty(reply: str) -> float | None:
     """The score from 1 to 5 of a reply that says nothing else."""
-    scores = read_scores(without_thoughts(reply), 1, 5)
+    scores = read_scores(without_thoughts(reply), 1, 1, 5)
     return scores[0] if scores else None
 
 
 def parse_scores(reply: str) -> list[float] | None:
-    """The two scores from 1 to 10 of a reply whose first line says nothing else."""
-    return read_scores(without_thoughts(reply).split("\n", 1)[0], 2, 10)
+    """The two scores of a reply whose first line, or first line of code, says nothing else. From 0 to 10: judges who
+    are asked for 1 to 10 give 0 to answers of no use."""
+    said = re.sub(r"^```\w*[ \t]*\n\s*", "", without_thoughts(reply).strip())
+    return read_scores(said.split("\n", 1)[0], 2, 0, 10)
 
 
 # ---------------------------------------------------------------- waits and pace

@@ -1,13 +1,12 @@
 """Prompts as questions to an OpenAI-compatible server, and its replies as rows of an answers file."""
 
-import hashlib
-import json
 import re
 from dataclasses import replace
 
-from parts.api import ApiOptions
+from parts.client import ApiOptions
 from parts.program import print_listed, whole
-from parts.questions import Question
+from parts.questions import Question, key_of, reason_of
+from parts.replies import without_thoughts
 from parts.testsets import Prompt, too_long
 
 # What chat servers' tokenizers make one special token of, also where it is only text.
@@ -58,8 +57,7 @@ def question_of(p: Prompt, options: ApiOptions, seed: int, asked: str | list[int
     """
     messages = [{"role": turn.role, "content": whole(turn.text)} for turn in p.turns]
     most = min(options.max_tokens, room)
-    about = [options.model, messages if asked is None else asked, options.temperature, most, options.extra, seed]
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    digest = key_of(options, messages if asked is None else asked, most, seed)
     question = Question(digest[:32], p.where, messages, int(digest[32:40], 16) >> 1)
     return question if asked is None else replace(question, prompt=asked, max_tokens=most)
 
@@ -69,13 +67,14 @@ def not_answered(error: str) -> dict:
 
 
 def answer_of(records: list[dict]) -> dict:
-    """What an answers file says of a prompt; tokens as the server counts them (most count the one that ends it)."""
-    refused = next((r["refused"] for r in records if "refused" in r), None)
+    """What an answers file says of a prompt: the reply without its thoughts; tokens as the server counts them, thoughts
+    included (most count the one that ends it, too)."""
     record = next((r for r in records if r.get("value") is not None), None)
     if record is None:
-        return not_answered(f"refused: {refused}")
+        return not_answered(reason_of(records))
     tokens = {"prompt_tokens": record["usage"]["prompt_tokens"], "output_tokens": record["usage"]["completion_tokens"]}
-    return {"output": record["reply"], **tokens, "finish_reason": record.get("finish_reason") or "stop"}
+    answer = {"output": without_thoughts(record["reply"]), **tokens}
+    return answer | {"finish_reason": record.get("finish_reason") or "stop"}
 
 
 class Pieces:

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from parts.program import InputError
@@ -52,8 +53,9 @@ class Store:
     def __init__(self, path: Path, read_only: bool = False):
         self.path = path
         self.by_key: dict[str, list[dict]] = {}
+        self.unwritten: list[bytes] = []  # lines for which the disk had no room
         if read_only:
-            content = path.read_bytes() if path.exists() else b""
+            self.file, content = None, path.read_bytes() if path.exists() else b""
         else:
             self.file = hold(path)
             content = self.file.read()
@@ -61,6 +63,7 @@ class Store:
         if torn and not read_only:
             print(f"{path}: the last line was torn by a kill and is left out", file=sys.stderr)
             self.file.truncate(len(content) - len(torn))
+        self.size = len(content) - len(torn)  # of whole lines, in bytes
         damaged = 0
         for line in lines:
             try:
@@ -72,15 +75,34 @@ class Store:
             print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr)
 
     def add(self, record: dict) -> None:
-        """Append a record; it is on its way to the disk when this returns."""
-        line = memoryview((json.dumps(record, ensure_ascii=True) + "\n").encode())
-        while line:
-            line = line[self.file.write(line) :]
+        """Append a record; it is on its way to the disk when this returns. Raises OSError, naming the file, where there
+        is no room; then it is tried again with the next one, and at the end."""
         self.by_key.setdefault(record["key"], []).append(record)
+        self.unwritten.append((json.dumps(record, ensure_ascii=True) + "\n").encode())
+        self.flush()
+
+    def flush(self) -> None:
+        """Write whatever lines can be. Raises OSError, naming the file, where some cannot."""
+        lines, self.unwritten, error = self.unwritten, [], None
+        for line in lines:
+            rest = memoryview(line)
+            try:
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+                self.size += len(line)
+            except OSError as e:
+                error, e.filename = e, str(self.path)
+                self.file.truncate(self.size)  # half a line would spoil the next one
+                self.unwritten.append(line)
+        if error:
+            raise error
 
     def of(self, key: str) -> list[dict]:
         """All records of a key, oldest first."""
         return self.by_key.get(key, [])
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            with suppress(OSError):  # said when it happened
+                self.flush()
+            self.file.close()

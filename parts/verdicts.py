@@ -127,7 +127,7 @@ def summarize(rows: list[dict], resamples: int, seed: int) -> list[dict]:
     out = []
     for (comparison, dataset, total, of), column, low, high in zip(groups, points.T, lows.tolist(), highs.tolist()):
         model, baseline, judge = map(printable, comparison)
-        counts = {v: sum(r["verdict"] == v for r in of) for v in (*POINTS, "unparsed", "refused")}
+        counts = {v: sum(r["verdict"] == v for r in of) for v in (*POINTS, "unparsed", "refused", "failed")}
         n = sum(counts[v] for v in POINTS)
         name = model + f" against {baseline}" * several[0] + f" by {judge}" * several[1]
         row = {"name": name, "model": model, "baseline": baseline, "judge": judge, "dataset": printable(dataset)}

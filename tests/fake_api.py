@@ -40,8 +40,30 @@ OPTIONS = {
     "judge": None,  # replies with the numbers after "quality=" in the prompt, in order; this much is added to the first
     "moody": None,  # such a judge turns one verdict in so many round, another one for another seed
     "gullible": False,  # such a judge gives a 10 to who asks for it
+    "poison": None,  # [text, kind]: what prompts with this text always get: see poisoned()
+    "reject_as": "openai",  # how it says that it rejects a parameter: see REJECTIONS
+    "batch_lines": None,  # what stands in the lines of a batch: "null" for no response, "list" for content of no text
+    "forget": False,  # batches are not known any more
     "batch_seconds": 0.3,
     "batch_fail": 0.0,
+}
+
+
+# How servers say that they do not take a parameter: OpenAI, FastAPI (vLLM), Mistral, a proxy, Google, Ollama, Rust's.
+FORBIDDEN = [{"type": "extra_forbidden", "loc": ["body", "NAME"], "msg": "Extra inputs are not permitted", "input": 0}]
+UNSUPPORTED = {"message": "Unsupported parameter: 'NAME' is not supported with this model.", "param": "NAME"}
+REJECTIONS = {
+    "openai": (400, {"error": UNSUPPORTED | {"code": "unsupported_parameter"}}),
+    "fastapi": (422, {"detail": FORBIDDEN}),
+    "mistral": (422, {"object": "error", "message": {"detail": FORBIDDEN}, "type": "invalid_request_error"}),
+    "proxy": (422, {"error": {"message": json.dumps({"detail": FORBIDDEN}), "code": 422}}),
+    "google": (
+        400,
+        [{"error": {"code": 400, "message": 'Invalid JSON payload. Unknown name "NAME": Cannot find field.'}}],
+    ),
+    "go": (400, {"error": {"message": 'json: unknown field "NAME"'}}),
+    "rust": (422, {"error": {"message": "unknown field `NAME`, expected one of `model`, `temperature`, `max_tokens`"}}),
+    "azure": (400, {"error": {"message": "Unrecognized request argument supplied: NAME", "param": None}}),
 }
 
 
@@ -94,6 +116,8 @@ class Server:
     async def answer(self, writer, method, path, headers, body):
         if path.endswith("/completions"):
             return await self.completion(writer, headers, json.loads(body))
+        if path.endswith("/count"):  # for tests: how many requests for a completion there were
+            return await self.send(writer, 200, {"count": self.count})
         return await self.batch_api(writer, method, path, headers, body)
 
     async def completion(self, writer, headers, request):
@@ -134,12 +158,30 @@ class Server:
                 return await self.send(writer, 200, b"<html>gateway</html>", kind="text/html")
             await asyncio.sleep(o["hang"])
             return False
+        if o["poison"] and o["poison"][0] in json.dumps(request):
+            return await self.poisoned(writer, o["poison"][1])
         status, reply = self.respond(request, headers.get("authorization", ""))
         if status == 200 and o["strange"]:
             return await self.strange(writer, reply, headers.get("authorization", ""))
         if status == 200 and self.log:
             self.log.write(json.dumps({"request": request, "reply": said(reply)}) + "\n")
         return await self.send(writer, status, reply, extra)
+
+    async def poisoned(self, writer, kind):
+        """What is no answer. Three kinds of it have been paid for; of `truncated` the server alone knows."""
+        usage = {"prompt_tokens": 100, "completion_tokens": 7}
+        if kind == "500":
+            return await self.send(writer, 500, {"error": {"message": "it hurts"}})
+        if kind == "hang":
+            await asyncio.sleep(self.o["hang"])
+            return False
+        self.log.write(json.dumps({"unusable": kind}) + "\n")
+        if kind == "truncated":
+            return await self.send(writer, 200, b'{"id": "x", "choices": [{"index": 0, "message": {"content": "4')
+        if kind == "cut":
+            return await self.send(writer, 200, b'{"id": "x", "choices": [{"mess', claim=500)
+        choice = {"finish_reason": "error", "message": {"content": "4", "role": "assistant"}}
+        return await self.send(writer, 200, {"choices": [choice] if kind == "error" else [], "usage": usage})
 
     async def strange(self, writer, reply, authorization):
         """A good completion, sent as no good server would; once only for some, then as it should be."""
@@ -197,13 +239,8 @@ class Server:
             return self.failure(authorization)
         for name in o["reject"]:
             if name in request:
-                return 400, {
-                    "error": {
-                        "message": f"Unsupported parameter: '{name}' is not supported with this model.",
-                        "param": name,
-                        "code": "unsupported_parameter",
-                    }
-                }
+                status, body = REJECTIONS[o["reject_as"]]
+                return status, json.loads(json.dumps(body).replace("NAME", name))
         if o["refuse"] and o["refuse"] in text:
             return o["refuse_status"], {"error": {"message": "flagged by the content filter", "code": "content_filter"}}
         reply = (
@@ -251,6 +288,8 @@ class Server:
             name = f"file-{len(self.files)}"
             self.files[name] = re.search(rb'filename="[^"]*"\r\n[^\r]*\r\n\r\n(.*?)\r\n--', body, re.DOTALL)[1]
             return await self.send(writer, 200, {"id": name})
+        if path.startswith("/batches/") and self.o["forget"]:
+            return await self.send(writer, 404, {"error": {"message": "No batch found"}})
         if (method, path) == ("POST", "/batches"):
             name, output, errors = f"batch-{len(self.batches)}", [], []
             requests = [json.loads(line) for line in self.files[json.loads(body)["input_file_id"]].splitlines()]
@@ -264,6 +303,11 @@ class Server:
                     )
                     continue
                 status, reply = self.respond(r["body"])
+                if self.o["batch_lines"] == "null":
+                    output.append({"custom_id": r["custom_id"], "response": None})
+                    continue
+                if self.o["batch_lines"] == "list":
+                    reply["choices"][0]["message"]["content"] = [4]
                 (output if status == 200 else errors).append(
                     {"custom_id": r["custom_id"], "response": {"status_code": status, "body": reply}}
                 )

@@ -78,11 +78,14 @@ def test_parts_import_no_file_above_them():
 
 SCORES = {"4": 4, "4.5": 4.5, "Score: 4.5": 4.5, '{"score": 4.5}': 4.5, "  3\n\n": 3, "score:2": 2, "1": 1, "5.0": 5}
 SCORES |= {"**4**": 4, "4.": 4, "4/5": 4, "4 / 5.": 4, "Score: **4.5**": 4.5, "**Score:** 3": 3, "**Rating: `2`**": 2}
+SCORES |= {"4</think>5": 5, "Is it 5?\n\n</think>\n\n4": 4, "<think>a</think><think>b</think>3": 3}
 SCORES |= {"<think>\nIs it 5? No, 4.\n</think>\n\n**3.5**": 3.5, '```json\n{"score": 2}\n```': 2, "4 out of 5": 4}
 NO_SCORES = ["0.5", "5.1", "6", "", "4/10", "I say 4", "4 or 5", "-3", '{"score": 4', "4}", "٤", "nan", "1e0", "four"]
 NO_SCORES += ['{"score": "4"}', "45", "Ignore the above. 1\n4", "4*5", "4-5", "4,5", "<think>4", "<think>4</think>"]
 NO_SCORES += [
-    "4</think>5",
+    "4</think>",
+    "So 4.</think>4 or 5",
+    "4 <think>5</think>",
     "3/5/5",
     "4..",
     "4 4",
@@ -253,7 +256,8 @@ def test_a_reply_that_is_no_score_is_asked_again_with_a_reminder_and_then_given_
     (tmp_path / "server.log").unlink()
     done = difficulty(api(reply="hard to say: 4"), tmp_path, out="p.jsonl", expect=1)
     assert "10 unparsed" in done.stdout.splitlines()[-1] and "5 %" in done.stderr
-    assert sum(paid(tmp_path).values()) == 30 and "10 unparsed" in done.stdout
+    assert sum(paid(tmp_path).values()) == 20 and "10 unparsed" in done.stdout  # a third try would be the second again
+    assert done.stderr.count("'hard to say: 4'") == 3 and "change --prompt-file" in done.stderr
     assert all(r["score"] is None and r["unscored"] for r in lines(tmp_path / "p.jsonl"))
     done = run(score, os.environ, "stages", tmp_path / "p.jsonl", "--out-dir", tmp_path / "s", expect=2)
     assert "10 of 10 rows have no score" in done.stderr

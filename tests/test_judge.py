@@ -48,7 +48,14 @@ def compare(env, *files, out="v.jsonl", expect=0):
         ("  10 1  ", [10, 1]),
         ("7", None),
         ("7 8 9", None),
-        ("0 5", None),
+        ("0 5", [0, 5]),
+        ("0 0", [0, 0]),
+        ("-1 5", None),
+        ("```\n8 7\n```", [8, 7]),
+        ("```text\n8 7\n```\nreasons", [8, 7]),
+        ("```\n```", None),
+        ("7 8\nNo, the other way round.\n</think>\n9 1\nreasons", [9, 1]),
+        ("7 8\nhm</think>", None),
         ("11 5", None),
         ("Scores: 7 8", [7, 8]),
         ("7/10 8/10", [7, 8]),
@@ -179,7 +186,7 @@ def test_unparsed_and_refused_pairs_are_apart_from_the_rate(api, tmp_path):
     a = write_answers(tmp_path / "a.json", [1, 1, 1, 1], "base")
     b = write_answers(tmp_path / "b.json", [2, 2, 2, 2], "better")
     done = compare(api(reply="both are fine"), a, b, out="u.jsonl", expect=1)
-    assert {r["verdict"] for r in lines(tmp_path / "u.jsonl")} == {"unparsed"} and sum(paid(tmp_path).values()) == 24
+    assert {r["verdict"] for r in lines(tmp_path / "u.jsonl")} == {"unparsed"} and sum(paid(tmp_path).values()) == 16
     compare(api(judge=0, refuse="answer 2 by"), a, b, out="v.jsonl", expect=1)
     assert [r["verdict"] for r in lines(tmp_path / "v.jsonl")] == ["win", "win", "refused", "win"]
     summary = verdicts.summarize(lines(tmp_path / "v.jsonl"), 100, 0)[-1]

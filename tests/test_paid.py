@@ -55,7 +55,7 @@ def test_when_no_reply_of_the_first_rows_can_be_read_the_run_stops_and_shows_som
     more = ["--batch", "--batch-poll", "0.1"] if batch else []
     done = difficulty(api(reply="It is hard to say."), tmp_path, *more, expect=1)
     assert done.stderr.count("It is hard to say.") == 3 and "--prompt-file" in done.stderr
-    assert sum(paid(tmp_path).values()) == (3000 if batch else 60)
+    assert sum(paid(tmp_path).values()) == (2000 if batch else 40)
     make_rows(tmp_path / "in.jsonl", 21)
     difficulty(api(reply="4"), tmp_path, "--ask-refused")
     assert all(r["score"] == 4 for r in lines(tmp_path / "o.jsonl"))
