@@ -1,10 +1,7 @@
-"""Work that must not be lost: a JSONL file to which each record is appended the moment it exists, and locks."""
+"""Work that must not be lost: a JSONL file to which each record is appended the moment it exists."""
 
 import json
-import os
-import platform
 import sys
-import time
 from pathlib import Path
 
 from parts.program import InputError
@@ -25,20 +22,6 @@ def hold(path: Path):
         file.close()
         raise InputError(f"{path} is in use: another process is writing it") from None
     file.seek(0)
-    return file
-
-
-def lock_folder(folder: Path):
-    """Hold folder/lock for this process' life. Raises InputError, saying who has it, when another does."""
-    path = folder / "lock"
-    try:
-        file = hold(path)
-    except InputError:
-        who = path.read_text(encoding="utf-8", errors="replace")
-        raise InputError(f"{folder} is in use by {who}: wait for it, or end it") from None
-    file.truncate(0)
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(f"process {os.getpid()} on {platform.node()}, since {started}".encode())
     return file
 
 
