@@ -11,9 +11,10 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -557,6 +558,13 @@ def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Sta
     if uneven := [str(world) for world in worlds if world % args.replicas]:
         raise InputError(f"--replicas {args.replicas} does not divide {' and '.join(uneven)} ranks")
     print_stages(stages, chosen=args.select != "none")
+    longest = max(int(d.lengths.max()) for d in everything)
+    if args.max_len > config.max_positions and (longest > config.max_positions or args.max_len != defaults["max_len"]):
+        print(
+            f"--max-len {args.max_len} is above the {config.max_positions:,} positions that {args.model} knows; the "
+            f"longest row has {longest:,} tokens",
+            file=sys.stderr,
+        )
     print_listed("rows that cannot be used are left out (run.json lists them all)", description["skipped_rows"])
     total, trained = sum(p.numel() for p in model.parameters()), trained_parameters(model)
     learned = sum(p.numel() for p in trained.values())
@@ -630,7 +638,8 @@ def train(
         check_weights(model, args.model, args.out)
         check_reached(model, trained_parameters(model), stages[0].documents, ranks)
         run = resume_run(args, ranks, model, held_out, stop, lock)
-        phased_training(stages, from_arguments(Optimization, args), from_arguments(SelectionOptions, args), run)
+        with closing(run.log):
+            phased_training(stages, from_arguments(Optimization, args), from_arguments(SelectionOptions, args), run)
     except torch.OutOfMemoryError as e:
         ways = f"--micro-tokens {args.micro_tokens // 2}, --checkpoint-activations, --weights bf16 or --lora 16"
         raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None

@@ -183,6 +183,13 @@ def fraction(text: str) -> float:
     return float(text)
 
 
+def share_or_count(text: str) -> float:
+    """A share below 1, or from 1 on a whole number."""
+    if not 0 < float(text) < math.inf or (float(text) > 1 and float(text) % 1):
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, or a whole number of rows, is {text}")
+    return float(text)
+
+
 # ---------------------------------------------------------------- files
 
 

@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -136,6 +137,11 @@ class RunLog:
     def __init__(self, out: Path | None, metrics_size: int, order_size: int):
         self.metrics = GrowingFile(out / "metrics.jsonl", metrics_size) if out else None
         self.order = GrowingFile(out / "order.jsonl", order_size) if out else None
+
+    def close(self) -> None:
+        for log in (self.metrics, self.order) if self.metrics else ():
+            with suppress(OSError):  # of a full disk, which `write` has told of
+                log.file.close()
 
     def sync(self) -> tuple[int, int]:
         """Have both files on disk; their sizes."""

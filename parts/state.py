@@ -161,8 +161,20 @@ def read_state(path: Path) -> tuple[dict, dict[str, SavedTensor]]:
 # ---------------------------------------------------------------- weights and an optimizer's state, by name
 
 
+UNSHARDED = {
+    torch.optim.Adafactor: "its statistics of rows and columns are not sharded as the parameters are",
+    torch.optim.Rprop: "it writes to single entries of a gradient, which torch does not do on shards",
+}
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> None:
-    """Raise ValueError where an optimizer would silently do less than it seems to."""
+    """Raise ValueError where an optimizer would silently do less than it seems to, InputError where it cannot step."""
+    kind, sharded = type(optimizer).__name__, any(isinstance(p, DTensor) for p in trained.values())
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError(f"make_optimizer: {kind} computes the loss again within a step, which this loop does not do")
+    for unsharded, reason in UNSHARDED.items():
+        if sharded and isinstance(optimizer, unsharded):
+            raise InputError(f"make_optimizer: {kind} works on one rank only: {reason}")
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     missing = [name for name, p in trained.items() if grouped.count(id(p)) != 1]
     if missing or len(grouped) != len(trained):
