@@ -42,6 +42,7 @@ def is_first_rank() -> bool:
 
 
 MEETING = 600  # seconds in which all ranks must have come; they start together
+ANSWER = 10  # seconds in which torchrun, which runs already, must answer; else it has been killed
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in torch's messages
 
 
@@ -52,14 +53,15 @@ def meet_ranks() -> dist.Store:
         return dist.HashStore()
     rank, world_size, end = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), time.monotonic() + MEETING
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-    store = None
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; else by the first rank
+    store, serves = None, rank == 0 and not served
+    answer = time.monotonic() + (ANSWER if served else MEETING)
     while store is None:
         try:
-            short = timedelta(seconds=5)  # in which no signal is answered
-            store = dist.TCPStore(host, port, world_size, serves, short, wait_for_workers=False)
+            # In C++ no signal is answered, so it waits for a few seconds at a time.
+            store = dist.TCPStore(host, port, world_size, serves, timedelta(seconds=3), wait_for_workers=False)
         except dist.DistError as e:
-            if serves or time.monotonic() > end:
+            if serves or time.monotonic() > answer:
                 raise WorkError(f"the ranks cannot meet at {host}:{port} ({str(e).splitlines()[0]})") from None
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     store.set(f"rank {rank} came", "")
@@ -88,6 +90,7 @@ def others_wait(store: dist.Store) -> Iterator[None]:
         yield
     except BaseException:
         store.set("first rank", "failed")
+        time.sleep(0.5 if "RANK" in os.environ else 0)  # in which the others read it, and need not complain
         raise
     store.set("first rank", "done")
 

@@ -36,7 +36,7 @@ def changes(event, args, out):
 
 
 def killed_at(number, out, rank="0", trace=None):
-    """train.py in processes of which `rank` is killed before its call `number`, from 1 on, that changes a file in `out`;
+    """train.py in processes of which `rank` is killed before its call `number` (from 1 on) of those that change `out`;
     all calls of that rank go to the file `trace`."""
 
     def main(argv):
@@ -115,7 +115,7 @@ def finishes(out, bench, straight, ranks=None):
             assert (out / name).read_bytes() == (straight / name).read_bytes(), name
     if not ranks:
         assert same(weights(out, "stage1"), weights(straight, "stage1")) and metrics(out) == metrics(straight)
-    left, wanted = ({p.name for p in folder.rglob("*") if p.parent.name != "resume"} for folder in (out, straight))
+    left, wanted = ({p.name for p in folder.rglob("*") if "resume" not in p.parts} for folder in (out, straight))
     assert left == wanted and len(list((out / "resume").iterdir())) <= 3  # the next save removes one
 
 
