@@ -247,7 +247,7 @@ def test_torchrun_killed_during_the_start_leaves_no_worker(bench, tmp_path):
 
 
 def listens(pid):
-    """Whether a process has a handler for SIGTERM: the first that ours do, before torch's import, which takes seconds."""
+    """Whether a process has a handler for SIGTERM, which ours has before the seconds of importing torch."""
     with contextlib.suppress(OSError):
         caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
         return bool(int(caught, 16) >> signal.SIGTERM - 1 & 1)
