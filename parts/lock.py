@@ -126,7 +126,7 @@ def read_holder(path: Path) -> str | None:
 def describe_process() -> str:
     """Three lines: for people; the machine, its start and its numbering of processes; when the process began."""
     line = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    return "\n".join([line, machine(), begun(os.getpid())])
+    return "\n".join([line, machine(), begun(os.getpid()) or "unknown"])
 
 
 def machine() -> str:
@@ -148,12 +148,11 @@ def begun(pid: int) -> str:
 
 def has_ended(holder: str) -> bool:
     """Whether the process that wrote `holder` certainly runs no more. Of another machine nobody knows from here."""
-    lines = holder.splitlines()
-    if not lines:
-        return True
+    if not holder:
+        return True  # killed before it could write who it is
     try:
-        pid, place, ticks = int(lines[0].split()[1]), lines[1].split(" "), lines[2]
-        host, boot, namespace = place
+        first, place, ticks = holder.splitlines()
+        pid, (host, boot, namespace) = int(first.split()[1]), place.split(" ")
     except (IndexError, ValueError):
         return False  # not written by this program
     here_host, here_boot, here_namespace = machine().split(" ")
@@ -169,4 +168,4 @@ def has_ended(holder: str) -> bool:
         return True
     except PermissionError:
         pass
-    return bool(ticks) and begun(pid) != ticks
+    return ticks != "unknown" and begun(pid) != ticks

@@ -221,6 +221,18 @@ def save_training(
     save_state(folder, name, ranks, state_tensors(trained, optimizer), state)
 
 
+def empty_state(saved: SavedTensor, p: nn.Parameter, on_device: bool) -> Tensor:
+    """An empty tensor for an optimizer's state of `p`, sharded as `p` is where it has the same shape. `on_device`: so
+    is a single number. Raises InputError."""
+    if saved.shape == tuple(p.shape):
+        return torch.empty_like(p, dtype=saved.dtype, requires_grad=False)
+    if saved.shape and isinstance(p, DTensor):
+        raise InputError(
+            f"the saved {saved.name} is {saved.shape}, its parameter {tuple(p.shape)}: it cannot be sharded"
+        )
+    return torch.empty(saved.shape, dtype=saved.dtype, device=p.device if on_device or saved.shape else "cpu")
+
+
 def restore_state(saved: dict, about: dict, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Put saved tensors where they belong, made for this run's sharding. Raises InputError for one that has no place,
     and for a weight that is not there."""
@@ -234,17 +246,7 @@ def restore_state(saved: dict, about: dict, trained: dict[str, nn.Parameter], op
     for name, tensor in saved.items():
         key, _, parameter = name.partition("/")
         p = trained[parameter]
-        if key == "weight":
-            target = p.detach()
-        elif tensor.shape == tuple(p.shape):
-            target = torch.empty_like(p, dtype=tensor.dtype, requires_grad=False)
-        elif tensor.shape == () or not isinstance(p, DTensor):
-            device = p.device if on_device or tensor.shape else "cpu"
-            target = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        else:
-            raise InputError(
-                f"the saved {name} is {tensor.shape}, its parameter {tuple(p.shape)}: it cannot be sharded"
-            )
+        target = p.detach() if key == "weight" else empty_state(tensor, p, on_device)
         tensor.copy_to(target)
         if key != "weight":
             optimizer.state[p][key] = target
