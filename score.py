@@ -421,6 +421,14 @@ def renew(
     selection.epoch = epoch
 
 
+def describe_choice(selection: Selection) -> str:
+    """In words: how many of how many were chosen, and their IFD."""
+    ifd = np.array(selection.ifd)[selection.chosen]
+    hard = int((ifd >= 1).sum())
+    more = f"; {hard:,} of them at 1 or above, since no better were left" if hard else ""
+    return f"{len(ifd):,} of {len(selection.candidates):,} chosen, IFD {ifd.min():.3f} to {ifd.max():.3f}{more}"
+
+
 def decode_answer(documents: Documents, d: int, tokenizer) -> str:
     row = slice(documents.starts[d], documents.starts[d + 1])
     return tokenizer.decode(documents.tokens[row][documents.supervised[row]].tolist())

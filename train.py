@@ -61,10 +61,8 @@ from parts.program import (
     leave,
     listed,
     print_listed,
-    print_table,
     printable,
     progress,
-    read_json_object,
     recover_folder,
     remove,
     replace_folder,
@@ -73,11 +71,11 @@ from parts.program import (
     sync,
     write_file,
 )
-from parts.record import RunLog, check_same_run, describe_run, refuse_foreign, write_forgetting
+from parts.record import RunLog, check_same_run, describe_run, print_stages, refuse_foreign, write_forgetting
 from parts.saver import Saver
 from parts.state import check_optimizer, newest_state, read_state, restore_state
 from parts.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
-from parts.weights import checksum, local_part, refuse_nan
+from parts.weights import check_weights, local_part
 from score import Selection, SelectionOptions
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -138,17 +136,6 @@ def read_data(args: argparse.Namespace, first: bool) -> tuple[list[Stage], dict[
         stage = (f"stage{k + 1}", source, all_rows, replayed, args.epochs[k], args.lr[k], args.batch_size[k], rows, ifd)
         stages.append(Stage(*stage))
     return stages, {name: documents[name] for name in args.eval}, hashes
-
-
-def print_stages(stages: list[Stage], chosen: bool) -> None:
-    table = []
-    for s in stages:
-        numbers = [s.replayed, s.documents.lengths.sum(), s.documents.target_counts.sum(), s.documents.lengths.max()]
-        numbers += [s.documents.truncated, s.documents.lost_tokens, s.epochs, s.batch_size, s.steps]
-        rows = f"{s.rows:,} of {len(s.documents):,}" if chosen else f"{len(s.documents):,}"
-        table.append((f"{s.name} {s.source}", rows, *(f"{n:,}" for n in numbers), f"{s.lr:g}"))
-    what = "stage, rows, replayed, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
-    print_table(tuple(what.split(", ")), table)
 
 
 # ---------------------------------------------------------------- the model and what is trained of it
@@ -346,7 +333,8 @@ def phased_training(stages: list[Stage], optimization: Optimization, selection: 
                 rows = select_rows(run, stage, epoch, selection)  # IterIT
             batches = data.epoch_batches(stage.documents, rows, stage.batch_size, optimization.seed, k, epoch)
             for batch in batches[done.step - epoch * stage.steps_per_epoch :]:
-                evaluate_if_due(run, stage)
+                if done.global_step == 0 or ((every := run.output.eval_every) and done.global_step % every == 0):
+                    evaluate(run, stage.name if done.global_step else "start")
                 started, how = time.perf_counter(), (run.micro_tokens, run.ranks, saver.safe_point)
                 loss = batch_gradients(model, trained, stage.documents, batch, *how)
                 norm = clip_gradients(trained, optimization.clip, run.ranks)
@@ -382,26 +370,14 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
             bar.update(scored - bar.n)
             run.saver.safe_point()
     scored, seconds = 0 if given else len(selection.candidates), time.perf_counter() - started
-    ifd = np.array(selection.ifd)[selection.chosen]
-    row = {"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(ifd)}
+    row = {"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(selection.chosen)}
     run.log.write(row | {"seconds": round(seconds, 4)})
     if run.ranks.rank == 0:
         file = run.output.out / stage.name / f"selection-epoch{epoch}.jsonl"
         score.write_selection(file, stage.documents, selection)
-    hard = int((ifd >= 1).sum())
-    more = f"; {hard:,} of them at 1 or above, since no better were left" if hard else ""
-    run.log.say(
-        f"{stage.name}, epoch {epoch + 1}: {scored:,} rows scored in {seconds:.1f} s, {len(ifd):,} of "
-        f"{len(selection.candidates):,} chosen, IFD {ifd.min():.3f} to {ifd.max():.3f}{more}"
-    )
+    at = f"{stage.name}, epoch {epoch + 1}: {scored:,} rows scored in {seconds:.1f} s"
+    run.log.say(f"{at}, {score.describe_choice(selection)}")
     return np.array(selection.chosen)
-
-
-def evaluate_if_due(run: Run, stage: Stage) -> None:
-    """Before a step: at the run's start, and every `eval_every` steps."""
-    step, every = run.saver.done.global_step, run.output.eval_every
-    if step == 0 or (every and step % every == 0):
-        evaluate(run, "start" if step == 0 else stage.name)
 
 
 def evaluate(run: Run, label: str) -> str:
@@ -581,18 +557,6 @@ def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Sta
     return stages, held_out
 
 
-def check_weights(model: Transformer, folder: Path, out: Path) -> None:
-    """Raise InputError, on every rank, where the weights just loaded hold NaN or are not those that the run began
-    with."""
-    parameters, path = dict(model.named_parameters()), out / "run.json"
-    refuse_nan({hf_name(name): p for name, p in parameters.items()}, folder)
-    found, description = checksum(parameters), broadcast(read_json_object(path))
-    if description["weights"] not in (None, found):
-        raise InputError(f"the weights in {folder} are not those with which the run in {out} began: give another --out")
-    if dist.get_rank() == 0:
-        write_file(path, json.dumps(description | {"weights": found}, indent=1))
-
-
 def resume_run(
     args: argparse.Namespace,
     ranks: Ranks,
@@ -628,14 +592,19 @@ def resume_run(
 
 
 def train(
-    args: argparse.Namespace, stages: list[Stage], held_out: dict[str, Documents], ranks: Ranks, stop: Stop, lock
+    args: argparse.Namespace,
+    stages: list[Stage],
+    held_out: dict[str, Documents],
+    ranks: Ranks,
+    stop: Stop,
+    lock: Lock | None,
 ):
     """On every rank: build the model, go on from where the run is, train."""
     try:
         model = build_model(
             args.model, read_config(args.model), from_arguments(Weights, args), from_arguments(Computation, args), ranks
         )
-        check_weights(model, args.model, args.out)
+        check_weights({hf_name(name): p for name, p in model.named_parameters()}, args.model, args.out)
         check_reached(model, trained_parameters(model), stages[0].documents, ranks)
         run = resume_run(args, ranks, model, held_out, stop, lock)
         with closing(run.log):

@@ -68,6 +68,18 @@ def check_same_run(path: Path, run: dict, free: set[str], defaults: dict) -> dic
     return before
 
 
+def print_stages(stages: list, chosen: bool) -> None:
+    """A table of train.py's stages; `chosen`: an epoch takes some of the rows."""
+    table = []
+    for s in stages:
+        numbers = [s.replayed, s.documents.lengths.sum(), s.documents.target_counts.sum(), s.documents.lengths.max()]
+        numbers += [s.documents.truncated, s.documents.lost_tokens, s.epochs, s.batch_size, s.steps]
+        rows = f"{s.rows:,} of {len(s.documents):,}" if chosen else f"{len(s.documents):,}"
+        table.append((f"{s.name} {s.source}", rows, *(f"{n:,}" for n in numbers), f"{s.lr:g}"))
+    what = "stage, rows, replayed, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
+    print_table(tuple(what.split(", ")), table)
+
+
 def refuse_foreign(out: Path, written: list[str], inputs: list[Path]) -> None:
     """Raise InputError where out/NAME of something `written` would fall on an input, or is there and not a run's
     own."""
