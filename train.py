@@ -598,7 +598,7 @@ def train(
     ranks: Ranks,
     stop: Stop,
     lock: Lock | None,
-):
+) -> None:
     """On every rank: build the model, go on from where the run is, train."""
     try:
         model = build_model(

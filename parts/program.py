@@ -3,6 +3,7 @@ progress."""
 
 import argparse
 import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -238,12 +239,18 @@ def recover_folder(path: Path) -> None:
 
 
 def sync(path: Path, inside: bool = False) -> None:
-    """Have a file, or the entries of a folder (`inside`: all that it holds, too), on disk when this returns."""
+    """Have a file, or the entries of a folder (`inside`: all that it holds, too), on disk when this returns. An OSError
+    names the file."""
     for inner in path.rglob("*") if inside else ():
         sync(inner)
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as e:
+        if path.is_dir() and e.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return  # some file systems know no fsync of folders
+        e.filename = str(path)
+        raise
     finally:
         os.close(handle)
 
