@@ -371,6 +371,7 @@ def answer_all(
             store.add({"key": todo[i].key, **record})
             bar.set_postfix_str(f"{made / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
             bar.update()
+    store.close()
     dist.barrier()
     if rank == 0:
         seconds = time.monotonic() - started

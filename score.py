@@ -41,6 +41,7 @@ from parts.program import (
     refuse,
     refuse_overwriting,
     run_program,
+    share_or_count,
     write_lines,
 )
 from parts.prompts import DIFFICULTY_REMINDER, difficulty_prompt
@@ -279,6 +280,7 @@ def ifd_command(args: argparse.Namespace) -> None:
                 bar.update(len(chosen))
         if store is None:
             return
+        store.close()
     took = time.monotonic() - started
     scores = {where: store.of(key)[-1]["ifd"] for where, key in zip(documents.where, keys)}
     lines, without = [], []
@@ -345,21 +347,25 @@ def count_of(ratio: float, rows: int) -> int:
 
 
 def given_ifd(scored: dict[Path, Documents]) -> dict[str, float]:
-    """The IFD that files of `score.py ifd` hold, by the content of their tokenised rows; NaN where they hold none."""
+    """The IFD that files of `score.py ifd` hold, by the content of their tokenised rows; NaN where they hold none.
+    Raises InputError for one that is negative or not finite."""
     given = {}
     for path, documents in scored.items():
         ifd = {where: score_of(raw, "ifd", where) for where, raw, row, _ in each_row(path) if row}
+        negative = [f"{where}: ifd {value:g}" for where, value in ifd.items() if value is not None and value < 0]
+        refuse(negative, "rows of --scores have a negative ifd, which is none")
         for d, where in enumerate(documents.where):
             given[content_key(b"", documents, d)] = math.nan if ifd[where] is None else ifd[where]
     return given
 
 
 def matching_ifd(documents: Documents, given: dict[str, float], source: str) -> list[float]:
-    """The given IFD of each document. Raises InputError where one is missing."""
+    """The given IFD of each document; NaN where it can have none, whatever is given. Raises InputError where one is
+    missing."""
     keys = [content_key(b"", documents, d) for d in range(len(documents))]
     missing = [where for where, key in zip(documents.where, keys) if key not in given]
     refuse(missing, f"of {len(documents)} rows of {source} are not in --scores")
-    return [given[key] for key in keys]
+    return [given[key] if possible else math.nan for key, possible in zip(keys, scorable(documents))]
 
 
 def choose(ifd: np.ndarray, answers: list[str] | None, count: int, decay: float = 0.1) -> np.ndarray:
@@ -418,6 +424,14 @@ def renew(
         best = choose(np.array(selection.ifd, np.float32)[candidates], answers, count, options.diversity_decay)
     selection.chosen = candidates[broadcast(best)].tolist()
     selection.epoch = epoch
+
+
+def describe_choice(selection: Selection) -> str:
+    """In words: how many of how many were chosen, and their IFD."""
+    ifd = np.array(selection.ifd)[selection.chosen]
+    hard = int((ifd >= 1).sum())
+    more = f"; {hard:,} of them at 1 or above, since no better were left" if hard else ""
+    return f"{len(ifd):,} of {len(selection.candidates):,} chosen, IFD {ifd.min():.3f} to {ifd.max():.3f}{more}"
 
 
 def decode_answer(documents: Documents, d: int, tokenizer) -> str:
@@ -532,7 +546,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = make("select", help="the best few per cent by score and diversity")
     p.add_argument("scored", type=Path, metavar="SCORED")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the chosen rows, best first")
-    p.add_argument("--ratio", type=float, default=0.05, help="a share of the rows below 1, from 1 on a count")
+    p.add_argument("--ratio", type=share_or_count, default=0.05, help="a share of the rows below 1, from 1 on a count")
     p.add_argument(
         "--by",
         choices=["diversity", "score", "length", "random"],
@@ -550,8 +564,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "stages" and sorted(set(args.bounds)) != args.bounds:
         parser.error("--bounds must rise")
-    if args.command == "select" and not (args.ratio > 0 and 0 <= args.diversity_decay <= 1):
-        parser.error("--ratio must be above 0, --diversity-decay from 0 to 1")
+    if args.command == "select" and not 0 <= args.diversity_decay <= 1:
+        parser.error("--diversity-decay must be from 0 to 1")
     return args
 
 

@@ -2,8 +2,8 @@
 
     torchrun train.py --stages s1 s2 s3
 
-Without arguments it trains the bundled demo. `phased_training` is the algorithm, `batch_gradients` its step, `Run` what
-survives a kill. Above them stand the arguments, the data and the model; below them the start.
+Without arguments it trains the bundled demo. `phased_training` is the algorithm, `batch_gradients` its step,
+parts/saver.py what survives a kill. Above them stand the arguments, the data and the model; below them the start.
 """
 
 import argparse
@@ -11,10 +11,17 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from parts.program import begin_process
+
+if __name__ == "__main__":
+    begin_process()  # before torch, whose import takes seconds
 
 import numpy as np
 import torch
@@ -28,45 +35,48 @@ import score
 from data import TEMPLATES, Documents
 from model import Config, Transformer, find_weights, hf_name, load_weights, read_config, save_model, weights_dtype
 from parts import cost, options
-from parts.adamw import StochasticAdamW
+from parts.adamw import StochasticAdamW, random_key
 from parts.distributed import (
     Ranks,
-    all_reduce,
     broadcast,
     check_shared,
     compute_dtype,
     gradient_norm,
     is_first_rank,
     join_ranks,
+    meet_ranks,
+    others_wait,
     reshard,
+    wait_for_first,
 )
+from parts.lock import Lock, lock_folder
 from parts.memory import free_memory, memory_in_use
 from parts.options import Computation, Optimization, Output, Weights
 from parts.program import (
     InputError,
-    Interrupted,
     Stop,
     WorkError,
     aside,
-    catch_signals,
     from_arguments,
     leave,
     listed,
     print_listed,
-    print_table,
     printable,
     progress,
     read_json_object,
+    recover_folder,
     remove,
+    replace_folder,
     run_program,
     sha256,
+    sync,
     write_file,
 )
-from parts.record import GrowingFile, StepLog, check_same_run, describe_run, refuse_foreign, write_forgetting
-from parts.state import check_optimizer, newest_state, read_state, restore_state, save_training
-from parts.store import lock_folder
+from parts.record import RunLog, check_same_run, describe_run, print_stages, refuse_foreign, write_forgetting
+from parts.saver import Saver
+from parts.state import check_optimizer, newest_state, read_state, restore_state
 from parts.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
-from parts.weights import checksum, local_part, refuse_nan
+from parts.weights import check_weights, local_part
 from score import Selection, SelectionOptions
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -127,17 +137,6 @@ def read_data(args: argparse.Namespace, first: bool) -> tuple[list[Stage], dict[
         stage = (f"stage{k + 1}", source, all_rows, replayed, args.epochs[k], args.lr[k], args.batch_size[k], rows, ifd)
         stages.append(Stage(*stage))
     return stages, {name: documents[name] for name in args.eval}, hashes
-
-
-def print_stages(stages: list[Stage], chosen: bool) -> None:
-    table = []
-    for s in stages:
-        numbers = [s.replayed, s.documents.lengths.sum(), s.documents.target_counts.sum(), s.documents.lengths.max()]
-        numbers += [s.documents.truncated, s.documents.lost_tokens, s.epochs, s.batch_size, s.steps]
-        rows = f"{s.rows:,} of {len(s.documents):,}" if chosen else f"{len(s.documents):,}"
-        table.append((f"{s.name} {s.source}", rows, *(f"{n:,}" for n in numbers), f"{s.lr:g}"))
-    what = "stage, rows, replayed, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
-    print_table(tuple(what.split(", ")), table)
 
 
 # ---------------------------------------------------------------- the model and what is trained of it
@@ -203,6 +202,13 @@ def make_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization)
     if any(p.dtype == torch.bfloat16 for p in trained.values()):  # --weights bf16
         return StochasticAdamW(groups, **settings, seed=optimization.seed)
     return torch.optim.AdamW(groups, lr=0.0, **settings, fused=True)
+
+
+def stage_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization, stage: int) -> torch.optim.Optimizer:
+    """A fresh optimizer for stage 0, 1, …; with --weights bf16 it rounds by other draws than those of other stages."""
+    optimizer = make_optimizer(trained, replace(optimization, seed=random_key(optimization.seed, stage)))
+    check_optimizer(optimizer, trained)
+    return optimizer
 
 
 def check_reached(model: Transformer, trained: dict[str, nn.Parameter], documents: Documents, ranks: Ranks) -> None:
@@ -283,49 +289,6 @@ def held_out_loss(
 # ---------------------------------------------------------------- the algorithm
 
 
-def phased_training(
-    stages: list[Stage],
-    model: Transformer,
-    trained: dict[str, nn.Parameter],
-    optimization: Optimization,
-    selection: SelectionOptions,
-    run: "Run",
-) -> None:
-    """Train on each stage in turn, from the weights that the one before it left (Phased IFT, section 3)."""
-    done = run.done
-    for k in range(done.stage, len(stages)):
-        stage = stages[k]
-        if done.step == 0 and optimization.optimizer_state == "reset":  # the paper: every stage is a run of its own
-            run.optimizer = make_optimizer(trained, optimization)
-            check_optimizer(run.optimizer, trained)
-        run.log.begin(stage.name, stage.steps, done.step)
-        for epoch in range(done.step // stage.steps_per_epoch, stage.epochs):
-            rows = np.arange(len(stage.documents))
-            if selection.select != "none":
-                rows = run.select(stage, epoch, selection)  # IterIT
-            batches = data.epoch_batches(stage.documents, rows, stage.batch_size, optimization.seed, k, epoch)
-            for batch in batches[done.step - epoch * stage.steps_per_epoch :]:
-                run.evaluate_if_due(stage)
-                started, how = time.perf_counter(), (run.micro_tokens, run.ranks, run.save_if_due)
-                loss = batch_gradients(model, trained, stage.documents, batch, *how)
-                norm = clip_gradients(trained, optimization.clip, run.ranks)
-                step, steps = done.step, stage.steps
-                if optimization.optimizer_state == "keep":
-                    step, steps = done.global_step, sum(s.steps for s in stages)
-                lr = learning_rate(step, steps, stage.lr, optimization.schedule, optimization.warmup_ratio)
-                if math.isfinite(loss) and math.isfinite(norm):
-                    for group in run.optimizer.param_groups:
-                        group["lr"] = lr * group.get("lr_scale", 1.0)
-                    run.optimizer.step()
-                else:
-                    run.skip_step(stage, batch, loss, norm, optimization.skip_nonfinite)
-                run.finish_step(stage, epoch, batch, loss, lr, norm, time.perf_counter() - started)
-        run.finish_stage(stage, last=stage is stages[-1])
-
-
-# ---------------------------------------------------------------- what survives a kill
-
-
 @dataclass
 class Progress:
     """How far a run is, as its saved state holds it. Counts what is finished: stage 1, step 0 begins the second
@@ -341,169 +304,164 @@ class Progress:
     selection: Selection = field(default_factory=Selection)  # of this stage
 
 
+@dataclass(frozen=True)
 class Run:
-    """A run of training: its progress, saving and stopping. Every rank has one and calls the same methods; the first
-    rank writes and speaks."""
+    """What the functions below work with; every rank has one. `saver` has the Progress and the optimizer."""
 
-    def __init__(
-        self,
-        output: Output,
-        ranks: Ranks,
-        model: Transformer,
-        trained: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        held_out: dict[str, Documents],
-        micro_tokens: int,
-        stages: int,
-        stop: Stop,
-    ):
-        self.output, self.ranks, self.held_out, self.micro_tokens = output, ranks, held_out, micro_tokens
-        self.model, self.trained, self.optimizer = model, trained, optimizer
-        self.done, self.stop, self.last_saved = Progress(), stop, time.monotonic()
-        stop.patient = True
-        found = broadcast(newest_state(output.out / "resume") if ranks.rank == 0 else None)
-        if found:
-            state, tensors = read_state(found)
-            selection = Selection(**state["progress"].pop("selection"))
-            self.done = Progress(**state["progress"], selection=selection)
-            restore_state(tensors, state["optimizer"], trained, optimizer)
-        self.log = StepLog(output.out / "metrics.jsonl" if ranks.rank == 0 else None, self.done.metrics_size)
-        self.order = GrowingFile(output.out / "order.jsonl", self.done.order_size) if ranks.rank == 0 else None
-        if found:
-            at = f"stage {self.done.stage + 1}, step {self.done.step}"
-            self.log.say(f"Going on from {found}: {'all stages done' if self.done.stage == stages else at}.")
-        self.flops = cost.training_flops(model, set(trained))
-        peak = cost.peak_flops(ranks.device, model.compute_dtype)
-        self.peak = peak * ranks.world_size if peak else None
+    output: Output
+    ranks: Ranks
+    model: Transformer
+    trained: dict[str, nn.Parameter]
+    held_out: dict[str, Documents]
+    micro_tokens: int
+    log: RunLog
+    saver: Saver
+    flops: cost.Flops  # of training
+    peak_flops: float | None  # of all ranks, a second
 
-    def save(self) -> None:
-        reshard(self.model)
-        self.done.metrics_size, self.done.order_size = self.log.size, self.order.size if self.order else 0
-        name, progress = f"{self.done.stage:03}-{self.done.step:08}", asdict(self.done)
-        save_training(self.output.out / "resume", name, self.ranks, self.trained, self.optimizer, progress)
-        self.last_saved = time.monotonic()
 
-    def save_if_due(self, after_step: bool = False) -> None:
-        """Save when the time (`after_step`: or the step) has come. When any rank was told to stop, save and end."""
-        every = self.output.save_every
-        late = every is None and time.monotonic() - self.last_saved > 600
-        stop, due = all_reduce([self.stop.asked, late])
-        if stop or due or (after_step and every and self.done.global_step % every == 0):
-            self.save()
-        if stop:
-            raise Interrupted(f"state saved in {self.output.out / 'resume'}; the same command goes on")
+def phased_training(stages: list[Stage], optimization: Optimization, selection: SelectionOptions, run: Run) -> None:
+    """Train on each stage in turn, from the weights that the one before it left (Phased IFT, section 3)."""
+    model, trained, saver, done = run.model, run.trained, run.saver, run.saver.done
+    for k in range(done.stage, len(stages)):
+        stage = stages[k]
+        if done.step == 0 and optimization.optimizer_state == "reset":  # the paper: every stage is a run of its own
+            saver.optimizer = stage_optimizer(trained, optimization, k)
+        run.log.begin(stage.name, stage.steps, done.step)
+        for epoch in range(done.step // stage.steps_per_epoch, stage.epochs):
+            rows = np.arange(len(stage.documents))
+            if selection.select != "none":
+                rows = select_rows(run, stage, epoch, selection)  # IterIT
+            batches = data.epoch_batches(stage.documents, rows, stage.batch_size, optimization.seed, k, epoch)
+            for batch in batches[done.step - epoch * stage.steps_per_epoch :]:
+                if done.global_step == 0 or ((every := run.output.eval_every) and done.global_step % every == 0):
+                    evaluate(run, stage.name if done.global_step else "start")
+                started, how = time.perf_counter(), (run.micro_tokens, run.ranks, saver.safe_point)
+                loss = batch_gradients(model, trained, stage.documents, batch, *how)
+                norm = clip_gradients(trained, optimization.clip, run.ranks)
+                step, steps = done.step, stage.steps
+                if optimization.optimizer_state == "keep":
+                    step, steps = done.global_step, sum(s.steps for s in stages)
+                lr = learning_rate(step, steps, stage.lr, optimization.schedule, optimization.warmup_ratio)
+                if finite := math.isfinite(loss) and math.isfinite(norm):
+                    for group in saver.optimizer.param_groups:
+                        group["lr"] = lr * group.get("lr_scale", 1.0)
+                    saver.optimizer.step()
+                else:
+                    skip_step(run, stage, batch, loss, norm, optimization.skip_nonfinite)
+                numbers = {"loss": loss, "lr": lr, "grad_norm": norm}
+                count_step(run, stage, epoch, batch, numbers, time.perf_counter() - started, skipped=not finite)
+                saver.safe_point(after_step=True)
+        finish_stage(run, stage, last=stage is stages[-1])
 
-    def select(self, stage: Stage, epoch: int, options: SelectionOptions) -> np.ndarray:
-        """IterIT: the documents that an epoch trains on, best first; chosen now if they have not been."""
-        selection, started = self.done.selection, time.perf_counter()
-        if selection.epoch == epoch or (selection.epoch >= 0 and options.select == "static"):
-            return np.array(selection.chosen)
-        if selection.scoring < 0:
-            selection.ifd = list(stage.ifd)
-        given, tokenizer = epoch == 0 and bool(stage.ifd), load_tokenizer(self.output.model)
-        scoring = score.renew(
-            selection, options, self.model, stage.documents, tokenizer, epoch, stage.rows, self.ranks, self.micro_tokens
-        )
-        with progress(0, f"{stage.name} IFD", "row", shown=self.ranks.rank == 0) as bar:
-            for scored, bar.total in scoring:
-                bar.update(scored - bar.n)
-                self.save_if_due()
-        scored, seconds = 0 if given else len(selection.candidates), time.perf_counter() - started
-        ifd = np.array(selection.ifd)[selection.chosen]
-        row = {"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(ifd)}
-        self.log.write(row | {"seconds": round(seconds, 4)})
-        if self.ranks.rank == 0:
-            file = self.output.out / stage.name / f"selection-epoch{epoch}.jsonl"
-            score.write_selection(file, stage.documents, selection)
-        hard = int((ifd >= 1).sum())
-        more = f"; {hard:,} of them at 1 or above, since no better were left" if hard else ""
-        self.log.say(
-            f"{stage.name}, epoch {epoch + 1}: {scored:,} rows scored in {seconds:.1f} s, {len(ifd):,} of "
-            f"{len(selection.candidates):,} chosen, IFD {ifd.min():.3f} to {ifd.max():.3f}{more}"
-        )
+
+def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -> np.ndarray:
+    """IterIT: the documents that an epoch trains on, best first; chosen now if they have not been."""
+    selection, started = run.saver.done.selection, time.perf_counter()
+    if selection.epoch == epoch or (selection.epoch >= 0 and options.select == "static"):
         return np.array(selection.chosen)
+    if selection.scoring < 0:
+        selection.ifd = list(stage.ifd)
+    given, tokenizer = epoch == 0 and bool(stage.ifd), load_tokenizer(run.output.model)
+    scoring = score.renew(
+        selection, options, run.model, stage.documents, tokenizer, epoch, stage.rows, run.ranks, run.micro_tokens
+    )
+    with progress(0, f"{stage.name} IFD", "row", shown=run.ranks.rank == 0) as bar:
+        for scored, bar.total in scoring:
+            bar.update(scored - bar.n)
+            run.saver.safe_point()
+    scored, seconds = 0 if given else len(selection.candidates), time.perf_counter() - started
+    row = {"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(selection.chosen)}
+    run.log.write(row | {"seconds": round(seconds, 4)})
+    if run.ranks.rank == 0:
+        file = run.output.out / stage.name / f"selection-epoch{epoch}.jsonl"
+        score.write_selection(file, stage.documents, selection)
+    at = f"{stage.name}, epoch {epoch + 1}: {scored:,} rows scored in {seconds:.1f} s"
+    run.log.say(f"{at}, {score.describe_choice(selection)}")
+    return np.array(selection.chosen)
 
-    def evaluate_if_due(self, stage: Stage) -> None:
-        """Before a step: at the run's start, and every `eval_every` steps."""
-        step, every = self.done.global_step, self.output.eval_every
-        if step == 0 or (every and step % every == 0):
-            self.evaluate("start" if step == 0 else stage.name)
 
-    def evaluate(self, label: str) -> str:
-        """Log the held-out losses, unless they are known for this step. Returns them in words."""
-        if self.done.evaluated == self.done.global_step:
-            return ""
-        losses = {
-            name: held_out_loss(self.model, documents, self.micro_tokens, self.ranks, self.save_if_due)
-            for name, documents in self.held_out.items()
-        }
-        for name, loss in losses.items():
-            row = {"stage": label, "global_step": self.done.global_step, "eval": name, "eval_loss": loss}
-            self.log.write(row)
-            if label == "start":
-                self.log.say(f"start: held-out loss {loss:.4f} ({name})")
-        self.done.evaluated = self.done.global_step
-        return "".join(f", held-out loss {loss:.4f} ({name})" for name, loss in losses.items())
+def evaluate(run: Run, label: str) -> str:
+    """Log the held-out losses, unless they are known for this step. Returns them in words."""
+    done = run.saver.done
+    if done.evaluated == done.global_step:
+        return ""
+    losses = {
+        name: held_out_loss(run.model, documents, run.micro_tokens, run.ranks, run.saver.safe_point)
+        for name, documents in run.held_out.items()
+    }
+    for name, loss in losses.items():
+        run.log.write({"stage": label, "global_step": done.global_step, "eval": name, "eval_loss": loss})
+        if label == "start":
+            run.log.say(f"start: held-out loss {loss:.4f} ({name})")
+    done.evaluated = done.global_step
+    return "".join(f", held-out loss {loss:.4f} ({name})" for name, loss in losses.items())
 
-    def skip_step(self, stage: Stage, batch: np.ndarray, loss: float, norm: float, most: int) -> None:
-        """Leave out a step that is not finite, or save and raise WorkError when `most` have been."""
-        if self.done.skipped < most:
-            self.done.skipped += 1
-            return
-        self.save()
-        rows = [f"{stage.documents.ids[d]} ({stage.documents.where[d]})" for d in batch]
-        if self.ranks.rank > 0:
-            raise WorkError("")  # the first rank says it
-        raise WorkError(
-            f"{stage.name}, step {self.done.step + 1}: the loss is {loss}, the gradient's norm {norm}. The weights "
-            f"before this step are kept in {self.output.out / 'resume'}. "
-            + listed("The rows of this batch:", rows)
-            + "\nLook at these rows and at the learning rate; --skip-nonfinite N goes on, skipping up to N such steps."
-        )
 
-    def finish_step(
-        self, stage: Stage, epoch: int, batch: np.ndarray, loss: float, lr: float, norm: float, seconds: float
-    ) -> None:
-        """Count it, log it, save if due."""
-        self.done.step += 1
-        self.done.global_step += 1
-        done, lengths = self.done, stage.documents.lengths[batch]
-        supervised, tokens = int(stage.documents.target_counts[batch].sum()), int(lengths.sum())
-        flops = self.flops.of_batch(lengths, supervised)
-        row = {"stage": stage.name, "step": done.step, "global_step": done.global_step, "epoch": epoch + 1}
-        row |= {"loss": loss, "lr": lr, "grad_norm": norm, "documents": len(batch), "tokens": tokens}
-        row |= {"supervised": supervised, "seconds": round(seconds, 4)}
-        row |= {"mfu": round(flops / seconds / self.peak, 4) if self.peak else None}
-        self.log.step(row | {"memory_bytes": memory_in_use(self.ranks.device)})
-        if self.order:
-            ids = [stage.documents.ids[d] for d in batch]
-            self.order.write({"stage": stage.name, "step": done.step, "epoch": epoch + 1, "ids": ids})
-        self.save_if_due(after_step=True)
+def skip_step(run: Run, stage: Stage, batch: np.ndarray, loss: float, norm: float, most: int) -> None:
+    """Leave out a step that is not finite and name its rows, or save and raise WorkError when `most` have been."""
+    done, rows = run.saver.done, [f"{stage.documents.ids[d]} ({stage.documents.where[d]})" for d in batch]
+    what = f"{stage.name}, step {done.step + 1}: the loss is {loss}, the gradient's norm {norm}"
+    if done.skipped < most:
+        done.skipped += 1
+        run.log.say(printable(listed(f"{what}: skipped ({done.skipped} of {most}). The rows of this batch:", rows, 10)))
+        return
+    run.saver.save()
+    if run.ranks.rank > 0:
+        raise WorkError("")  # the first rank says it
+    raise WorkError(
+        f"{what}. The weights before this step are kept in {run.output.out / 'resume'}. "
+        + listed("The rows of this batch:", rows)
+        + "\nLook at these rows and at the learning rate; --skip-nonfinite N goes on, skipping up to N such steps."
+    )
 
-    def finish_stage(self, stage: Stage, last: bool) -> None:
-        """Save (the rest may take long, and is done again after a kill), measure, sample, export, count it."""
-        self.save()
-        held_out, folder, samples = self.evaluate(stage.name), self.output.out / stage.name, None
-        if self.output.sample:
-            tokenizer = load_tokenizer(self.output.model)
-            answering = generate.answer_samples(self.model, tokenizer, self.output.template, self.output.sample)
-            for samples in answering:  # noqa: B007 (the last is all)
-                self.save_if_due()
-            reshard(self.model)
-        export(folder, self.model, self.output, self.ranks, samples)
-        self.done.stage, self.done.step, self.done.selection = self.done.stage + 1, 0, Selection()
-        self.log.say(f"{stage.name} ({stage.source}): {stage.steps} steps, {self.log.end()}{held_out} -> {folder}")
-        for row in (samples or [])[:5]:
-            self.log.say(f"  {printable(row['instruction'])[:100]!r} -> {printable(row['output'])[:160]!r}")
-        if last:
-            self.optimizer.state.clear()
-            self.save()
-            if self.held_out and self.ranks.rank == 0:
-                write_forgetting(self.output.out)
+
+def count_step(
+    run: Run, stage: Stage, epoch: int, batch: np.ndarray, numbers: dict, seconds: float, skipped: bool
+) -> None:
+    """Count a step and log it; `numbers` are loss, lr and grad_norm."""
+    done, lengths = run.saver.done, stage.documents.lengths[batch]
+    done.step += 1
+    done.global_step += 1
+    supervised = int(stage.documents.target_counts[batch].sum())
+    rate = run.flops.of_batch(lengths, supervised) / max(seconds, 1e-6)
+    row = {"stage": stage.name, "step": done.step, "global_step": done.global_step, "epoch": epoch + 1, **numbers}
+    row |= {"documents": len(batch), "tokens": int(lengths.sum()), "supervised": supervised}
+    row |= {"mfu": round(rate / run.peak_flops, 4) if run.peak_flops else None}
+    row |= {"memory_bytes": memory_in_use(run.ranks.device)}
+    run.log.step(row, [stage.documents.ids[d] for d in batch], seconds, skipped)
+
+
+def finish_stage(run: Run, stage: Stage, last: bool) -> None:
+    """Save (the rest may take long, and is done again after a kill), measure, sample, export, count it."""
+    run.saver.save()
+    held_out, folder, samples = evaluate(run, stage.name), run.output.out / stage.name, None
+    if run.output.sample:
+        tokenizer = load_tokenizer(run.output.model)
+        answering = generate.answer_samples(run.model, tokenizer, run.output.template, run.output.sample)
+        for samples in answering:  # noqa: B007 (the last is all)
+            run.saver.safe_point()
+        reshard(run.model)
+    export(folder, run.model, run.output, run.ranks, samples)
+    done = run.saver.done
+    done.stage, done.step, done.selection = done.stage + 1, 0, Selection()
+    run.log.say(f"{stage.name} ({stage.source}): {stage.steps} steps, {run.log.end()}{held_out} -> {folder}")
+    for row in (samples or [])[:5]:
+        run.log.say(f"  {printable(row['instruction'])[:100]!r} -> {printable(row['output'])[:160]!r}")
+    if last:
+        if done.skipped:
+            run.log.say(
+                f"{done.skipped} of {done.global_step} steps were skipped: their loss or gradient is not finite."
+            )
+        if run.held_out and run.ranks.rank == 0:
+            write_forgetting(run.output.out)
+        run.saver.optimizer.state.clear()
+        run.saver.save()
 
 
 def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, samples: list[dict] | None) -> None:
-    """Write a stage's HF folder: weights, config, tokenizer, generation settings, template, samples. All or nothing."""
+    """Write a stage's HF folder: weights, config, tokenizer, generation settings, template, samples. All or nothing:
+    it is on disk before it takes the place of an older one, as `replace_folder` does it."""
     new = aside(folder)
     try:
         if ranks.rank == 0:
@@ -520,11 +478,12 @@ def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, sampl
                 write_file(new / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False))
             for path in folder.glob("selection-epoch*.jsonl"):
                 shutil.copyfile(path, new / path.name)
-            remove(folder)
-            os.replace(new, folder)
+            sync(new, inside=True)
+            replace_folder(folder)
     except (OSError, WorkError) as e:
         if ranks.rank == 0:
-            remove(new)
+            with suppress(OSError):
+                remove(new)
         raise WorkError(f"{folder} could not be written ({e}): make room and give the same command again") from None
     dist.barrier()
 
@@ -532,12 +491,11 @@ def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, sampl
 # ---------------------------------------------------------------- the start
 
 
-def claim_folder(args: argparse.Namespace):
-    """Refuse an --out that is not this run's to write; else hold its lock, which goes with the process."""
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse an --out that is not this run's to write."""
     inputs = [args.model, *map(Path, [*args.stages, *args.eval, *args.scores]), *([args.sample] if args.sample else [])]
     written = [f"stage{k + 1}" for k in range(len(args.stages))]
     refuse_foreign(args.out, [*written, "resume", "metrics.jsonl", "order.jsonl", "held_out.json"], inputs)
-    return None if args.dry_run else lock_folder(args.out)
 
 
 def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], worlds: list[int]) -> None:
@@ -557,9 +515,12 @@ def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], wo
     cost.print_memory(planned, {w: free * (1 if cuda else here / w) for w in worlds})
 
 
-def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict[str, Documents]]:
+def check_everything(
+    args: argparse.Namespace, config: Config, template_notes: list[str]
+) -> tuple[list[Stage], dict[str, Documents]]:
     """What can be wrong is found before the first weight is read; the plan is printed, run.json written. A dry run
     writes nothing."""
+    print("\n".join(template_notes))
     model = outline(config, from_arguments(Weights, args), compute_dtype(args.dtype))
     stages, held_out, hashes = read_data(args, first=True)
     everything = [*(s.documents for s in stages), *held_out.values()]
@@ -579,6 +540,13 @@ def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Sta
     if uneven := [str(world) for world in worlds if world % args.replicas]:
         raise InputError(f"--replicas {args.replicas} does not divide {' and '.join(uneven)} ranks")
     print_stages(stages, chosen=args.select != "none")
+    longest = max(int(d.lengths.max()) for d in everything)
+    if args.max_len > config.max_positions and (longest > config.max_positions or args.max_len != defaults["max_len"]):
+        print(
+            f"--max-len {args.max_len} is above the {config.max_positions:,} positions that {args.model} knows; the "
+            f"longest row has {longest:,} tokens",
+            file=sys.stderr,
+        )
     print_listed("rows that cannot be used are left out (run.json lists them all)", description["skipped_rows"])
     data.print_lossy(everything)
     total, trained = sum(p.numel() for p in model.parameters()), trained_parameters(model)
@@ -596,16 +564,61 @@ def check_everything(args: argparse.Namespace, config: Config) -> tuple[list[Sta
     return stages, held_out
 
 
-def check_weights(model: Transformer, folder: Path, out: Path) -> None:
-    """Raise InputError, on every rank, where the weights just loaded hold NaN or are not those that the run began
-    with."""
-    parameters, path = dict(model.named_parameters()), out / "run.json"
-    refuse_nan({hf_name(name): p for name, p in parameters.items()}, folder)
-    found, description = checksum(parameters), broadcast(read_json_object(path))
-    if description["weights"] not in (None, found):
-        raise InputError(f"the weights in {folder} are not those with which the run in {out} began: give another --out")
-    if dist.get_rank() == 0:
-        write_file(path, json.dumps(description | {"weights": found}, indent=1))
+def resume_run(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    model: Transformer,
+    held_out: dict[str, Documents],
+    stop: Stop,
+    lock: Lock | None,
+) -> Run:
+    """A run that goes on from the newest whole state in --out, or begins. What killed processes left is put right."""
+    output, optimization, found = from_arguments(Output, args), from_arguments(Optimization, args), None
+    stop.deferred = True
+    if ranks.rank == 0:
+        for k in range(len(args.stages)):
+            recover_folder(args.out / f"stage{k + 1}")
+        found = newest_state(args.out / "resume")
+    found, done, trained = broadcast(found), Progress(), trained_parameters(model)
+    if found:
+        state, tensors = read_state(found)
+        selection = Selection(**state["progress"].pop("selection"))
+        done = Progress(**state["progress"], selection=selection)
+    optimizer = stage_optimizer(trained, optimization, done.stage if args.optimizer_state == "reset" else 0)
+    if found:
+        restore_state(tensors, state["optimizer"], trained, optimizer)
+    log = RunLog(args.out if ranks.rank == 0 else None, done.metrics_size, done.order_size)
+    if found:
+        at = f"stage {done.stage + 1}, step {done.step}" if done.stage < len(args.stages) else "all stages done"
+        log.say(f"Going on from {found}: {at}.")
+    how = (args.save_every, ranks, model, trained, optimizer, done, log, stop, lock)
+    flops, peak = cost.training_flops(model, set(trained)), cost.peak_flops(ranks.device, model.compute_dtype)
+    peak = peak * ranks.world_size if peak else None
+    saver = Saver(args.out / "resume", *how)
+    return Run(output, ranks, model, trained, held_out, args.micro_tokens, log, saver, flops, peak)
+
+
+def train(
+    args: argparse.Namespace,
+    stages: list[Stage],
+    held_out: dict[str, Documents],
+    ranks: Ranks,
+    stop: Stop,
+    lock: Lock | None,
+) -> None:
+    """On every rank: build the model, go on from where the run is, train."""
+    try:
+        model = build_model(
+            args.model, read_config(args.model), from_arguments(Weights, args), from_arguments(Computation, args), ranks
+        )
+        check_weights({hf_name(name): p for name, p in model.named_parameters()}, args.model, args.out)
+        check_reached(model, trained_parameters(model), stages[0].documents, ranks)
+        run = resume_run(args, ranks, model, held_out, stop, lock)
+        with closing(run.log):
+            phased_training(stages, from_arguments(Optimization, args), from_arguments(SelectionOptions, args), run)
+    except torch.OutOfMemoryError as e:
+        ways = f"--micro-tokens {args.micro_tokens // 2}, --checkpoint-activations, --weights bf16 or --lora 16"
+        raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None
 
 
 def choose_template(args: argparse.Namespace) -> list[str]:
@@ -620,39 +633,32 @@ def choose_template(args: argparse.Namespace) -> list[str]:
 
 
 def start(args: argparse.Namespace) -> None:
-    config = read_config(args.model)
+    stop, config, lock = begin_process(), read_config(args.model), None
     template_notes = choose_template(args)
-    weights = from_arguments(Weights, args)
-    if is_first_rank():  # the others wait for it to join them, then take what it has cached
-        with catch_signals():
-            lock = claim_folder(args)
-            print("\n".join(template_notes))
-            stages, held_out = check_everything(args, config)
     if args.dry_run:
+        if is_first_rank():
+            check_folder(args)
+            check_everything(args, config, template_notes)
         return
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    optimization, output = from_arguments(Optimization, args), from_arguments(Output, args)
-    with join_ranks(args.replicas) as ranks, catch_signals() as stop:
-        check_shared(args.out / "lock")
-        if ranks.rank > 0:
-            stages, held_out, _ = read_data(args, first=False)
-        try:
-            model = build_model(args.model, config, weights, from_arguments(Computation, args), ranks)
-            check_weights(model, args.model, args.out)
-            trained = trained_parameters(model)
-            check_reached(model, trained, stages[0].documents, ranks)
-            optimizer = make_optimizer(trained, optimization)
-            check_optimizer(optimizer, trained)
-            run = Run(output, ranks, model, trained, optimizer, held_out, args.micro_tokens, len(stages), stop)
-            phased_training(stages, model, trained, optimization, from_arguments(SelectionOptions, args), run)
-        except torch.OutOfMemoryError as e:
-            ways = f"--micro-tokens {args.micro_tokens // 2}, --checkpoint-activations, --weights bf16 or --lora 16"
-            raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None
-    if is_first_rank():
-        lock.close()
-        data.clear_cache(args.out / "cache")  # a run that ended well needs it no more
+    store = meet_ranks()
+    with ExitStack() as stack:
+        if is_first_rank():
+            with others_wait(store):
+                check_folder(args)
+                lock = stack.enter_context(lock_folder(args.out))
+                stages, held_out = check_everything(args, config, template_notes)
+        else:
+            wait_for_first(store)
+        with join_ranks(args.replicas, store) as ranks:
+            check_shared(args.out / "lock")
+            if ranks.rank > 0:  # from what the first has cached
+                stages, held_out, _ = read_data(args, first=False)
+            train(args, stages, held_out, ranks, stop, lock)
+        if is_first_rank():
+            data.clear_cache(args.out / "cache")  # a run that ended well needs it no more
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,6 +39,7 @@ from data import TEMPLATES, choose_template
 from demo.arms import REPLAYED, Arm, Ground, cut_scores, held_back, make_arms, read_ground, stages_by
 from demo.findings import COMPARED, answers_of, file_name, write_findings
 from parts.api import ApiOptions
+from parts.lock import lock_folder
 from parts.options import FREE, make_parser
 from parts.program import (
     HelpFormatter,
@@ -59,7 +60,6 @@ from parts.program import (
 )
 from parts.prompts import judge_prompt
 from parts.rows import json_values, messages_of
-from parts.store import lock_folder
 from parts.testsets import read_prompts
 from parts.tokenizers import load_tokenizer
 from score import score_of

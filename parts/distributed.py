@@ -1,6 +1,7 @@
 """This process among the ranks: joining torchrun's group, its device and precision, and what ranks tell each other."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from parts.program import InputError, die_with_parent
+from parts.program import InputError, WorkError, die_with_parent
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,72 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+MEETING = 600  # seconds in which all ranks must have come; they start together
+ANSWER = 10  # seconds in which torchrun, which runs already, must answer; else it has been killed
+LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in torch's messages
+
+
+def meet_ranks() -> dist.Store:
+    """The store through which the ranks of torchrun find each other, once all have come; alone, one of its own. Raises
+    WorkError where they have not within MEETING seconds."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    rank, world_size, end = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), time.monotonic() + MEETING
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; else by the first rank
+    store, serves = None, rank == 0 and not served
+    answer = time.monotonic() + (ANSWER if served else MEETING)
+    while store is None:
+        try:
+            # In C++ no signal is answered, so it waits for a few seconds at a time.
+            store = dist.TCPStore(host, port, world_size, serves, timedelta(seconds=3), wait_for_workers=False)
+        except dist.DistError as e:
+            if serves or time.monotonic() > answer:
+                raise WorkError(f"the ranks cannot meet at {host}:{port} ({str(e).splitlines()[0]})") from None
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store.set(f"rank {rank} came", "")
+    for other in range(world_size):
+        wait_for(store, f"rank {other} came", end)
+    return store
+
+
+def wait_for(store: dist.Store, key: str, end: float = math.inf) -> bytes:
+    """What another rank sets under `key`; signals are answered meanwhile. Raises WorkError when the store is gone, or
+    at the time `end` (of time.monotonic)."""
+    try:
+        while not store.check([key]):
+            if time.monotonic() > end:
+                raise WorkError(f"{key!r} has not happened in {MEETING} s: the ranks did not all start")
+            time.sleep(0.02)
+        return store.get(key)
+    except dist.DistError:
+        raise WorkError("") from None  # the rank that served the store has ended, and said why
+
+
 @contextmanager
-def join_ranks(replicas: int = 1) -> Iterator[Ranks]:
-    """Join torchrun's process group, or be a group of one; leave it at the end. Raises InputError."""
+def others_wait(store: dist.Store) -> Iterator[None]:
+    """On the first rank: work that the others are waiting for in `wait_for_first`."""
+    try:
+        yield
+    except BaseException:
+        store.set("first rank", "failed")
+        time.sleep(0.5 if "RANK" in os.environ else 0)  # in which the others read it, and need not complain
+        raise
+    store.set("first rank", "done")
+
+
+def wait_for_first(store: dist.Store) -> None:
+    """Until the block of `others_wait` has ended on the first rank. Raises InputError, which that rank explains, where
+    it failed."""
+    if wait_for(store, "first rank") == b"failed":
+        raise InputError("")
+
+
+@contextmanager
+def join_ranks(replicas: int = 1, store: dist.Store | None = None) -> Iterator[Ranks]:
+    """Join torchrun's process group, or be a group of one; leave it at the end. `store`: of `meet_ranks`.
+
+    Raises InputError, and WorkError in place of what torch raises when another rank has ended."""
     keep_memory()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -50,9 +114,10 @@ def join_ranks(replicas: int = 1) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         die_with_parent(signal.SIGTERM)  # when torchrun itself is killed
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # The others wait while the first reads and tokenises.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
+    place = {"rank": int(os.environ.get("RANK", 0)), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    store = dist.PrefixStore("group", store or meet_ranks())
+    # The first rank writes a large model while the others wait.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), store=store, **place)
     try:
         world_size = dist.get_world_size()
         if world_size % replicas:
@@ -62,6 +127,12 @@ def join_ranks(replicas: int = 1) -> Iterator[Ranks]:
             shape, names = (replicas, world_size // replicas), ("replicate", "shard")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         yield Ranks(dist.get_rank(), world_size, device, mesh)
+    except WorkError:
+        raise
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or any(word in str(e) for word in LOST):
+            raise WorkError(f"rank {place['rank']}: another rank has ended; the same command goes on") from e
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.program import EXIT_CODES, HelpFormatter, amount, fraction, natural, positive
+from parts.program import EXIT_CODES, HelpFormatter, amount, fraction, natural, positive, share_or_count
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -67,7 +67,9 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add = parser.add_argument_group(title).add_argument
     select_help = "iterit: score rows with the model as it is and choose anew before every epoch; static: choose once"
     add("--select", choices=["none", "iterit", "static"], default="none", help=select_help)
-    add("--ratio", type=float, default=0.05, help="rows an epoch trains on: a share below 1, from 1 on a count")
+    add(
+        "--ratio", type=share_or_count, default=0.05, help="rows an epoch trains on: a share below 1, from 1 on a count"
+    )
     update_help = "before a later epoch the best X times as many rows are scored again"
     add("--update-ratio", type=float, default=3.0, metavar="X", help=update_help)
     add("--score-type", choices=["both", "ifd"], default="both", help="IFD times diversity, or IFD alone")
@@ -123,8 +125,8 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
         parser.error("--select chooses from a stage's own rows: not together with --replay")
     if args.scores and args.select == "none":
         parser.error("--scores needs --select")
-    if not (0 < args.ratio < math.inf and 1 <= args.update_ratio < math.inf and 0 <= args.diversity_decay <= 1):
-        parser.error("--ratio must be above 0, --update-ratio at least 1, both finite, --diversity-decay from 0 to 1")
+    if not (1 <= args.update_ratio < math.inf and 0 <= args.diversity_decay <= 1):
+        parser.error("--update-ratio must be at least 1 and finite, --diversity-decay from 0 to 1")
     if args.replay is None:  # a model as small as the demo's forgets at once what it no longer sees
         args.replay = 0.1 if args.model is None and args.select == "none" else 0.0
     args.model = args.model or demo / "model"

@@ -3,6 +3,7 @@ progress."""
 
 import argparse
 import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -76,41 +77,64 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 class Stop:
-    """Whether SIGTERM, SIGINT or SIGUSR1 has come (`asked`). Until somebody is `patient`, and asks, they interrupt at
-    once; so does a second SIGINT."""
+    """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to stop.
 
-    asked = patient = False
+    The handler raises nothing, since an exception may come up inside a library that turns it into its own. Until
+    `deferred` it ends the process at once: nothing has begun that could be lost. From then on it sets `asked`, which
+    is looked at where the work can be saved; only a second SIGINT still ends the process at once.
+    """
+
+    asked = deferred = False
+
+    def handle(self, number, frame) -> None:
+        if self.deferred and not (self.asked and number == signal.SIGINT):
+            self.asked = True
+            return
+        kept = "what was saved last is kept" if self.deferred else "nothing had been begun that could be lost"
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"interrupted: {kept}; the same command goes on\n".encode())
+        with suppress(RuntimeError, OSError, ValueError):  # the signal may have come in the middle of a write
+            sys.stdout.flush()
+        os._exit(130)
 
 
-@contextmanager
-def catch_signals() -> Iterator[Stop]:
-    stop = Stop()
-
-    def note(number, frame):
-        if not stop.patient:
-            raise Interrupted("nothing had been begun that could be lost")
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def catch_signals() -> Stop:
+    """Answer signals as `Stop` says, to the end of the process: restored before, a late signal would cost the exit
+    code."""
+    stop = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if not isinstance(stop, Stop):
+        stop = Stop()
+        for number in SIGNALS:
+            signal.signal(number, stop.handle)
+    return stop
 
 
 def die_with_parent(number: int) -> None:
     """Ask the kernel for this signal when the parent process ends, kill -9 included. On Linux only."""
     if sys.platform == "linux":
+        parent = os.getppid()
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the kernel knew
+            os.kill(os.getpid(), number)
+
+
+def begin_process() -> Stop:
+    """The first act of a program under torchrun, before torch's import takes seconds: answer signals, and take the
+    death of torchrun for one."""
+    stop = catch_signals()
+    if "RANK" in os.environ:
+        die_with_parent(signal.SIGTERM)
+    return stop
 
 
 def leave_signals_to_parent() -> None:
     """In a process that helps another: Ctrl-C is the other's to answer, SIGTERM just ends this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(signal.SIGKILL)
 
@@ -161,6 +185,13 @@ def fraction(text: str) -> float:
     return float(text)
 
 
+def share_or_count(text: str) -> float:
+    """A share below 1, or from 1 on a whole number."""
+    if not 0 < float(text) < math.inf or (float(text) > 1 and float(text) % 1):
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, or a whole number of rows, is {text}")
+    return float(text)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -171,21 +202,58 @@ def aside(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write a file or a folder to. It becomes `path` when the block ends, and vanishes when it fails:
-    whoever looks at `path` sees the old or the new, whole."""
+    """Gives a path to write a file to. It becomes `path` when the block ends, and vanishes when it fails: whoever looks
+    at `path` sees the old or the new, whole. An OSError names the file."""
     new = aside(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove(new)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(new)
         yield new
-        if new.is_dir():
-            remove(path)
         os.replace(new, path)
     except BaseException as e:
-        if isinstance(e, OSError) and e.filename is None:  # as when the disk is full
+        if isinstance(e, OSError) and e.filename is None:
             e.filename = str(path)
-        remove(new)
+        with suppress(OSError):
+            remove(new)
         raise
+
+
+def replace_folder(path: Path) -> None:
+    """Give aside(path), a folder on disk, the name `path`, which an older folder may have.
+
+    Killed in between, either the old or the new folder is whole, under its name or as `path`.old: `recover_folder`.
+    """
+    old = path.with_name(path.name + ".old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(aside(path), path)
+    sync(path.parent)
+    remove(old)
+
+
+def recover_folder(path: Path) -> None:
+    """Undo or finish what a killed `replace_folder` left."""
+    old = path.with_name(path.name + ".old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    remove(old)
+
+
+def sync(path: Path, inside: bool = False) -> None:
+    """Have a file, or the entries of a folder (`inside`: all that it holds, too), on disk when this returns. An OSError
+    names the file."""
+    for inner in path.rglob("*") if inside else ():
+        sync(inner)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if path.is_dir() and e.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return  # some file systems know no fsync of folders
+        e.filename = str(path)
+        raise
+    finally:
+        os.close(handle)
 
 
 def remove(path: Path) -> None:

@@ -6,11 +6,22 @@ import math
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from parts.program import InputError, listed, print_table, progress, read_json_object, read_text, write_file
+from parts.program import (
+    InputError,
+    WorkError,
+    listed,
+    print_table,
+    progress,
+    read_json_object,
+    read_text,
+    sync,
+    write_file,
+)
 from parts.rows import json_values
 
 
@@ -57,6 +68,18 @@ def check_same_run(path: Path, run: dict, free: set[str], defaults: dict) -> dic
     return before
 
 
+def print_stages(stages: list, chosen: bool) -> None:
+    """A table of train.py's stages; `chosen`: an epoch takes some of the rows."""
+    table = []
+    for s in stages:
+        numbers = [s.replayed, s.documents.lengths.sum(), s.documents.target_counts.sum(), s.documents.lengths.max()]
+        numbers += [s.documents.truncated, s.documents.lost_tokens, s.epochs, s.batch_size, s.steps]
+        rows = f"{s.rows:,} of {len(s.documents):,}" if chosen else f"{len(s.documents):,}"
+        table.append((f"{s.name} {s.source}", rows, *(f"{n:,}" for n in numbers), f"{s.lr:g}"))
+    what = "stage, rows, replayed, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
+    print_table(tuple(what.split(", ")), table)
+
+
 def refuse_foreign(out: Path, written: list[str], inputs: list[Path]) -> None:
     """Raise InputError where out/NAME of something `written` would fall on an input, or is there and not a run's
     own."""
@@ -92,6 +115,7 @@ class GrowingFile:
     """A JSONL file to which rows are added; after a kill it is cut back to what the saved state knows."""
 
     def __init__(self, path: Path, size: int):
+        self.path = path
         self.file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
         if self.file.tell() < size:
             print(f"{path} is shorter than the saved state says: lines are missing", file=sys.stderr)
@@ -100,54 +124,76 @@ class GrowingFile:
             self.file.seek(size)
 
     def write(self, row: dict) -> None:
-        self.file.write((json.dumps(row) + "\n").encode())
-        self.file.flush()
+        """Raises WorkError."""
+        try:
+            self.file.write((json.dumps(row) + "\n").encode())
+            self.file.flush()
+        except OSError as e:
+            advice = "make room and give the same command again"
+            raise WorkError(f"{self.path} could not be written ({e.strerror}): {advice}") from None
+
+    def sync(self) -> int:
+        """Have all of it on disk; its size."""
+        sync(self.path)
+        return self.size
 
     @property
     def size(self) -> int:
         return self.file.tell()
 
 
-class StepLog:
-    """metrics.jsonl, the progress bar, and a stage's summary; silent where `path` is None (on every rank but the
-    first)."""
+class RunLog:
+    """metrics.jsonl and order.jsonl in the folder `out`, the progress bar, and a stage's summary; silent where `out` is
+    None (on every rank but the first)."""
 
-    def __init__(self, path: Path | None, size: int):
-        self.file = GrowingFile(path, size) if path else None
+    def __init__(self, out: Path | None, metrics_size: int, order_size: int):
+        self.metrics = GrowingFile(out / "metrics.jsonl", metrics_size) if out else None
+        self.order = GrowingFile(out / "order.jsonl", order_size) if out else None
 
-    @property
-    def size(self) -> int:
-        return self.file.size if self.file else 0
+    def close(self) -> None:
+        for log in (self.metrics, self.order) if self.metrics else ():
+            with suppress(OSError):  # of a full disk, which `write` has told of
+                log.file.close()
+
+    def sync(self) -> tuple[int, int]:
+        """Have both files on disk; their sizes."""
+        return (self.metrics.sync(), self.order.sync()) if self.metrics else (0, 0)
 
     def write(self, row: dict) -> None:
-        if self.file:
+        if self.metrics:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self.file.write(finite)
+            self.metrics.write(finite)
 
     def begin(self, stage: str, steps: int, done: int) -> None:
-        self.losses, self.tokens, self.seconds = [], 0, 0.0
-        self.bar = progress(steps, stage, "step", initial=done, shown=self.file is not None)
+        self.losses, self.tokens, self.seconds, self.skipped = [], 0, 0.0, 0
+        self.bar = progress(steps, stage, "step", initial=done, shown=self.metrics is not None)
 
-    def step(self, row: dict) -> None:
-        """A row with at least loss, tokens and seconds."""
-        speed = row["tokens"] / row["seconds"]
-        self.write(row | {"tokens_per_second": round(speed, 1)})
-        self.losses.append(row["loss"])
-        self.tokens, self.seconds = self.tokens + row["tokens"], self.seconds + row["seconds"]
+    def step(self, row: dict, ids: list[str], seconds: float, skipped: bool) -> None:
+        """A row with at least stage, step, epoch, loss and tokens; the ids of the step's rows. What was skipped
+        belongs to no mean."""
+        speed = row["tokens"] / max(seconds, 1e-6)
+        more = {"seconds": round(seconds, 4), "tokens_per_second": round(speed, 1)}
+        self.write(row | more | ({"skipped": True} if skipped else {}))
+        if self.order:
+            self.order.write({key: row[key] for key in ("stage", "step", "epoch")} | {"ids": ids})
+        self.losses += [] if skipped else [row["loss"]]
+        self.skipped += skipped
+        self.tokens, self.seconds = self.tokens + row["tokens"], self.seconds + seconds
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update()
 
     def end(self) -> str:
         """What the stage did in this process."""
         self.bar.close()
+        skipped = f", {self.skipped} of them skipped" if self.skipped else ""
         if not self.losses:
-            return "nothing left to train"
+            return f"no step taken{skipped}" if skipped else "nothing left to train"
         few = max(1, min(10, len(self.losses) // 2))
         first, last = sum(self.losses[:few]) / few, sum(self.losses[-few:]) / few
-        speed = self.tokens / self.seconds
-        return f"loss {first:.4f} -> {last:.4f}, {self.seconds:.1f} s, {speed:,.0f} tokens/s"
+        speed = self.tokens / max(self.seconds, 1e-6)
+        return f"loss {first:.4f} -> {last:.4f}{skipped}, {self.seconds:.1f} s, {speed:,.0f} tokens/s"
 
     def say(self, text: str) -> None:
         """A line on stdout, above the bar."""
-        if self.file:
+        if self.metrics:
             tqdm.write(text)

@@ -9,7 +9,9 @@ A state written by any number of ranks is read by any other.
 import hashlib
 import json
 import os
+import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parts.distributed import Ranks
-from parts.program import InputError, WorkError, aside, refuse, remove, sha256, write_file
+from parts.distributed import Ranks, broadcast
+from parts.program import InputError, WorkError, aside, refuse, remove, sha256, sync, write_file
 from parts.weights import DTYPES, INTEGERS, local_part, open_tensors, read_slice, write_tensors
 
 KEPT = 2  # states
@@ -28,47 +30,61 @@ KEPT = 2  # states
 def save_state(folder: Path, name: str, ranks: Ranks, tensors: dict[str, Tensor], progress: dict) -> None:
     """Write folder/NAME/ and keep it and the one before it (names must rise). Every rank must call.
 
-    The folder appears when all of it is on disk; until then the one before it stays. Raises WorkError.
+    A state is never replaced: where NAME is taken, this one becomes NAME-0001, … It gets its name when all of it is on
+    disk, and only then the oldest lose theirs; killed at any moment, the newest folder with a name is whole. Raises
+    WorkError.
     """
-    final = folder / name
     file = f"rank{ranks.rank:05}.safetensors"
     try:
+        new = None
         if ranks.rank == 0:
-            remove(aside(final))
-            aside(final).mkdir(parents=True)
-        dist.barrier()
-        checksum = None
-        if ranks.writes_shard:
-            parts = {n: local_part(tensor) for n, tensor in tensors.items()}
-            # What is not sharded is the same on every rank.
-            mine = {n: p for n, p in parts.items() if p[0].numel() and (ranks.rank == 0 or p[0].dim())}
-            first_rows = {n: offset[0] for n, (_, offset) in mine.items() if offset}
-            content = {n: part.to("cpu").contiguous() for n, (part, _) in mine.items()}
-            write_tensors(aside(final) / file, content, {"first_rows": json.dumps(first_rows)})
-            with open(aside(final) / file, "rb") as f:
-                os.fsync(f.fileno())
-            checksum = sha256(aside(final) / file)
+            new = aside(unused_name(folder, name))
+            remove(new)
+            new.mkdir(parents=True)
+        new = broadcast(new)
+        checksum = write_rank(new / file, ranks, tensors) if ranks.writes_shard else None
         checksums = [None] * ranks.world_size
         dist.all_gather_object(checksums, (file, checksum))
         if ranks.rank == 0:
             state = json.dumps({"progress": progress, "files": {f: c for f, c in checksums if c}})
             about = {"state": state, "sha256": hashlib.sha256(state.encode()).hexdigest()}
-            write_file(aside(final) / "state.json", json.dumps(about, indent=1))
-            before = final.with_suffix(".old")
-            if final.exists():  # saved again, further on within a step: at every moment one of the two is there
-                os.replace(final, before)
-            os.replace(aside(final), final)
-            remove(before)
+            write_file(new / "state.json", json.dumps(about, indent=1))
+            sync(new, inside=True)
+            os.replace(new, new.with_suffix(""))
+            sync(folder)
             for old in saved_states(folder)[:-KEPT]:
-                remove(old)
+                os.replace(old, aside(old))  # a folder with a name is never half removed
+                remove(aside(old))
     except (OSError, WorkError) as e:
-        if ranks.rank == 0:
-            remove(aside(final))
+        if ranks.rank == 0 and new:
+            with suppress(OSError):
+                remove(new)
         raise WorkError(
             f"the state could not be saved in {folder} ({e}); the one before it is intact: make room and give the same "
             "command again"
         ) from None
     dist.barrier()
+
+
+def unused_name(folder: Path, name: str) -> Path:
+    """folder/NAME, or the first of folder/NAME-0001, … above all that are there."""
+    again = [re.fullmatch(rf"{re.escape(name)}-(\d{{4}})", path.name) for path in folder.glob(f"{name}-*")]
+    numbers = [int(match[1]) for match in again if match]
+    if not numbers and not (folder / name).exists():
+        return folder / name
+    return folder / f"{name}-{max(numbers, default=0) + 1:04}"
+
+
+def write_rank(path: Path, ranks: Ranks, tensors: dict[str, Tensor]) -> str:
+    """Write the rows that this rank owns; the sha256 of the file, which is on disk."""
+    parts = {n: local_part(tensor) for n, tensor in tensors.items()}
+    # What is not sharded is the same on every rank.
+    mine = {n: p for n, p in parts.items() if p[0].numel() and (ranks.rank == 0 or p[0].dim())}
+    first_rows = {n: offset[0] for n, (_, offset) in mine.items() if offset}
+    content = {n: part.to("cpu").contiguous() for n, (part, _) in mine.items()}
+    write_tensors(path, content, {"first_rows": json.dumps(first_rows)})
+    sync(path)
+    return sha256(path)
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -145,8 +161,20 @@ def read_state(path: Path) -> tuple[dict, dict[str, SavedTensor]]:
 # ---------------------------------------------------------------- weights and an optimizer's state, by name
 
 
+UNSHARDED = {
+    torch.optim.Adafactor: "its statistics of rows and columns are not sharded as the parameters are",
+    torch.optim.Rprop: "it writes to single entries of a gradient, which torch does not do on shards",
+}
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> None:
-    """Raise ValueError where an optimizer would silently do less than it seems to."""
+    """Raise ValueError where an optimizer would silently do less than it seems to, InputError where it cannot step."""
+    kind, sharded = type(optimizer).__name__, any(isinstance(p, DTensor) for p in trained.values())
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError(f"make_optimizer: {kind} computes the loss again within a step, which this loop does not do")
+    for unsharded, reason in UNSHARDED.items():
+        if sharded and isinstance(optimizer, unsharded):
+            raise InputError(f"make_optimizer: {kind} works on one rank only: {reason}")
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     missing = [name for name, p in trained.items() if grouped.count(id(p)) != 1]
     if missing or len(grouped) != len(trained):
@@ -193,6 +221,18 @@ def save_training(
     save_state(folder, name, ranks, state_tensors(trained, optimizer), state)
 
 
+def empty_state(saved: SavedTensor, p: nn.Parameter, on_device: bool) -> Tensor:
+    """An empty tensor for an optimizer's state of `p`, sharded as `p` is where it has the same shape. `on_device`: so
+    is a single number. Raises InputError."""
+    if saved.shape == tuple(p.shape):
+        return torch.empty_like(p, dtype=saved.dtype, requires_grad=False)
+    if saved.shape and isinstance(p, DTensor):
+        raise InputError(
+            f"the saved {saved.name} is {saved.shape}, its parameter {tuple(p.shape)}: it cannot be sharded"
+        )
+    return torch.empty(saved.shape, dtype=saved.dtype, device=p.device if on_device or saved.shape else "cpu")
+
+
 def restore_state(saved: dict, about: dict, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Put saved tensors where they belong, made for this run's sharding. Raises InputError for one that has no place,
     and for a weight that is not there."""
@@ -206,17 +246,7 @@ def restore_state(saved: dict, about: dict, trained: dict[str, nn.Parameter], op
     for name, tensor in saved.items():
         key, _, parameter = name.partition("/")
         p = trained[parameter]
-        if key == "weight":
-            target = p.detach()
-        elif tensor.shape == tuple(p.shape):
-            target = torch.empty_like(p, dtype=tensor.dtype, requires_grad=False)
-        elif tensor.shape == () or not isinstance(p, DTensor):
-            device = p.device if on_device or tensor.shape else "cpu"
-            target = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        else:
-            raise InputError(
-                f"the saved {name} is {tensor.shape}, its parameter {tuple(p.shape)}: it cannot be sharded"
-            )
+        target = p.detach() if key == "weight" else empty_state(tensor, p, on_device)
         tensor.copy_to(target)
         if key != "weight":
             optimizer.state[p][key] = target

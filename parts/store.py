@@ -1,10 +1,7 @@
-"""Work that must not be lost: a JSONL file to which each record is appended the moment it exists, and locks."""
+"""Work that must not be lost: a JSONL file to which each record is appended the moment it exists."""
 
 import json
-import os
-import platform
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,24 +19,12 @@ def hold(path: Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise InputError(f"{path} is in use: another process is writing it") from None
+    except OSError as e:  # some NFS, Lustre and FUSE file systems have no locks
+        print(f"{path} cannot be locked ({e.strerror}): do not start a second program on it", file=sys.stderr)
     file.seek(0)
-    return file
-
-
-def lock_folder(folder: Path):
-    """Hold folder/lock for this process' life. Raises InputError, saying who has it, when another does."""
-    path = folder / "lock"
-    try:
-        file = hold(path)
-    except InputError:
-        who = path.read_text(encoding="utf-8", errors="replace")
-        raise InputError(f"{folder} is in use by {who}: wait for it, or end it") from None
-    file.truncate(0)
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(f"process {os.getpid()} on {platform.node()}, since {started}".encode())
     return file
 
 

@@ -25,7 +25,8 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path, specials: dict[str, int], text_tokens: dict[str, int] | None = None):
         try:
-            self.sp = SentencePieceProcessor(model_file=str(path))
+            self.sp = SentencePieceProcessor()
+            self.sp.LoadFromSerializedProto(path.read_bytes())  # it cannot open every path that Python can
         except (RuntimeError, OSError) as e:
             raise InputError(f"{path}: not a SentencePiece model ({e})") from None
         n = self.sp.get_piece_size()

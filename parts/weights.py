@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from parts.distributed import all_reduce
-from parts.program import InputError, WorkError, refuse, replacing, write_file
+from parts.distributed import all_reduce, broadcast
+from parts.program import InputError, WorkError, read_json_object, refuse, replacing, write_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -204,3 +204,15 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     if sharded:
         dist.all_reduce(found, group=sharded[0].device_mesh.get_group(-1))  # the other replicas have the same
     return hashlib.sha256(json.dumps([list(tensors), found.tolist()]).encode()).hexdigest()[:16]
+
+
+def check_weights(parameters: dict[str, Tensor], folder: Path, out: Path) -> None:
+    """Raise InputError, on every rank, where the weights just loaded from `folder` hold NaN or are not those that the
+    run began with; its run.json says which these are, from now on."""
+    path = out / "run.json"
+    refuse_nan(parameters, folder)
+    found, description = checksum(parameters), broadcast(read_json_object(path))
+    if description["weights"] not in (None, found):
+        raise InputError(f"the weights in {folder} are not those with which the run in {out} began: give another --out")
+    if dist.get_rank() == 0:
+        write_file(path, json.dumps(description | {"weights": found}, indent=1))

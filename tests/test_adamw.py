@@ -202,6 +202,29 @@ def test_it_learns_what_fp32_weights_learn(bench, straight, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_no_two_steps_of_a_run_draw_the_same_bits(killed, bench, tmp_path):
+    def main(argv):
+        real = adamw.torch.randint
+
+        def randint(*a, generator, **kw):
+            with open(tmp_path / "drawn", "a") as file:
+                file.write(f"{generator.initial_seed()}\n")
+            return real(*a, generator=generator, **kw)
+
+        adamw.torch.randint = randint
+        return train.main(argv)
+
+    arguments = training(tmp_path / "o", *BF16, stages=("s1", "s1", "s2"))
+    if killed:
+        run = Forked(main, arguments, bench)
+        run.wait_until((tmp_path / "o" / "resume" / "001-00000002").exists).kill()
+    run_forked(main, *arguments, cwd=bench)
+    drawn = (tmp_path / "drawn").read_text().split()
+    assert len(set(drawn)) == 4 + 4 + 3
+    assert killed or len(drawn) == 11  # a step that is taken again after a kill draws what it drew before
+
+
 def test_the_norm_of_a_bf16_gradient_is_exact():
     torch.manual_seed(0)
     gradients = [torch.randn(n).bfloat16() for n in (3, 5000, 2**20 + 7)]

@@ -269,12 +269,42 @@ def test_too_few_good_rows_are_filled_up_and_it_is_said(bench, tmp_path):
     )
 
 
+def test_given_scores_of_rows_that_can_have_none_are_not_taken_and_the_steps_are_those_planned(bench, tmp_path):
+    rows = [{"id": f"r{i}", "text": "abc" * (i + 1), "ifd": 0.3} for i in range(6)]  # no prompt, so no IFD
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with_prompt = [{"id": f"p{i}", "data": [f"Say {i}.", "xyz"], "ifd": 0.5 + i / 100} for i in range(10)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in with_prompt))
+    (tmp_path / "both").mkdir()
+    for name in ("t", "p"):
+        shutil.copy(tmp_path / f"{name}.jsonl", tmp_path / "both")
+    more = ["--select", "iterit", "--ratio", "14", "--epochs", "2", "--batch-size", "2", "--scores"]
+    both = str(tmp_path / "both")
+    done = go(bench, tmp_path / "o", *more, *(str(tmp_path / f"{n}.jsonl") for n in "tp"), stages=(both,))
+    assert "10 of 10 chosen" in done.stdout
+    taken = [r for r in metrics(tmp_path / "o") if "loss" in r]
+    assert len(taken) == 10 and "  10 of 16  " in done.stdout and "): 10 steps, loss" in done.stdout
+    rates = [train.learning_rate(step, 10, 5e-4, "cosine", 0.1) for step in range(10)]
+    assert [r["lr"] for r in taken] == pytest.approx(rates)
+    text_only = go(bench, tmp_path / "q", *more, str(tmp_path / "t.jsonl"), stages=(str(tmp_path / "t"),), code=2)
+    assert "nothing to choose from" in text_only.stderr
+
+
+@pytest.mark.parametrize("ifd", ["-0.5", "1e999", "-Infinity"])
+def test_given_scores_that_are_negative_or_infinite_are_refused_by_row(ifd, bench, tmp_path):
+    lines = (bench / "s1.jsonl").read_text().splitlines()
+    lines = [line[:-1] + f', "ifd": {ifd if k == 2 else 0.5}}}' for k, line in enumerate(lines)]
+    (tmp_path / "f.jsonl").write_text("\n".join(lines))
+    more = ("--select", "static", "--scores", str(tmp_path / "f.jsonl"))
+    assert "f.jsonl:3" in go(bench, tmp_path / "o", *more, stages=("s1",), code=2).stderr
+
+
 @pytest.mark.parametrize(
     "more, word",
     [
         (("--select", "iterit", "--replay", "0.1"), "not together with --replay"),
         (("--scores", "x"), "--scores needs --select"),
-        (("--select", "iterit", "--ratio", "0"), "--ratio must be above 0"),
+        (("--select", "iterit", "--ratio", "0"), "a share above 0 and below 1"),
+        (("--select", "iterit", "--ratio", "1.9"), "or a whole number of rows, is 1.9"),
         (("--select", "iterit", "--update-ratio", "0.5"), "at least 1"),
         (("--select", "iterit", "--scores", "nowhere"), "nowhere"),
         (("--select", "best"), "invalid choice"),

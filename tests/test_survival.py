@@ -1,25 +1,34 @@
 """Training loses nothing and does nothing else than it says: locks, signals at any moment, damage, changed inputs."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Forked, go, hf_model, metrics, run_forked, same, torchrun, training, weights
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 import data
 import generate
 import score
 import train
+from parts import distributed, lock
 from parts.mapped import Texts, map_arrays, save_arrays
-from parts.program import InputError
+from parts.program import InputError, WorkError
 from parts.record import GrowingFile
 from parts.rows import find_files, json_values, read_rows
 from parts.state import newest_state
@@ -114,6 +123,193 @@ def test_ranks_that_do_not_see_one_folder_say_so_at_once(bench, tmp_path):
     assert done.returncode == 2 and "must be seen by all nodes" in done.stderr
 
 
+def without_flock(argv):
+    """train.py on a file system that has no such locks."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl.flock = flock
+    return train.main(argv)
+
+
+@pytest.mark.parametrize("main", [train.main, without_flock])
+def test_with_flock_and_without_only_one_runs_and_a_killed_one_is_followed(main, bench, straight, tmp_path):
+    out, more = tmp_path / "o", (*MORE, "--save-every", "1")
+    run = Forked(main, training(out, *more), bench).wait_until((out / "metrics.jsonl").exists)
+    run.send_signal(signal.SIGSTOP)
+    done = go(bench, out, *more, main=main, code=2)
+    assert f"in use by process {run.pids[0]} on" in done.stderr
+    assert ("no flock" in done.stderr) == (main is without_flock)
+    run.kill()
+    assert (out / "lock").exists()
+    go(bench, out, *more, main=main)
+    same_run(out, straight)
+    assert not (out / "lock").exists()
+
+
+def test_a_removed_lock_lets_no_second_run_in_unnoticed(bench, tmp_path):
+    out = tmp_path / "o"
+    run = Forked(train.main, training(out, "--epochs", "99"), bench).wait_until((out / "metrics.jsonl").exists)
+    (out / "lock").unlink()
+    assert "in use by another process" in go(bench, out, "--epochs", "99", code=2).stderr
+    run.kill()
+    more = ("--epochs", "99", "--save-every", "1")
+    run = Forked(without_flock, training(tmp_path / "p", *more), bench)
+    run.wait_until((tmp_path / "p" / "metrics.jsonl").exists)
+    (tmp_path / "p" / "lock").unlink()
+    done = run.wait()
+    assert done.returncode == 1 and "was removed or replaced" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_whether_the_holder_of_a_lock_has_ended_is_judged_from_where_it_ran(tmp_path, monkeypatch):
+    me = lock.describe_process()
+    ended = os.fork() or os._exit(0)
+    os.waitpid(ended, 0)
+    host, boot, namespace = lock.machine().split(" ")
+    line, place, ticks = me.splitlines()
+    dead = line.replace(str(os.getpid()), str(ended))
+    for holder, wanted in {
+        me: False,
+        "\n".join([dead, place, ticks]): True,
+        "\n".join([line, place, "17"]): True,  # its number belongs to another process by now
+        "\n".join([dead, f"elsewhere {boot} {namespace}", ticks]): False,
+        "\n".join([line, f"{host} earlier {namespace}", ticks]): True,
+        "\n".join([dead, f"{host} {boot} pid:[1]", ticks]): False,
+        "somebody": False,
+        "": True,
+    }.items():
+        assert lock.has_ended(holder) == wanted, holder
+    monkeypatch.setattr(lock, "fcntl", None)
+    (tmp_path / "lock").write_text("\n".join([dead, f"elsewhere {boot} {namespace}", ticks]))
+    with pytest.raises(InputError, match=f"process {ended} .* remove"), lock.lock_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_any_error_of_flock_but_one_means_that_there_is_none(error, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.lock_folder(tmp_path / "o") as held:
+        held.check()
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"), lock.lock_folder(tmp_path / "o"):
+            pass
+    assert not (tmp_path / "o").exists() and "no flock" in capsys.readouterr().err
+
+
+def test_where_folders_cannot_be_locked_the_file_is(tmp_path, monkeypatch):
+    """As NFS does: it locks what is open for writing."""
+    real = fcntl.flock
+
+    def flock(handle, how):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.lock_folder(tmp_path / "o") as held:
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"), lock.lock_folder(tmp_path / "o"):
+            pass
+        held.check()
+        held.path.unlink()
+        with pytest.raises(WorkError, match="removed or replaced"):
+            held.check()
+
+
+def test_a_mistyped_stage_leaves_nothing(bench, tmp_path):
+    assert "no such file" in go(bench, tmp_path / "o", stages=("s1", "s9"), code=2).stderr
+    assert not (tmp_path / "o").exists()
+
+
+# ---------------------------------------------------------------- the start on several ranks
+
+
+def test_torchrun_killed_during_the_start_leaves_no_worker(bench, tmp_path):
+    out = tmp_path / "o"
+    run = subprocess.Popen(
+        [*torchrun(2), *training(out)], cwd=bench, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    workers = []
+    while run.poll() is None and not (out / "lock").exists() and not (len(workers) == 2 and all(map(listens, workers))):
+        workers = [pid for pid in children_of(run.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    run.kill()
+    run.wait()
+    end = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = [pid for pid in workers if os.path.exists(f"/proc/{pid}")]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+    go(bench, out, stages=("s1",))
+
+
+def listens(pid):
+    """Whether a process has a handler for SIGTERM, which ours has before the seconds of importing torch."""
+    with contextlib.suppress(OSError):
+        caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+        return bool(int(caught, 16) >> signal.SIGTERM - 1 & 1)
+
+
+def children_of(parent):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(bench, tmp_path):
+    def main(argv):
+        distributed.MEETING = 0.3
+        return train.main(argv) if os.environ["RANK"] == "0" else 0
+
+    done = Forked(main, training(tmp_path / "o"), bench, ranks=2).wait(timeout=30)
+    assert done.returncode == 1 and "did not all start" in done.stderr and not (tmp_path / "o").exists()
+
+
+def test_a_worker_whose_torchrun_was_killed_before_its_first_line_gives_up_soon(bench, tmp_path):
+    def main(argv):
+        distributed.ANSWER = 0.1
+        return train.main(argv)
+
+    with socket.socket() as s:  # nobody listens there
+        s.bind(("127.0.0.1", 0))
+        env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(s.getsockname()[1])}
+        done = Forked(main, training(tmp_path / "o"), bench, ranks=2, env=env).wait(timeout=30)
+    assert done.returncode == 1 and "the ranks cannot meet" in done.stderr and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_while_the_first_rank_reads_ends_the_rank_that_gets_it_at_once(rank, bench, tmp_path):
+    def main(argv):
+        def read(*_, **__):
+            (tmp_path / "reading").touch()
+            while True:
+                time.sleep(0.01)
+
+        train.read_data = read
+        return train.main(argv)
+
+    run = Forked(main, training(tmp_path / "o"), bench, ranks=2).wait_until((tmp_path / "reading").exists)
+    os.kill(run.pids[rank], signal.SIGTERM)
+    end = time.monotonic() + 10
+    while run.pids[rank] not in run.codes and time.monotonic() < end:
+        run.poll()
+        time.sleep(0.01)
+    code = run.codes.get(run.pids[rank])
+    run.kill()
+    assert code == 130 and "Traceback" not in run.wait().stderr
+
+
+def test_a_wrong_stage_ends_all_ranks_with_one_message(bench, tmp_path):
+    done = go(bench, tmp_path / "o", stages=("s1", "s9"), code=2, ranks=2)
+    assert done.stderr.count("no such file") == 1
+
+
 # ---------------------------------------------------------------- signals at any moment
 
 
@@ -149,6 +345,156 @@ def test_stopped_anywhere_it_goes_on_to_the_same_files(module, name, at, number,
     go(bench, tmp_path / "o", *MORE, "--save-every", "1")
     same_run(tmp_path / "o", straight)
     assert not list((tmp_path / "o").rglob("*.tmp")) and not (tmp_path / "o" / "cache").exists()
+
+
+@pytest.mark.parametrize("module, name, at", [
+    (train, "fully_shard", 1), (_fsdp_param.FSDPParam, "_init_sharded_param", 3), (train, "load_weights", 1),
+    (FSDPParamGroup, "unshard", 2), (train, "held_out_loss", 1), (FSDPParamGroup, "post_backward", 9),
+])  # fmt: skip
+@pytest.mark.parametrize("together", [True, False])
+def test_a_signal_inside_fsdp_ends_both_ranks_without_a_traceback(module, name, at, together, bench, tmp_path):
+    def main(argv):
+        if together or os.environ["RANK"] == "1":
+            return interrupted(module, name, at)(argv)
+        return train.main(argv)
+
+    done = Forked(main, training(tmp_path / "o", "--eval", "s2"), bench, ranks=2).wait(timeout=60)
+    assert done.returncode in ((130,) if together else (1, 130)), done.stderr
+    assert "Traceback" not in done.stderr and "gloo" not in done.stderr, done.stderr
+    assert "interrupted" in done.stderr or not together
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_storm_of_signals_costs_neither_the_exit_code_nor_the_run(number, bench, straight, tmp_path):
+    run = Forked(train.main, training(tmp_path / "o", *MORE), bench).wait_until((tmp_path / "o" / "lock").exists)
+    while run.poll() is None:
+        run.send_signal(number)
+        time.sleep(0.01)
+    done = run.wait()
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    go(bench, tmp_path / "o", *MORE)
+    same_run(tmp_path / "o", straight)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(bench, tmp_path):
+    def main(argv):
+        def busy(*_):
+            (tmp_path / "busy").touch()
+            while True:
+                time.sleep(0.01)
+
+        train.batch_gradients = busy
+        return train.main(argv)
+
+    run = Forked(main, training(tmp_path / "o"), bench).wait_until((tmp_path / "busy").exists)
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    done = run.wait(timeout=10)
+    assert done.returncode == 130 and "what was saved last is kept" in done.stderr
+
+
+def test_a_rank_that_stands_still_for_a_while_changes_nothing(bench, tmp_path):
+    go(bench, tmp_path / "a", "--eval", "s2", ranks=2)
+    run = Forked(train.main, training(tmp_path / "b", "--eval", "s2"), bench, ranks=2)
+    run.wait_until((tmp_path / "b" / "metrics.jsonl").exists)
+    for pid in run.pids:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGCONT)
+    assert run.wait().returncode == 0
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_a_clock_that_jumps_changes_nothing(bench, straight, tmp_path):
+    def main(argv):
+        real, rng = time.time, np.random.default_rng(0)
+        time.time = lambda: real() + float(rng.normal()) * 1e7
+        return train.main(argv)
+
+    go(bench, tmp_path / "o", *MORE, main=main)
+    same_run(tmp_path / "o", straight)
+    assert len(list((tmp_path / "o" / "resume").iterdir())) == 2  # and nothing was saved for being late
+
+
+def test_killed_while_many_processes_tokenise_it_leaves_none_and_goes_on(bench, tmp_path):
+    rows = [json.dumps({"id": i, "data": [f"Say {i}.", "abc" * 9]}) for i in range(5000)]
+    (tmp_path / "many.jsonl").write_text("\n".join(rows))
+    more = ("--batch-size", "5000", "--max-len", "16", "--micro-tokens", "90000")
+
+    run = Forked(train.main, training(tmp_path / "o", *more, stages=(str(tmp_path / "many"),)), bench)
+    run.wait_until(lambda: len(children_of(run.pids[0])) > 1)
+    pids = children_of(run.pids[0])
+    run.kill()
+    end = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert pids and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    go(bench, tmp_path / "o", stages=("s1",))
+
+
+def test_from_another_working_directory_a_run_goes_on_by_full_paths(bench, tmp_path):
+    arguments = ["--model", bench / "m", "--stages", bench / "s1", "--out", tmp_path / "o", "--dtype", "fp32"]
+    arguments += ["--lr", "5e-4", "--save-every", "1"]
+    Forked(interrupted(train, "batch_gradients", 2, signal.SIGKILL), arguments, bench).wait()
+    assert "Going on" in run_forked(train.main, *arguments, cwd=tmp_path).stdout
+    arguments[1] = "m"
+    done = run_forked(train.main, *arguments, cwd=tmp_path, expect=2)
+    assert "config.json not found" in done.stderr
+
+
+def test_ids_that_repeat_and_a_stage_given_twice_go_on_as_well(bench, tmp_path):
+    rows = [json.dumps({"id": "same", "data": [f"Say {i}.", chr(97 + i) * 3]}) for i in range(20)]
+    (tmp_path / "twice.jsonl").write_text("\n".join(rows))
+    more, stages = ("--select", "iterit", "--ratio", "8", "--epochs", "2", "--save-every", "1"), ("twice", "twice")
+    arguments = [
+        "--model",
+        bench / "m",
+        "--stages",
+        *stages,
+        "--dtype",
+        "fp32",
+        "--batch-size",
+        "4",
+        "--lr",
+        "5e-3",
+        *more,
+    ]
+    run_forked(train.main, *arguments, "--out", "a", cwd=tmp_path)
+    for at in (2, 4):
+        Forked(interrupted(train, "batch_gradients", at, signal.SIGKILL), [*arguments, "--out", "b"], tmp_path).wait()
+    run_forked(train.main, *arguments, "--out", "b", cwd=tmp_path)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") and order(tmp_path / "a") == order(tmp_path / "b")
+    assert [r["stage"] for r in order(tmp_path / "a")] == ["stage1"] * 4 + ["stage2"] * 4
+    assert same(weights(tmp_path / "a", "stage2"), weights(tmp_path / "b", "stage2"))
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_ifd_killed_goes_on_to_the_same_scores_on_any_number_of_ranks(ranks, bench, tmp_path):
+    def arguments(out):
+        return ["ifd", "s1.jsonl", "--model", "m", "--out", tmp_path / out, "--dtype", "fp32"]
+
+    def main(argv, at=0):
+        score.CHUNK, real, calls = 4, score.measure_ifd, []
+
+        def measured(*a):
+            calls.append(1)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*a)
+
+        score.measure_ifd = measured
+        return score.main(argv)
+
+    run_forked(score.main, *arguments("a"), cwd=bench)
+    killed = Forked(lambda argv: main(argv, 3), arguments("b"), bench, ranks).wait()
+    assert killed.returncode and "Traceback" not in killed.stderr
+    kept = 4 * 2 * (ranks or 1)
+    done = run_forked(main, *arguments("b"), cwd=bench, ranks=ranks)
+    assert f"{30 - kept} scored now" in done.stdout
+    a, b = ([json.loads(line)["ifd"] for line in (tmp_path / f).read_text().splitlines()] for f in "ab")
+    assert a == pytest.approx(b, rel=1e-5) and len(a) == 30
 
 
 def test_a_signal_while_tokenising_ends_with_130(bench, tmp_path):
@@ -281,8 +627,8 @@ def test_odd_rows_are_named(row, tmp_path):
 
 
 @pytest.mark.parametrize("more, word", [
-    (["--seed", "-1"], "at least 0"), (["--select", "static", "--ratio", "inf"], "both finite"),
-    (["--select", "iterit", "--update-ratio", "inf"], "both finite"), (["--skip-nonfinite", "-2"], "at least 0"),
+    (["--seed", "-1"], "at least 0"), (["--select", "static", "--ratio", "inf"], "whole number"),
+    (["--select", "iterit", "--update-ratio", "inf"], "finite"), (["--skip-nonfinite", "-2"], "at least 0"),
 ])  # fmt: skip
 def test_wrong_numbers_are_errors_before_anything_is_done(more, word, bench, tmp_path):
     assert word in go(bench, tmp_path / "o", *more, code=2).stderr

@@ -1,12 +1,16 @@
 """train.py as people run it: against a plain loop with transformers, killed at random moments, given wrong things."""
 
+import errno
 import json
 import math
+import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import data
 import model
 import train
-from parts import cost
+from parts import cost, record
 from parts.program import sha256
 from parts.rows import messages_of, read_rows
 from parts.tokenizers import load_tokenizer
@@ -342,6 +346,61 @@ def test_a_full_disk_stops_with_a_clear_error_and_the_old_state_intact(bench, st
     assert same(weights(out), weights(straight)) and metrics(out) == metrics(straight)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "selection-epoch0.jsonl", "state.json", "config.json"])
+def test_a_full_disk_is_told_with_the_name_of_the_file(name, bench, tmp_path):
+    def limited(argv):
+        real_bytes, real_line = Path.write_bytes, record.GrowingFile.write
+
+        class Full:
+            def write(self, *_):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            close = write
+
+        def write_bytes(path, content):
+            return Full().write(b"") if path.name == f"{name}.tmp" else real_bytes(path, content)
+
+        def write_line(log, row):
+            log.file = Full() if log.path.name == name else log.file
+            real_line(log, row)
+
+        Path.write_bytes, record.GrowingFile.write = write_bytes, write_line
+        return train.main(argv)
+
+    more = ("--select", "static", "--ratio", "8")
+    done = Forked(limited, training(tmp_path / "o", *more, stages=("s1",)), bench).wait()
+    assert done.returncode == 1 and f"/{name}" in done.stderr and "No space left" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    go(bench, tmp_path / "o", *more, stages=("s1",))
+
+
+def test_rows_longer_than_the_models_positions_are_warned_of(bench, tmp_path):
+    assert "above the 256 positions" not in go(bench, tmp_path / "a", "--dry-run", stages=("s1",)).stderr
+    told = go(bench, tmp_path / "a", "--dry-run", "--max-len", "300", stages=("s1",)).stderr
+    assert "--max-len 300 is above the 256 positions" in told and "the longest row has" in told
+    (tmp_path / "long.jsonl").write_text(json.dumps({"data": ["Say it.", "abc" * 100]}) + "\n")
+    assert "above the 256" in go(bench, tmp_path / "a", "--dry-run", stages=(str(tmp_path / "long"),)).stderr
+
+
+def test_warnings_made_errors_change_nothing_and_odd_paths_are_read_by_any_python(bench, tmp_path):
+    folder = tmp_path / "größe"
+    shutil.copytree(bench / "m", folder / "m")
+    shutil.copy(bench / "s1.jsonl", folder)
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-W", "error", train.__file__, "--model", folder / "m", "--stages", folder / "s1"]
+    command += ["--lr", "1e-3", "--select", "static", "--ratio", "8", "--out", folder / "o", "--eval", folder / "s1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, errors="replace")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (folder / "o" / "stage1" / "tokenizer.model").exists()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
+def test_compiled_blocks_train_to_the_same_numbers(bench, tmp_path):
+    go(bench, tmp_path / "a", stages=("s1",))
+    go(bench, tmp_path / "b", "--compile", stages=("s1",))
+    close(metrics(tmp_path / "a"), metrics(tmp_path / "b"))
+
+
 def test_a_finished_run_has_nothing_to_do(bench, straight):
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*.safetensors")}
     done = go(bench, straight, "--eval", "s2")
@@ -389,6 +448,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_state(bench
     skipped = go(bench, poisoned / "o", *more, "--skip-nonfinite", "1", stages=(str(poisoned / "s"),))
     rows = metrics(poisoned / "o")
     assert len(rows) == 5 and [r["step"] for r in rows if r["loss"] is None] == [step] and "Going on" in skipped.stdout
+    assert skipped.stdout.count("s.jsonl:") == 8 and "row23 (" in skipped.stdout
+    assert f"stage1, step {step}: the loss is" in skipped.stdout and "skipped (1 of 1)" in skipped.stdout
+    assert "1 of 5 steps were skipped" in skipped.stdout and "1 of them skipped" in skipped.stdout
+    summary = next(line for line in skipped.stdout.splitlines() if "5 steps, loss" in line)
+    first, last = (float(x) for x in summary.split("loss ")[1].split(",")[0].split(" -> "))
+    assert math.isfinite(first) and math.isfinite(last)
+    assert [r.get("skipped") for r in rows] == [True if r["step"] == step else None for r in rows]
     for name, w in weights(poisoned / "o", "stage1").items():
         assert name == "model.embed_tokens.weight" or w.isfinite().all()
 
@@ -562,7 +628,21 @@ def test_an_optimizer_with_state_of_any_shape_resumes_on_one_rank_and_is_an_erro
     go(bench, tmp_path / "b", *more, main=adafactor, stages=("s1",))
     assert same(weights(tmp_path / "a", "stage1"), weights(tmp_path / "b", "stage1"))
     done = Forked(adafactor, training(tmp_path / "c", *more, stages=("s1",)), bench, ranks=2).wait()
-    assert done.returncode == 2 and "cannot be sharded" in done.stderr
+    assert done.returncode == 2 and "Adafactor works on one rank only" in done.stderr
+
+
+@pytest.mark.parametrize("kind, ranks, reason", [
+    (torch.optim.Adafactor, 2, "statistics of rows and columns"), (torch.optim.Rprop, 2, "single entries"),
+    (torch.optim.LBFGS, 2, "computes the loss again"), (torch.optim.LBFGS, None, "computes the loss again"),
+])  # fmt: skip
+def test_an_optimizer_that_cannot_step_is_refused_at_the_start_with_the_reason(kind, ranks, reason, bench, tmp_path):
+    def main(argv):
+        train.make_optimizer = lambda trained, options: kind(trained.values(), lr=0.0)
+        return train.main(argv)
+
+    done = Forked(main, training(tmp_path / "o"), bench, ranks).wait()
+    assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "o" / "metrics.jsonl").exists()
 
 
 def test_a_state_that_does_not_fit_what_is_trained_is_an_error(bench, tmp_path):

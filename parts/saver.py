@@ -1,0 +1,63 @@
+"""When a run of training is saved, and when it stops."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from parts.distributed import Ranks, all_reduce, reshard
+from parts.lock import Lock
+from parts.program import Interrupted, Stop
+from parts.record import RunLog
+from parts.state import save_training
+
+LATE = 600  # seconds after which a state is saved where no number of steps was asked for
+
+
+class Saver:
+    """Every rank has one and calls the same methods. What is saved are the weights, `optimizer` and `done` (a
+    dataclass with stage, step, global_step and the sizes of both logs), as they are at that moment.
+
+    `folder` is where states lie; `every`: steps between them; `lock`: of the first rank, on the folder of the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every: int | None,
+        ranks: Ranks,
+        model: nn.Module,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        done,
+        log: RunLog,
+        stop: Stop,
+        lock: Lock | None,
+    ):
+        self.folder, self.every, self.ranks, self.model, self.trained = folder, every, ranks, model, trained
+        self.optimizer, self.done, self.log, self.stop, self.lock = optimizer, done, log, stop, lock
+        self.last_saved = time.monotonic()
+
+    def save(self) -> None:
+        """In this order: the lock is still ours; the logs are on disk; all of the state is on disk; it takes its name;
+        the oldest state goes (the last three in `save_state`). Killed in between, the next start cuts the logs back to
+        the newest state that has a name."""
+        reshard(self.model)
+        if self.lock:
+            self.lock.check()
+        self.done.metrics_size, self.done.order_size = self.log.sync()
+        name = f"{self.done.stage:03}-{self.done.step:08}"
+        save_training(self.folder, name, self.ranks, self.trained, self.optimizer, asdict(self.done))
+        self.last_saved = time.monotonic()
+
+    def safe_point(self, after_step: bool = False) -> None:
+        """Here the work can be left: save when the time (`after_step`: or the step) has come; when any rank was told
+        to stop, save and raise Interrupted."""
+        late = self.every is None and time.monotonic() - self.last_saved > LATE
+        stop, due = all_reduce([self.stop.asked, late])
+        if stop or due or (after_step and self.every and self.done.global_step % self.every == 0):
+            self.save()
+        if stop:
+            raise Interrupted(f"state saved in {self.folder}; the same command goes on")
