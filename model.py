@@ -9,7 +9,7 @@ Sizes in shape comments: T tokens, D documents, C dim, H query heads, G key/valu
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,9 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from parts.distributed import is_first_rank
 from parts.kernels import attend, cross_entropy, rms_norm, rotate, swiglu
 from parts.program import InputError, read_json_object, write_file
-from parts.weights import find_tensors, local_part, read_slice, save_weights, stored_dtype, whole, write_tensors
+from parts.weights import (
+    find_tensors,
+    local_part,
+    read_slice,
+    save_weights,
+    stored_dtype,
+    tensors_differ,
+    whole,
+    write_tensors,
+)
 
 # ---------------------------------------------------------------- configuration
 
@@ -45,6 +55,7 @@ class Config:
     attention_bias: bool
     mlp_bias: bool
     raw: dict
+    head_kept: bool = False  # config.json ties the head, but the files hold another one: it is not tied
 
 
 def read_config(folder: str | Path) -> Config:
@@ -54,9 +65,20 @@ def read_config(folder: str | Path) -> Config:
         raise InputError(f"{path} not found: --model wants a Hugging Face folder with config.json")
     raw = read_json_object(path)
     try:
-        return parse_config(raw)
+        config = parse_config(raw)
     except InputError as e:
         raise InputError(f"{path}: {e}") from None
+    if (path.parent / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} holds a LoRA adapter (adapter_config.json), which transformers would add to the weights. Merge "
+            "it first (peft's merge_and_unload), or move it out of the folder"
+        )
+    if config.tied and tensors_differ(path.parent, "lm_head.weight", "model.embed_tokens.weight"):
+        return replace(config, tied=False, head_kept=True, raw=raw | {"tie_word_embeddings": False})
+    return config
+
+
+HEAD_KEPT = "config.json ties the output head to the embedding, but the files hold another head: kept, and not tied."
 
 
 ROPE_TYPES = {
@@ -111,6 +133,8 @@ def parse_config(raw: dict) -> Config:
         if raw.get(key) not in (None, supported):
             wrong.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
     rope_theta, rope_scaling = parse_rope(raw, wrong)
+    if len(set(map(str, raw.get("layer_types") or []))) > 1:
+        wrong.append("layer_types: layers of different kinds are not supported")
     if head_dim == 2 and rope_scaling and rope_scaling["rope_type"] == "dynamic":
         wrong.append("dynamic rope scaling needs a head_dim above 2")
     windowed = usual.windowed and raw.get("sliding_window", 4096) is not None
@@ -156,8 +180,12 @@ def parse_rope(raw: dict, wrong: list[str]) -> tuple[float, dict | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise InputError(f"rope scaling {kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        wrong.append(f"partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported (only 1)")
+    for source in (raw, rope):
+        if source.get("partial_rotary_factor") not in (None, 1):
+            wrong.append(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported (only 1)")
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        wrong.append(f"rope_parameters for each kind of layer ({', '.join(nested)[:60]}) are not supported")
     theta = read_number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, float, 1e-30, 1e30, wrong)
     scaling = {key: read_number(rope, key, None, float, 1e-30, 1e30, wrong) for key in ROPE_TYPES[kind]}
     return theta, {"rope_type": kind, **scaling} if scaling else None
@@ -419,8 +447,11 @@ def load_model(
     Nothing is allocated before all headers are checked against config.json; memory stays near that of the weights.
     Raises InputError.
     """
+    config = read_config(folder)
+    if config.head_kept and is_first_rank():
+        print(f"{folder}: {HEAD_KEPT}")
     with torch.device("meta"):
-        model = Transformer(read_config(folder)).to(dtype)
+        model = Transformer(config).to(dtype)
     files = find_weights(model, folder)
     load_weights(model.to_empty(device=device), files)
     return model
@@ -473,7 +504,12 @@ def save_adapters(adapted: dict[str, Linear], folder: Path, base: str | Path) ->
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     first, targets = next(iter(adapted.values())), {hf_name(name).rpartition(".")[2] for name in adapted}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(Path(base).resolve()),
+        "bias": "none",
+    }
     config |= {"r": len(first.lora_A), "lora_alpha": first.scale * len(first.lora_A), "lora_dropout": 0.0}
     config |= {"target_modules": sorted(targets), "inference_mode": True}
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})

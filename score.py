@@ -246,7 +246,7 @@ def measure_ifd(
     return scores
 
 
-CHUNK = 256  # documents a rank scores before they are kept
+CHUNK = 64  # documents a rank scores before they are kept
 
 
 def ifd_command(args: argparse.Namespace) -> None:

@@ -33,7 +33,17 @@ import data
 import generate
 import score
 from data import TEMPLATES, Documents
-from model import Config, Transformer, find_weights, hf_name, load_weights, read_config, save_model, weights_dtype
+from model import (
+    HEAD_KEPT,
+    Config,
+    Transformer,
+    find_weights,
+    hf_name,
+    load_weights,
+    read_config,
+    save_model,
+    weights_dtype,
+)
 from parts import cost, options
 from parts.adamw import StochasticAdamW, random_key
 from parts.distributed import (
@@ -104,6 +114,11 @@ class Stage:
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.rows // self.batch_size)
+
+    @property
+    def expected_tokens(self) -> int:
+        """That all epochs train on; of a selection, that has yet to be made, as its rows are on average."""
+        return round(self.documents.lengths.mean() * self.rows) * self.epochs
 
     @property
     def steps(self) -> int:
@@ -272,15 +287,18 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_rati
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer, documents: Documents, micro_tokens: int, ranks: Ranks, between: Callable[[], None]
+    model: Transformer, documents: Documents, micro_tokens: int, ranks: Ranks, between: Callable[[], None], name: str
 ) -> float:
-    """Mean loss over all supervised tokens; `between` as in `batch_gradients`."""
+    """Mean loss over all supervised tokens; `between` as in `batch_gradients`, `name` is shown with the progress."""
     total = torch.zeros((), device=ranks.device, dtype=torch.float64)
     everything = np.arange(len(documents))
-    for part in data.micro_batches(everything, documents.lengths, ranks.world_size, micro_tokens)[ranks.rank]:
-        between()
-        _, losses = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.flat(part)))
-        total += losses.double().sum()
+    parts = data.micro_batches(everything, documents.lengths, ranks.world_size, micro_tokens)[ranks.rank]
+    with progress(len(parts), f"held-out loss, {name}", "micro-batch", shown=ranks.rank == 0) as bar:
+        for part in parts:
+            between()
+            _, losses = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.flat(part)))
+            total += losses.double().sum()
+            bar.update()
     reshard(model)
     dist.all_reduce(total)
     return total.item() / int(documents.target_counts.sum())
@@ -327,7 +345,9 @@ def phased_training(stages: list[Stage], optimization: Optimization, selection: 
         stage = stages[k]
         if done.step == 0 and optimization.optimizer_state == "reset":  # the paper: every stage is a run of its own
             saver.optimizer = stage_optimizer(trained, optimization, k)
-        run.log.begin(stage.name, stage.steps, done.step)
+        later = sum(s.expected_tokens for s in stages[k + 1 :])
+        tokens_left = later + stage.expected_tokens * (stage.steps - done.step) // stage.steps
+        run.log.begin(stage.name, stage.steps, done.step, tokens_left)
         for epoch in range(done.step // stage.steps_per_epoch, stage.epochs):
             rows = np.arange(len(stage.documents))
             if selection.select != "none":
@@ -387,7 +407,7 @@ def evaluate(run: Run, label: str) -> str:
     if done.evaluated == done.global_step:
         return ""
     losses = {
-        name: held_out_loss(run.model, documents, run.micro_tokens, run.ranks, run.saver.safe_point)
+        name: held_out_loss(run.model, documents, run.micro_tokens, run.ranks, run.saver.safe_point, name)
         for name, documents in run.held_out.items()
     }
     for name, loss in losses.items():
@@ -439,8 +459,11 @@ def finish_stage(run: Run, stage: Stage, last: bool) -> None:
     if run.output.sample:
         tokenizer = load_tokenizer(run.output.model)
         answering = generate.answer_samples(run.model, tokenizer, run.output.template, run.output.sample)
-        for samples in answering:  # noqa: B007 (the last is all)
-            run.saver.safe_point()
+        with progress(0, f"{stage.name} samples", "answer", shown=run.ranks.rank == 0) as bar:
+            for samples in answering:
+                bar.total = len(samples)
+                bar.update()
+                run.saver.safe_point()
         reshard(run.model)
     export(folder, run.model, run.output, run.ranks, samples)
     done = run.saver.done
@@ -554,6 +577,8 @@ def check_everything(
     of = "" if learned == total else f", {learned:,} of them trained"
     name, dtype = min(str(args.model), os.path.relpath(args.model), key=len), compute_dtype(args.dtype)
     print(f"{name}: {total:,} parameters{of}, {dtype} computation.")
+    if config.head_kept:
+        print(HEAD_KEPT)
     if not args.dry_run or list(args.model.glob("*.safetensors")):  # a plan needs no weights
         find_weights(model, args.model)
     if args.dry_run:

@@ -386,6 +386,39 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]))
 
 
-def progress(total: int, what: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm:
-    """A bar on stderr, silent where that is no terminal."""
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, disable=not (shown and sys.stderr.isatty()))
+LINE_SECONDS = 30  # between lines of progress, where stderr is no terminal
+
+
+class ProgressLines(tqdm):
+    """tqdm for a log file: lines below one another."""
+
+    @staticmethod
+    def status_printer(file):
+        def print_line(text: str) -> None:
+            if text.strip():
+                file.write(text.strip() + "\n")
+                file.flush()
+
+        return print_line
+
+    def close(self) -> None:
+        self.disable = True  # nothing to clear
+        super().close()
+
+    def moveto(self, n: int) -> None:
+        """Lines of several bars stand below one another by themselves."""
+
+
+def progress(total: int, what: str, unit: str, initial: int = 0, shown: bool = True, left: bool = True) -> tqdm:
+    """A bar on stderr, or a line each half minute where that is no terminal. `left`: with the time left."""
+    terminal = sys.stderr.isatty()
+    counts, times = (
+        "{desc}: {n_fmt}/{total_fmt} {unit}",
+        "[{elapsed}<{remaining}{postfix}]" if left else "[{elapsed}{postfix}]",
+    )
+    settings = {"total": total, "initial": initial, "desc": what, "unit": unit, "disable": not shown}
+    if terminal:
+        bar = None if left else "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + times
+        return tqdm(**settings, bar_format=bar)
+    lines = {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "miniters": 1, "leave": False}
+    return ProgressLines(**settings, **lines, bar_format=f"{counts} {times}")

@@ -142,6 +142,13 @@ class GrowingFile:
         return self.file.tell()
 
 
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class RunLog:
     """metrics.jsonl and order.jsonl in the folder `out`, the progress bar, and a stage's summary; silent where `out` is
     None (on every rank but the first)."""
@@ -164,9 +171,10 @@ class RunLog:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self.metrics.write(finite)
 
-    def begin(self, stage: str, steps: int, done: int) -> None:
-        self.losses, self.tokens, self.seconds, self.skipped = [], 0, 0.0, 0
-        self.bar = progress(steps, stage, "step", initial=done, shown=self.metrics is not None)
+    def begin(self, stage: str, steps: int, done: int, tokens_left: int) -> None:
+        """`tokens_left`: those that the run has still to train on, in this stage and the later ones."""
+        self.losses, self.tokens, self.seconds, self.skipped, self.tokens_left = [], 0, 0.0, 0, tokens_left
+        self.bar = progress(steps, stage, "step", initial=done, shown=self.metrics is not None, left=False)
 
     def step(self, row: dict, ids: list[str], seconds: float, skipped: bool) -> None:
         """A row with at least stage, step, epoch, loss and tokens; the ids of the step's rows. What was skipped
@@ -179,7 +187,9 @@ class RunLog:
         self.losses += [] if skipped else [row["loss"]]
         self.skipped += skipped
         self.tokens, self.seconds = self.tokens + row["tokens"], self.seconds + seconds
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        left = max(0, self.tokens_left - self.tokens) * self.seconds / self.tokens
+        in_words = f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s, {duration(left)} left in all"
+        self.bar.set_postfix_str(in_words, refresh=False)
         self.bar.update()
 
     def end(self) -> str:
@@ -195,5 +205,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line on stdout, above the bar."""
-        if self.metrics:
+        if self.metrics and sys.stderr.isatty():
             tqdm.write(text)
+        elif self.metrics:
+            print(text, flush=True)

@@ -104,6 +104,21 @@ def find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], surplus: set[
     return found
 
 
+def tensors_differ(folder: Path, first: str, second: str) -> bool:
+    """Whether an HF folder holds both of these tensors and they are not the same. Reads a few rows at a time."""
+    places = {}
+    for path in weight_files(folder) if any(folder.glob("*.safetensors")) else []:
+        with open_tensors(path) as f:
+            places |= dict.fromkeys({first, second} & set(f.keys()), path)
+    if len(places) < 2:
+        return False
+    with open_tensors(places[first]) as f, open_tensors(places[second]) as g:
+        a, b = f.get_slice(first), g.get_slice(second)
+        if a.get_shape() != b.get_shape() or a.get_dtype() != b.get_dtype():
+            return True
+        return any(not torch.equal(a[k : k + 1024], b[k : k + 1024]) for k in range(0, a.get_shape()[0], 1024))
+
+
 def stored_dtype(path: Path, key: str) -> torch.dtype:
     with open_tensors(path) as f:
         return DTYPES[f.get_slice(key).get_dtype()]

@@ -104,7 +104,7 @@ def one_run(
         assert isinstance(optimizer, StochasticAdamW) == way.startswith("bf16")
         if chosen:
             optimizer = Alternative(optimizer.param_groups, tuple(args.betas), 1e-8, *chosen, seed)
-        before = train.held_out_loss(model, held_out, 4096, ranks, int)
+        before = train.held_out_loss(model, held_out, 4096, ranks, int, "")
         epochs = (data.epoch_batches(documents, np.arange(len(documents)), batch_size, seed, 0, e) for e in range(99))
         start = time.perf_counter()
         for step, batch in zip(range(steps), itertools.chain.from_iterable(epochs)):
@@ -114,7 +114,7 @@ def one_run(
                 group["lr"] = train.learning_rate(step, steps, rate, "cosine", 0.1)
             optimizer.step()
         seconds = (time.perf_counter() - start) / steps
-        after = train.held_out_loss(model, held_out, 4096, ranks, int)
+        after = train.held_out_loss(model, held_out, 4096, ranks, int, "")
         if save_to:
             save_model(model, save_to)
     return before, after, seconds

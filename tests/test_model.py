@@ -380,6 +380,43 @@ def test_old_rotary_buffers_and_a_repeated_tied_head_are_no_surplus(tmp_path):
     load_model(tmp_path)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(shards, tmp_path, capsys):
+    hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    untied = hf_model(tie_word_embeddings=False, seed=1)
+    tensors = {k: v.clone() for k, v in untied.state_dict().items()}
+    if shards == 1:
+        save_file(tensors, tmp_path / "model.safetensors")
+    else:
+        (tmp_path / "model.safetensors").unlink()
+        files = {k: f"model-0000{1 + (k == 'lm_head.weight')}-of-00002.safetensors" for k in tensors}
+        for file in set(files.values()):
+            save_file({k: v for k, v in tensors.items() if files[k] == file}, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    ours = load_model(tmp_path)
+    assert "another head" in capsys.readouterr().out
+    tokens, positions, cu_seqlens = documents([9, 4])
+    expected = hf_logits(untied, tokens, [9, 4])
+    torch.testing.assert_close(ours(tokens, positions, cu_seqlens), expected, atol=1e-4, rtol=1e-5)
+    save_model(ours, tmp_path / "export")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert torch.equal(again.lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_what_transformers_would_read_and_we_do_not_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for changes, word in [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e5}}}, "full_attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ]:
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        refused(folder, word)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "adapter")
+
+
 def test_pickled_weights_are_refused_with_advice(folder):
     (folder / "model.safetensors").unlink()
     refused(folder, "no weights")

@@ -219,9 +219,7 @@ def test_schedules_are_those_of_transformers_after_warm_up(schedule, theirs):
 
 def test_replay_mixes_in_that_share_of_every_earlier_stage(bench, tmp_path, monkeypatch):
     monkeypatch.chdir(bench)
-    args = train.parse_args(
-        ["--model", "m", "--stages", "s1", "s2", "s3", "--out", str(tmp_path), "--replay", "0.5", "--lr", "1"]
-    )
+    args = train.parse_args(training(tmp_path, "--replay", "0.5", "--template", "phased"))
     stages, _, _ = train.read_data(args, first=False)
     assert [s.replayed for s in stages] == [0, 15, 15 + 11] and [len(s.documents) for s in stages] == [30, 37, 52]
     ids = stages[2].documents.ids
