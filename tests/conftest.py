@@ -84,7 +84,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def small_smollm2(smollm2) -> Path:
-    """The same with its first three layers only, for what would take long."""
+    """The same with its first two layers only, for what would take long."""
     folder = CACHE / "smollm2-small"
     with cache_lock():
         if not (folder / "config.json").exists():
@@ -93,9 +93,9 @@ def small_smollm2(smollm2) -> Path:
             )
             layer = re.compile(r"model\.layers\.(\d+)\.")
             tensors = load_file(smollm2 / "model.safetensors")
-            kept = {k: v for k, v in tensors.items() if not (found := layer.match(k)) or int(found[1]) < 3}
+            kept = {k: v for k, v in tensors.items() if not (found := layer.match(k)) or int(found[1]) < 2}
             save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-            config = json.loads((smollm2 / "config.json").read_text()) | {"num_hidden_layers": 3}
+            config = json.loads((smollm2 / "config.json").read_text()) | {"num_hidden_layers": 2}
             (folder / "config.json").write_text(json.dumps(config))
     return folder
 
