@@ -224,6 +224,15 @@ def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict | None:
     return spec if all(same.encode(probe) == tokenizer.encode(probe) for probe in probes) else None
 
 
+def bos_in_front(bos: str | None, bos_id: int | None) -> dict:
+    """The post-processor of a tokenizer.json that puts the BOS, if there is one, in front of a text."""
+    sequences = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    special = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    tokens = {} if bos is None else {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
+    single, pair = [*special, sequences[0]], [*special, *sequences]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+
+
 def copy_tokenizer(source: Path, folder: Path, chat_template: str, stop_ids: list[int]) -> None:
     """Copy a model's tokenizer files and say in them how the copy is prompted and where its answers end."""
     for path in tokenizer_files(source):
@@ -232,19 +241,22 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str, stop_ids: lis
     tokenizer = load_tokenizer(source)
     texts = {i: t for t, i in tokenizer.specials.items()}
     settings = read_json_object(source / "tokenizer_config.json") | {"chat_template": chat_template}
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        as_json = sentencepiece_as_json(tokenizer)
-        if as_json:
-            write_file(folder / "tokenizer.json", json.dumps(as_json, ensure_ascii=False))
-        else:
-            settings.setdefault("tokenizer_class", "LlamaTokenizer")
-        settings["legacy"] = True  # transformers' name for a space before every piece, as we encode
-    if (folder / "tokenizer.json").exists() and (not isinstance(tokenizer, SentencePieceTokenizer) or as_json):
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers then takes the file as it is
     # Whether engines put a BOS in front of plain text; where it is not said, transformers 4 does and 5 does not.
-    settings["add_bos_token"] = tokenizer.bos_id is not None and chat_template.startswith("{{ bos_token }}")
+    adds_bos = tokenizer.bos_id is not None and chat_template.startswith("{{ bos_token }}")
+    settings["add_bos_token"] = adds_bos
     settings.setdefault("bos_token", texts.get(tokenizer.bos_id))
     settings.setdefault("eos_token", texts.get((tokenizer.eos_ids or [None])[0]))
+    spec = read_json_object(source / "tokenizer.json")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        settings["legacy"] = True  # transformers' name for a space before every piece, as we encode
+        spec = sentencepiece_as_json(tokenizer)
+    if spec:
+        spec["post_processor"] = bos_in_front(texts[tokenizer.bos_id] if adds_bos else None, tokenizer.bos_id)
+        write_file(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers then takes the file as it is
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        (folder / "tokenizer.json").unlink(missing_ok=True)  # it may encode otherwise
+        settings.setdefault("tokenizer_class", "LlamaTokenizer")
     generation = read_json_object(source / "generation_config.json")
     generation |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids}
     for file, content in {"tokenizer_config.json": settings, "generation_config.json": generation}.items():
