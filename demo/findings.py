@@ -449,7 +449,7 @@ def verdict_rows(records: list[dict], prompts: list[dict], order: np.ndarray, ou
 def write_page(rows: list[dict], verdicts: Path, page: Path) -> None:
     """The page of judge.py report. Raises WorkError."""
     write_lines(verdicts, rows)
-    command = [sys.executable, "judge.py", "report", str(verdicts), "--html", str(page), "--resamples", "2000"]
+    command = [sys.executable, "judge.py", "report", str(verdicts), "--html", str(page)]
     done = subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True)
     if done.returncode:
         raise WorkError(f"{page}: {done.stderr.strip()}")
