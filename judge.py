@@ -46,6 +46,7 @@ from parts.verdicts import (
     CANARIES,
     POINTS,
     about_canaries,
+    about_questions,
     audit_agreement,
     audit_judges,
     judge_of,
@@ -213,7 +214,7 @@ def compare(args: argparse.Namespace) -> None:
     rows = [row if row["canary"] else {key: row[key] for key in row if key != "canary"} for row in rows]
     write_lines(args.out, rows)
     verdicts = real(rows)
-    print_report(rows, summarize(verdicts, resamples=2000, seed=0))
+    print_report(rows, summarize(verdicts))
     without = [f"{row['dataset']} {row['id']}: {row['reason']}" for row in verdicts if "reason" in row]
     print_listed("pairs have no verdict", without)
     failed = {kind: sum(row["verdict"] == kind for row in verdicts) for kind in ("refused", "failed", "unparsed")}
@@ -241,10 +242,12 @@ def percent(x: float | None) -> str:
 
 
 def print_report(rows: list[dict], summary: list[dict]) -> None:
-    for line in about_canaries(rows):
+    warnings = about_questions(summary)
+    for line in (*about_canaries(rows), *warnings):
         print(line)
     counts = (*POINTS, "identical", "unparsed", "refused", "failed")
     columns = ("win rate %", "95 %", "- 50 %", "p", "orders disagree %", "front wins %", "length-controlled %")
+    columns += ("on the common questions %",) * bool(warnings)
     table, several = [], len({r["judge"] for r in summary}) > 1
     for r in summary:
         rates = ("–",) * len(columns)
@@ -252,9 +255,10 @@ def print_report(rows: list[dict], summary: list[dict]) -> None:
             interval = f"{percent(r['low'])} to {percent(r['high'])}"
             rates = (percent(r["win_rate"]), interval, f"{100 * r['paper']:+.1f}", f"{r['p']:.2g}")
             rates += tuple(percent(r[key]) for key in ("disagree", "front", "length_controlled"))
+            rates += (f"{percent(r['common_rate'])} (n {r['common']:,})",) * bool(warnings)
         name = f"{r['model']} against {r['baseline']}" + f" by {r['judge']}" * several
-        table.append((name, r["dataset"] or "–", *(f"{r[v]:,}" for v in counts), *rates))
-    print_table(("", "dataset", "wins", "ties", "losses", "identical", *counts[4:], *columns), table)
+        table.append((name, r["dataset"] or "–", f"{r['n']:,}", *(f"{r[v]:,}" for v in counts), *rates))
+    print_table(("", "dataset", "n", "wins", "ties", "losses", "identical", *counts[4:], *columns), table)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -353,7 +357,7 @@ def page_data(rows: list[dict], summary: list[dict], drawn: dict[str, dict[str, 
     about = f"{asked:,} questions, {len(rows):,} comparisons{about_orders(rows)}. Judge: {judges}."
     return {
         "title": f"{named} against {' and '.join(baselines)}",
-        "about": " ".join([*canaries, about]),
+        "about": " ".join([*canaries, *about_questions(summary), about]),
         "summary": summary,
         "figures": [{"title": FIGURES[k], "svg": base64.b64encode(v["svg"]).decode()} for k, v in drawn.items()],
         "rows": pairs,
@@ -376,7 +380,7 @@ def report(args: argparse.Namespace) -> None:
     rows = read_verdicts(args.verdicts)
     if not real(rows):
         raise InputError("no verdicts but those on canaries")
-    summary = summarize(real(rows), args.resamples, args.seed)
+    summary = summarize(real(rows))
     board = leaderboard(summary) if args.leaderboard else []
     print_report(rows, summary)
     drawn = {}
@@ -417,7 +421,7 @@ def two_places(x: float | None) -> str:
 def audit(args: argparse.Namespace) -> None:
     refuse_overwriting([args.json] if args.json else [], args.verdicts)
     rows = read_verdicts(args.verdicts)
-    judges = audit_judges(rows, args.resamples, args.seed)
+    judges = audit_judges(rows)
     agreements = audit_agreement(rows, args.resamples, args.seed)
     for line in about_canaries(rows):
         print(line)
@@ -428,13 +432,14 @@ def audit(args: argparse.Namespace) -> None:
             with_interval(r, "order"),
             percent(r["disagree"]),
             percent(r["front"]),
+            f"{r['decided']:,}",
             with_interval(r, "longer"),
             f"{r['canaries_right']} of {r['canaries']}" if r["canaries"] else "–",
         )
         for r in judges
     ]
     header = ("judge", "in both orders", "order matters % (95 %)", "turns it round %", "front wins %")
-    print_table((*header, "longer wins % (95 %)", "canaries right"), table)
+    print_table((*header, "with a longer one", "longer wins % (95 %)", "canaries right"), table)
     print()
     if agreements:
         table = [
@@ -493,14 +498,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--leaderboard", type=Path, metavar="F", help="rows as in AlpacaEval's leaderboard.csv")
     p.add_argument("--csv", type=Path, metavar="F", help="the table as CSV")
     p.add_argument("--json", type=Path, metavar="F", help="the table as JSON")
-    p.add_argument("--resamples", type=positive, default=10_000, metavar="N", help="of the bootstrap")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     p.set_defaults(work=report)
     p = commands.add_parser("audit", formatter_class=HelpFormatter, help="how far judges agree and may be trusted")
     p.add_argument("verdicts", type=Path, nargs="+", metavar="F")
     p.add_argument("--json", type=Path, metavar="F", help="the tables as JSON")
-    p.add_argument("--resamples", type=positive, default=10_000, metavar="N", help="of the bootstrap")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    p.add_argument("--resamples", type=positive, default=10_000, metavar="N", help="of the bootstrap of kappa")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap of kappa")
     p.set_defaults(work=audit)
     for p in commands.choices.values():
         p.add_argument("--debug", action="store_true", help="show tracebacks")

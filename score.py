@@ -115,6 +115,12 @@ def score_of(row: dict, key: str, where: str) -> float | None:
         raise InputError(f"{where}: {e}") from None
 
 
+def choose_score_key(rows: list[Row], usual: str) -> str:
+    """`score` or `ifd`, whichever alone is in the file; `usual` where both are, or neither."""
+    there = [key for key in ("score", "ifd") if any(row.raw.get(key) is not None for row in rows)]
+    return there[0] if len(there) == 1 else usual
+
+
 def cut_equally(scores: np.ndarray, parts: int) -> list[np.ndarray]:
     """Row indices of `parts` groups of rising score and nearly equal size; equal scores stay together where they
     can."""
@@ -140,6 +146,7 @@ def stages(args: argparse.Namespace) -> None:
     names = [f"s{k}.jsonl" for k in range(1, (args.equal or len(args.bounds) + 1) + 1)]
     refuse_overwriting([args.out_dir / name for name in (*names, *["scores.png"] * args.plots)], [args.scored])
     rows = read_good_rows(args.scored, args.skip_bad_rows)
+    args.score_key = args.score_key or choose_score_key(rows, "score")
     found = [score_of(row.raw, args.score_key, row.where) for row in rows]
     without = [row.where for row, score in zip(rows, found) if score is None]
     if not args.allow_unscored:
@@ -294,14 +301,15 @@ def ifd_command(args: argparse.Namespace) -> None:
             )
             without.append(f"{where}: {line['ifd_reason']}")
         lines.append(line)
-    write_lines(args.out, lines)
-    print_listed("rows have no score", without)
     values = np.array([s for s in scores.values() if s is not None])
-    if len(values):
-        print(
-            f"IFD: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}; "
-            f"{np.mean(values >= 1):.1%} at 1 or above"
-        )
+    print_listed("rows have no score", without)
+    if not len(values):
+        raise InputError(f"{args.input}: none of {len(lines):,} rows has an IFD; {args.out} is not written")
+    write_lines(args.out, lines)
+    print(
+        f"IFD: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}; "
+        f"{np.mean(values >= 1):.1%} at 1 or above"
+    )
     print(
         f"{args.out}: {len(lines):,} rows, {len(todo):,} scored now in {took:,.1f} s ({len(todo) / took:,.1f} rows/s, "
         f"{tokens / took:,.0f} tokens/s)"
@@ -461,6 +469,7 @@ def select_command(args: argparse.Namespace) -> None:
     elif args.by == "length":
         chosen = np.argsort([-len(a) for a in answers], kind="stable")[:count]
     else:
+        args.score_key = args.score_key or choose_score_key(rows, "ifd")
         found = [score_of(row.raw, args.score_key, row.where) for row in rows]
         scores = np.array([math.nan if s is None else s for s in found])
         if (scores < 0).any():
@@ -474,6 +483,10 @@ def select_command(args: argparse.Namespace) -> None:
             chosen = np.argsort(-scores, kind="stable")[: min(count, int((~np.isnan(scores)).sum()))]  # NaN last
         else:
             chosen = pick_diverse(scores, tf_idf(answers), count, args.diversity_decay)
+    if not len(chosen):
+        keys = dict.fromkeys(key for row in rows for key in row.raw)
+        advice = f"--score-key names the field that holds it; the rows have {', '.join(keys)}"
+        raise InputError(f"{args.scored}: nothing can be chosen, for no row has a number as {args.score_key}. {advice}")
     write_lines(args.out, [rows[i].raw for i in chosen])
     took = time.monotonic() - started
     print(f"{args.out}: {len(chosen):,} of {len(rows):,} rows by {args.by}, best first;{note} {took:.1f} s")
@@ -536,7 +549,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--random", action="store_true", help="the same sizes, rows at random (the paper's control)")
     p.add_argument("--reverse", action="store_true", help="the hardest first")
     p.add_argument("--seed", type=int, default=0, help="of --random")
-    p.add_argument("--score-key", default="score", metavar="KEY", help="the field that holds the score")
+    key_help = "the field that holds the score (default: score or ifd, whichever the file has; of both, score)"
+    p.add_argument("--score-key", metavar="KEY", help=key_help)
     p.add_argument("--allow-unscored", action="store_true", help="leave rows without a score out instead of stopping")
     p.add_argument("--allow-empty", action="store_true", help="leave empty stages out instead of stopping")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
@@ -554,7 +568,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="score x diversity (IterIT), score alone (Superfiltering), the longest answers, at random",
     )
     p.add_argument("--diversity-decay", type=float, default=0.1, help="of the weights of terms that are chosen already")
-    p.add_argument("--score-key", default="ifd", metavar="KEY", help="the field that holds the score")
+    key_help = "the field that holds the score (default: score or ifd, whichever the file has; of both, ifd)"
+    p.add_argument("--score-key", metavar="KEY", help=key_help)
     p.add_argument("--seed", type=int, default=0, help="of --by random")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
     p.set_defaults(work=select_command)

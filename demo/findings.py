@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,15 @@ PAPER_OTHERS = {"Llama-2 7B": {"stage 3 only": 4.44, "stage 2 only": 1.14}}
 
 
 def tail(t: float, df: float) -> float:
-    """P(|T| > t) of Student's T with df degrees of freedom: T = sqrt(df) tan(x), x of density ~ cos(x)^(df - 1)."""
+    """P(|T| > t) of Student's T with df degrees of freedom, at least 1: T = sqrt(df) tan(x), x of density
+    ~ cos(x)^(df - 1)."""
     x = np.linspace(0.0, math.pi / 2, 4001)
     density = np.cos(x) ** (df - 1)
     mass = np.append(0.0, np.cumsum((density[1:] + density[:-1]) * np.diff(x)))
     return float(1 - np.interp(math.atan(abs(t) / math.sqrt(df)), x, mass) / mass[-1])
 
 
+@cache
 def quantile(df: float, p: float = 0.05) -> float:
     """The t with P(|T| > t) = p."""
     low, high = 0.0, 1e4
@@ -42,38 +45,49 @@ def quantile(df: float, p: float = 0.05) -> float:
     return high
 
 
-def estimate(values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+def estimate(
+    values: np.ndarray, limits: tuple[float, float] | None = None, weights: np.ndarray | None = None
+) -> dict[str, float | None]:
     """Mean of (seeds, prompts), its 95 % interval, and the p value of its being 0, for other seeds and other prompts.
 
     Both are random (two crossed factors): the variance of the mean is that of the seeds' means over seeds, and that of
-    the prompts' means over prompts, less what both count, the residual's. Degrees of freedom by Satterthwaite. Prompts
-    without a value (NaN) in some seed are left out.
+    the prompts' means over prompts, less what both count, the residual's. Student's t has the smaller of the two
+    degrees of freedom, as in Welch's test where it must hold its level (Satterthwaite's estimate of them does not with
+    two or three seeds). Where values have `limits`, one prompt at each is added to the variance over prompts, so that
+    equal values are not taken for certainty. Prompts without a value (NaN) in some seed are left out; `n` are left.
+
+    One seed says nothing about others: the interval is over prompts alone, and there is no p value; nor is there one
+    without any variance. Without a prompt the mean and the interval are None as well.
     """
     there = ~np.isnan(values).any(axis=0)
     values = values[:, there]
     seeds, n = values.shape
+    if n == 0:
+        return {"n": 0, "mean": None, "low": None, "high": None, "p": None}
     if weights is not None:
         values = values * (weights[there] * n / weights[there].sum())
-    mean, of_seed, of_prompt = values.mean(), values.mean(1), values.mean(0)
-    by_prompts = of_prompt.var(ddof=1) / n if n > 1 else 0.0
+    mean, of_seed, of_prompt = float(values.mean()), values.mean(1), values.mean(0)
+    padded = np.append(of_prompt, limits or ()) - mean
+    by_prompts = float((padded**2).sum()) / max(1, len(padded) - 1) / n
     by_seeds = of_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
     residual = 0.0
     if seeds > 1 and n > 1:
         left = values - of_seed[:, None] - of_prompt + mean
         residual = (left**2).sum() / ((seeds - 1) * (n - 1)) / (seeds * n)
-    variance = max(by_prompts + by_seeds - residual, by_prompts, by_seeds)
-    if variance == 0:
-        return {"mean": float(mean), "low": float(mean), "high": float(mean), "p": 1.0 if mean == 0 else 0.0}
-    df = variance**2 / (by_prompts**2 / max(1, n - 1) + by_seeds**2 / max(1, seeds - 1))
-    half = quantile(df) * math.sqrt(variance)
-    p = tail(mean / math.sqrt(variance), df)
-    return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half), "p": p}
+    error = math.sqrt(max(by_prompts + by_seeds - residual, by_prompts, by_seeds))
+    df = max(1, min(seeds - 1 if seeds > 1 else n - 1, n - 1))
+    half = quantile(df) * error
+    low, high = (
+        (mean - half, mean + half) if limits is None else (max(limits[0], mean - half), min(limits[1], mean + half))
+    )
+    p = tail(mean / error, df) if seeds > 1 and error else None
+    return {"n": n, "mean": mean, "low": float(low), "high": float(high), "p": p}
 
 
-def holm(p: list[float]) -> list[float]:
-    """p values corrected for being several (Holm, 1979)."""
-    out, worst = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+def holm(p: list[float | None]) -> list[float | None]:
+    """p values corrected for being several (Holm, 1979). One that is not known (None) counts among them and stays."""
+    out, worst = [None] * len(p), 0.0
+    for rank, i in enumerate(sorted((i for i, x in enumerate(p) if x is not None), key=p.__getitem__)):
         worst = max(worst, (len(p) - rank) * p[i])
         out[i] = min(1.0, worst)
     return out
@@ -104,7 +118,10 @@ def wins_of(values: np.ndarray, baseline: np.ndarray, judge: str) -> np.ndarray:
 
 
 def summarize(records: list[dict], rates: dict, prompts: list[dict], judge: str) -> dict[str, dict]:
-    """A row an arm: by group and over all, against one-off training with the same seed, after every stage measured."""
+    """A row an arm: by group and over all, against one-off training with the same seed, after every stage measured.
+
+    `win_rate_common` is over the prompts that count for every arm: an LLM that judges may leave out others of each.
+    """
     names, group = group_prompts(prompts)
     hard, by_arm = hard_weights(names, group), {}
     for r in sorted(records, key=lambda r: r["seed"]):
@@ -113,6 +130,9 @@ def summarize(records: list[dict], rates: dict, prompts: list[dict], judge: str)
     values = {
         arm: np.array([r[key] for r in mine], float).transpose(1, 0, 2) for arm, mine in by_arm.items()
     }  # (stages, seeds, prompts)
+    limits = None if judge == "loss" else (0.0, 1.0)
+    counted = [~np.isnan(of[-1]).any(axis=0) for of in values.values()]
+    common = np.all([x for x in counted if x.any()], axis=0)  # the prompts that count for every arm
     table = {}
     for arm, of in values.items():
         mine, last = by_arm[arm], of[-1]
@@ -120,18 +140,27 @@ def summarize(records: list[dict], rates: dict, prompts: list[dict], judge: str)
         grid = sorted(rates[arm])
         row = {"lr": mine[0]["lr"], "steps": mine[0]["steps"], "rows": mine[0]["rows"]}
         row["at_edge"] = len(grid) > 1 and mine[0]["lr"] in (grid[0], grid[-1])
-        row |= {"groups": [estimate(last[:, group == k]) for k in range(len(names))], "all": estimate(last)}
-        row |= {"hard": None if hard is None else estimate(last, hard)}
-        row |= {"win_rate": estimate(wins[-1] - 0.5), "win_rate_by_stage": [estimate(w - 0.5) for w in wins]}
-        row |= {"difference": None if judge == "api" else estimate(last - values["one-off"][-1])}
-        row |= {"by_stage": [[float(np.nanmean(v[:, group == k])) for k in range(len(names))] for v in of]}
-        row |= {"seeds": [float(np.nanmean(v)) for v in last], "validation": rates[arm]}
+        row |= {"groups": [estimate(last[:, group == k], limits) for k in range(len(names))]}
+        row |= {"all": estimate(last, limits), "hard": None if hard is None else estimate(last, weights=hard)}
+        row |= {"win_rate_by_stage": [estimate(w - 0.5, (-0.5, 0.5)) for w in wins]}
+        row |= {"win_rate": row["win_rate_by_stage"][-1]}
+        row |= {"win_rate_common": estimate(wins[-1][:, common] - 0.5, (-0.5, 0.5))}
+        difference = None if judge == "api" else estimate(last - values["one-off"][-1], limits and (-1.0, 1.0))
+        row |= {"difference": difference}
+        row |= {"by_stage": [[mean_of(v[:, group == k]) for k in range(len(names))] for v in of]}
+        row |= {"seeds": [mean_of(v) for v in last], "validation": rates[arm]}
         row |= {"matrix": mean_matrix([r["matrix"] for r in mine]), "curve": mean_curve([r["curve"] for r in mine])}
         table[arm] = row
     others = [arm for arm in table if arm != "one-off"]
     for arm, p in zip(others, holm([table[arm]["win_rate"]["p"] for arm in others])):
         table[arm]["p_holm"] = p
     return table
+
+
+def mean_of(values: np.ndarray) -> float | None:
+    """The mean of what is there (not NaN); None where nothing is."""
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if len(there) else None
 
 
 def mean_matrix(matrices: list[dict]) -> dict:
@@ -161,9 +190,11 @@ def lines_of(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(x)} |\n" for x in (header, ["---"] * len(header), *rest))
 
 
-def signed(x: dict, scale: float = 100, bound: float = 0.5) -> str:
-    digits, low, high = 1 if scale > 1 else 3, max(-bound, x["low"]), min(bound, x["high"])
-    return f"{scale * x['mean']:+.{digits}f} ({scale * low:+.{digits}f} to {scale * high:+.{digits}f})"
+def signed(x: dict, scale: float = 100) -> str:
+    if not x["n"]:
+        return "–"
+    mean, low, high = (f"{scale * x[key]:+.{1 if scale > 1 else 3}f}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 def markdown(
@@ -172,36 +203,59 @@ def markdown(
     names, group = group_prompts(prompts)
     scale, digits = (1, 3) if judge == "loss" else (100, 0)
 
-    def number(x: float) -> str:
-        return f"{scale * x:.{digits}f}"
+    def number(x: float | None, digits: int = digits) -> str:
+        return "–" if x is None else f"{scale * x:.{digits}f}"
 
     def groups_of(values: list) -> list[str]:
         return [number(np.mean(np.array(values, float)[group == k])) for k in range(len(names))]
 
-    rows = [[MEASURED[judge], "rate", *names, "all", "hard", "loss", "against one-off", "win rate - 50", "p (Holm)"]]
+    others = [r for arm, r in table.items() if arm != "one-off"]
+    differ = len({r["win_rate"]["n"] for r in others} | {r["win_rate_common"]["n"] for r in others}) > 1
+    header = [MEASURED[judge], "rate", *names, "all", "hard", "loss", "against one-off", "win rate - 50", "p (Holm)"]
+    rows = [[*header, "prompts", *["win rate - 50 on the common prompts"] * differ]]
     for name, values in (("*the model before*", base), ("*known as text*", ceiling)):
         if values:
             hard = hard_weights(names, group)
             of_hard = "–" if hard is None else number(np.average(np.array(values, float), weights=hard))
-            rows.append([name, "", *groups_of(values), number(np.mean(values)), of_hard, "", "", "", ""])
+            rows.append(
+                [
+                    name,
+                    "",
+                    *groups_of(values),
+                    number(np.mean(values)),
+                    of_hard,
+                    "",
+                    "",
+                    "",
+                    f"{len(prompts):,}",
+                    *[""] * differ,
+                ]
+            )
     for arm, r in table.items():
         row = [arm, f"{r['lr']:g}" + "†" * r["at_edge"], *(number(g["mean"]) for g in r["groups"])]
-        row.append(f"**{scale * r['all']['mean']:.{max(1, digits)}f}**")
+        row.append(f"**{number(r['all']['mean'], max(1, digits))}**")
         row.append("–" if r["hard"] is None else number(r["hard"]["mean"]))
         losses = r["matrix"].get("losses", {}).values()
         row.append(f"{np.mean([of[-1] for of in losses]):.3f}" if losses else "–")
         if arm == "one-off":
             row += ["–"] * 3
         else:
-            row.append("–" if r["difference"] is None else signed(r["difference"], scale, math.inf))
-            row += [signed(r["win_rate"]), f"{r['p_holm']:.2g}"]
-        rows.append(row)
+            row.append("–" if r["difference"] is None else signed(r["difference"], scale))
+            row += [signed(r["win_rate"]), "–" if r["p_holm"] is None else f"{r['p_holm']:.2g}"]
+        rows.append([*row, f"{r['all']['n']:,}", *[signed(r["win_rate_common"])] * differ])
     seeds, steps = len(table["one-off"]["seeds"]), table["one-off"]["steps"]
-    over = "seeds and prompts" if seeds > 1 else "prompts alone, for one seed says nothing about others"
-    text = (
-        f"{steps:,} steps an arm, {seeds} seeds, {len(prompts):,} prompts; in brackets 95 % intervals over {over}; p "
-        f"corrected for {len(table) - 1} comparisons. Each arm at its best rate on other prompts"
-    )
+    text = f"{steps:,} steps an arm, {seeds} seed{'s' * (seeds > 1)}, {len(prompts):,} prompts; in brackets 95 % "
+    if seeds > 1:
+        text += f"intervals over seeds and prompts (Student's t with {seeds - 1} degrees of freedom, so few seeds make "
+        text += f"them wide); p corrected for {len(table) - 1} comparisons"
+    else:
+        text += "intervals over prompts alone, and no p values, for one seed says nothing about others"
+    if differ:
+        common = others[0]["win_rate_common"]["n"]
+        text += (
+            f". **The arms rest on different prompts**, those with a verdict in every seed: all have {common:,} of them"
+        )
+    text += ". Each arm at its best rate on other prompts"
     text += " († the best is the grid's edge: better ones may lie beyond it)" * any(
         r["at_edge"] for r in table.values()
     )
@@ -217,20 +271,20 @@ def orders_table(table: dict[str, dict], stages: int) -> str:
     if len(ours) < 2:
         return ""
     paper = PAPER if stages == 3 else {}
-    rows = [["win rate against one-off - 50", "here", *paper]]
+    rows = [["win rate against one-off - 50", "here", "prompts", *paper]]
     for order, r in ours.items():
         known = [paper[model].get(order, PAPER_OTHERS.get(model, {}).get(order)) for model in paper]
         cells = ("–" if x is None else f"{x:+.2f}" for x in known)
-        rows.append([order_name(order, stages), signed(r["win_rate"]), *cells])
+        rows.append([order_name(order, stages), signed(r["win_rate"]), f"{r['win_rate']['n']:,}", *cells])
     return f"{lines_of(rows)}\n"
 
 
 def stages_table(table: dict[str, dict], names: list[str], number) -> str:
-    rows = [["after each stage", "stage", *names, "win rate - 50"]]
+    rows = [["after each stage", "stage", *names, "win rate - 50", "prompts"]]
     for arm, r in table.items():
         if len(r["by_stage"]) > 1:
             for k, (values, win) in enumerate(zip(r["by_stage"], r["win_rate_by_stage"]), 1):
-                rows.append([arm, str(k), *map(number, values), signed(win)])
+                rows.append([arm, str(k), *map(number, values), signed(win), f"{win['n']:,}"])
     return f"{lines_of(rows)}\n" if len(rows) > 1 else ""
 
 
@@ -261,7 +315,7 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
         staged = {arm: r for arm, r in table.items() if len(r["by_stage"]) > 1}
         for k, (arm, r) in enumerate(staged.items()):
             mean, low, high = (
-                100 * np.array([w[key] for w in r["win_rate_by_stage"]]) for key in ("mean", "low", "high")
+                100 * np.array([w[key] for w in r["win_rate_by_stage"]], float) for key in ("mean", "low", "high")
             )
             at = np.arange(1, len(mean) + 1) + 0.03 * k
             a.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3, label=arm, linestyle=style(arm))
@@ -280,15 +334,17 @@ def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judg
         b.set(title="The paper's table of orders", ylabel="win rate against one-off - 50")
         others = [arm for arm in table if arm != "one-off"]
         for k, arm in enumerate(reversed(others)):
-            w, sure = table[arm]["win_rate"], table[arm]["p_holm"] < 0.05
-            forest.plot([100 * w["low"], 100 * w["high"]], [k, k], color="C0" if sure else "grey")
-            forest.plot(100 * w["mean"], k, "o", color="C0" if sure else "grey")
+            p = table[arm]["p_holm"]
+            color = "C0" if p is not None and p < 0.05 else "grey"
+            low, mean, high = 100 * np.array([table[arm]["win_rate"][key] for key in ("low", "mean", "high")], float)
+            forest.plot([low, high], [k, k], color=color)
+            forest.plot(mean, k, "o", color=color)
         forest.axvline(0, color="grey", linewidth=0.8)
         forest.set_yticks(range(len(others)), others[::-1], fontsize=8)
         forest.set(title="Every arm (blue: p < 0.05, Holm)", xlabel="win rate against one-off - 50")
         for arm in ("phased", "random stages"):
             for k, values in enumerate(zip(*table.get(arm, {"by_stage": []})["by_stage"])):
-                scaled = np.array(values) * (1 if judge == "loss" else 100)
+                scaled = np.array(values, float) * (1 if judge == "loss" else 100)
                 c.plot(
                     range(1, len(values) + 1),
                     scaled,
@@ -344,7 +400,7 @@ def order_name(order: str, stages: int) -> str:
 
 def points(axes, at, estimates: list[dict], label: str) -> None:
     if estimates:
-        mean, low, high = (100 * np.array([x[key] for x in estimates]) for key in ("mean", "low", "high"))
+        mean, low, high = (100 * np.array([x[key] for x in estimates], float) for key in ("mean", "low", "high"))
         axes.errorbar(at, mean, [mean - low, high - mean], fmt="o", capsize=3, label=label)
 
 
@@ -393,7 +449,7 @@ def verdict_rows(records: list[dict], prompts: list[dict], order: np.ndarray, ou
 def write_page(rows: list[dict], verdicts: Path, page: Path) -> None:
     """The page of judge.py report. Raises WorkError."""
     write_lines(verdicts, rows)
-    command = [sys.executable, "judge.py", "report", str(verdicts), "--html", str(page), "--resamples", "2000"]
+    command = [sys.executable, "judge.py", "report", str(verdicts), "--html", str(page)]
     done = subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True)
     if done.returncode:
         raise WorkError(f"{page}: {done.stderr.strip()}")

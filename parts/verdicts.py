@@ -71,23 +71,26 @@ def middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def bootstrap(points: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % intervals of the means of the columns of `points` (questions, comparisons), NaN where no verdict is.
+def rate_interval(values: np.ndarray, mean: float | None = None) -> tuple[float, float]:
+    """The 95 % interval of the mean of n independent values, each from 0 to 1: half a point for a tie, or a share.
 
-    Percentile bootstrap over questions, paired: a resample draws the same questions for every comparison.
+    Wilson's score interval with continuity correction (Newcombe, 1998, method 4), which holds near 0 and 1, too. Values
+    between 0 and 1 vary less than wins and losses alone: it takes as many of these as would vary as much (the effective
+    sample size of Korn and Graubard, 1998); a 0 and a 1 are added to the values to estimate that. `mean` may say
+    another mean for which the values are linearised.
     """
-    flat = points.reshape(len(points), -1)
-    sums = resample(np.concatenate([np.nan_to_num(flat), ~np.isnan(flat)], 1), resamples, seed)
-    with np.errstate(invalid="ignore"):
-        low, high = middle(sums[:, : flat.shape[1]] / sums[:, flat.shape[1] :])
-    return low.reshape(points.shape[1:]), high.reshape(points.shape[1:])
+    mean = float(values.mean()) if mean is None else mean
+    padded = np.append(values, (0.0, 1.0))
+    centre = padded.mean()
+    n = float(len(values) * centre * (1 - centre) / padded.var())
+    z2 = 1.959964**2
 
+    def half(q: float, towards: int) -> float:
+        return math.sqrt(z2 * max(0.0, z2 + 2 * towards - 1 / n + 4 * q * (n * (1 - q) - towards)))
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in n independent trials; of 0 or 1, too, where a bootstrap knows nothing."""
-    z2 = 1.96**2
-    centre, half = share + z2 / (2 * n), 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    low = (2 * n * mean + z2 - 1 - half(mean, -1)) / (2 * (n + z2)) if mean > 0 else 0.0
+    high = (2 * n * mean + z2 + 1 + half(mean, 1)) / (2 * (n + z2)) if mean < 1 else 1.0
+    return max(0.0, min(low, mean)), min(1.0, max(high, mean))
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -102,10 +105,12 @@ def sign_test(wins: int, losses: int) -> float:
 # ---------------------------------------------------------------- win rates
 
 
-def summarize(rows: list[dict], resamples: int, seed: int) -> list[dict]:
+def summarize(rows: list[dict]) -> list[dict]:
     """A row per dataset of each comparison (model, baseline, judge), and one over all its datasets (`total`).
 
-    `name` tells comparisons apart: the model, and its baseline and judge where there are several.
+    `name` tells comparisons apart: the model, and its baseline and judge where there are several. `n` questions have a
+    verdict and count; `common` of them count in every comparison of that dataset that has any, and `common_rate` is
+    the win rate on these (None without any): rates on different questions cannot be compared.
     """
     comparisons: dict[tuple, list[dict]] = {}
     for r in rows:
@@ -116,16 +121,15 @@ def summarize(rows: list[dict], resamples: int, seed: int) -> list[dict]:
         if len(names) > 1:
             groups += [(comparison, name, False, [r for r in mine if r["dataset"] == name]) for name in names]
         groups.append((comparison, "(all)" if "all" in names and len(names) > 1 else "all", True, mine))
-    questions = {q: i for i, q in enumerate(dict.fromkeys((r["dataset"], r["id"]) for r in rows))}
-    points = np.full((len(questions), len(groups)), np.nan)
-    for column, (*_, of) in enumerate(groups):
-        for r in of:
-            if r["verdict"] in POINTS:
-                points[questions[r["dataset"], r["id"]], column] = POINTS[r["verdict"]]
-    lows, highs = bootstrap(points, resamples, seed)
+    judged = [[r for r in of if r["verdict"] in POINTS] for *_, of in groups]
+    points = [{(r["dataset"], r["id"]): POINTS[r["verdict"]] for r in of} for of in judged]
+    common: dict[tuple, set] = {}  # (dataset, whether it is over all) -> questions that count in every comparison
+    for (_, dataset, total, _), by_question in zip(groups, points):
+        if by_question:
+            common[dataset, total] = common.get((dataset, total), by_question.keys()) & by_question.keys()
     several = [len({comparison[k] for comparison in comparisons}) > 1 for k in (1, 2)]
     out = []
-    for (comparison, dataset, total, of), column, low, high in zip(groups, points.T, lows.tolist(), highs.tolist()):
+    for (comparison, dataset, total, of), by_question in zip(groups, points):
         model, baseline, judge = map(printable, comparison)
         counts = {v: sum(r["verdict"] == v for r in of) for v in (*POINTS, "unparsed", "refused", "failed")}
         n = sum(counts[v] for v in POINTS)
@@ -133,19 +137,39 @@ def summarize(rows: list[dict], resamples: int, seed: int) -> list[dict]:
         row = {"name": name, "model": model, "baseline": baseline, "judge": judge, "dataset": printable(dataset)}
         row |= {"total": total, "n": n, **counts, "identical": sum(map(identical, of))}
         if n:
-            mean = float(np.nanmean(column))
+            values, shared = np.array(list(by_question.values())), common[dataset, total]
+            mean, (low, high) = float(values.mean()), rate_interval(values)
             row |= {
+                "common": len(shared),
+                "common_rate": mean_of(np.array([by_question[q] for q in by_question if q in shared])),
                 "win_rate": mean,
-                "low": min(low, mean),
-                "high": max(high, mean),
+                "low": low,
+                "high": high,
                 "paper": mean - 0.5,
-                "standard_error": float(np.nanstd(column, ddof=1) / math.sqrt(n)) if n > 1 else None,
+                "standard_error": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
                 "p": sign_test(counts["win"], counts["loss"]),
                 **position_bias(of),
                 **by_length(of),
             }
         out.append(row)
     return out
+
+
+def about_questions(summary: list[dict]) -> list[str]:
+    """A warning where comparisons rest on different questions, over all or on one dataset."""
+    lines, of = [], {}
+    for r in summary:
+        if r["n"]:
+            of.setdefault((r["dataset"], r["total"]), []).append(r)
+    for (dataset, total), rows in of.items():
+        if any(r["n"] > r["common"] for r in rows):
+            on = "" if total else f" of {dataset}"
+            counts = f"{min(r['n'] for r in rows):,} to {max(r['n'] for r in rows):,}"
+            lines.append(
+                f"WARNING: the win rates rest on different questions{on} ({counts} with a verdict): compare them on "
+                f"the {rows[0]['common']:,} that all have in common."
+            )
+    return lines
 
 
 def position_bias(rows: list[dict]) -> dict:
@@ -293,10 +317,9 @@ def agreement(pairs: list[tuple[tuple, str, str]], resamples: int, seed: int) ->
     drawn = resample(tables.reshape(len(at), 9), resamples, seed).reshape(-1, 3, 3)
     total = tables.sum(0)
     raw, chance_corrected = float(np.trace(total) / total.sum()), float(kappa(total))
-    low, high = middle(np.trace(drawn, axis1=1, axis2=2) / drawn.sum((1, 2)))
+    low, high = share_interval(np.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))
     kappa_low, kappa_high = middle(kappa(drawn))
     if raw in (0, 1):
-        low, high = wilson(raw, len(at))
         chance = float((total.sum(0) * total.sum(1)).sum() / total.sum() ** 2)
         if chance < 1:
             kappa_low, kappa_high = ((bound - chance) / (1 - chance) for bound in (low, high))
@@ -316,7 +339,13 @@ def number(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
-def share(hits: list[tuple[tuple, bool]], name: str, resamples: int, seed: int) -> dict:
+def share_interval(hits: np.ndarray, of: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of sum(hits) / sum(of) over questions (Q,), each with so many hits of so many."""
+    mean = float(hits.sum() / of.sum())
+    return rate_interval(mean + (hits - mean * of) / of.mean(), mean)
+
+
+def share(hits: list[tuple[tuple, bool]], name: str) -> dict:
     """The share of hits, of (question, hit), with its 95 % interval over questions."""
     at = {q: i for i, q in enumerate(dict.fromkeys(q for q, _ in hits))}
     if not at:
@@ -324,12 +353,11 @@ def share(hits: list[tuple[tuple, bool]], name: str, resamples: int, seed: int) 
     counts = np.zeros((len(at), 2))
     for q, hit in hits:
         counts[at[q]] += (hit, 1)
-    sums, mean = resample(counts, resamples, seed), float(np.mean([hit for _, hit in hits]))
-    low, high = wilson(mean, len(at)) if mean in (0, 1) else middle(sums[:, 0] / sums[:, 1])
-    return {name: mean, f"{name}_low": float(low), f"{name}_high": float(high)}
+    low, high = share_interval(*counts.T)
+    return {name: float(counts[:, 0].sum() / len(hits)), f"{name}_low": low, f"{name}_high": high}
 
 
-def audit_judges(rows: list[dict], resamples: int, seed: int) -> list[dict]:
+def audit_judges(rows: list[dict]) -> list[dict]:
     """A row a judge: how often the order of the answers changed which was better (`order`), and turned it round
     (`disagree`), how often the answer in front (`front`) and the longer one (`longer`) won where one did; canaries."""
     out = []
@@ -345,7 +373,7 @@ def audit_judges(rows: list[dict], resamples: int, seed: int) -> list[dict]:
         ]
         right, canaries = canaries_right(rows).get(judge, (0, 0))
         row = {"judge": printable(judge), "n": len(both), "decided": len(longer), **position_bias(of)}
-        row |= share(order, "order", resamples, seed) | share(longer, "longer", resamples, seed)
+        row |= share(order, "order") | share(longer, "longer")
         out.append(row | {"canaries_right": right, "canaries": canaries})
     return out
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from parts.program import InputError, from_arguments, print_table, read_json_object, refuse, run_program
+from parts.verdicts import about_questions
 
 ORDERS = ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1")
 NAMES = {"phased": "phased (1-2-3)", "random": "random stages", "stage3": "stage 3 only"}
@@ -178,10 +179,13 @@ def table(args: argparse.Namespace) -> None:
         if all_of_it and all_of_it["n"]:
             interval = " to ".join(f"{100 * all_of_it[key] - 50:+.1f}" for key in ("low", "high"))
         name = NAMES.get(arm, f"stages {arm}")
-        lines.append((name, *cells, lead(all_of_it), interval, found.paper.get(arm, "–")))
+        n = f"{all_of_it['n']:,}" if all_of_it else "–"
+        lines.append((name, *cells, lead(all_of_it), n, interval, found.paper.get(arm, "–")))
     judge = ", ".join(dict.fromkeys(r["judge"] for r in ours.values()))
     print(f"{found.name}: win rate against one-off - 50 %, by {judge}; the paper's by gpt-4-0613")
-    print_table(("", *sets, "all", "95 %", "paper"), lines)
+    print_table(("", *sets, "all", "n", "95 %", "paper"), lines)
+    for line in about_questions(list(ours.values())):
+        print(line)
 
 
 def lead(row: dict | None) -> str:

@@ -579,24 +579,6 @@ def bench_iterit(folder: Path) -> None:
     )
 
 
-def bench_report() -> None:
-    """Bootstrap of 10,000 resamples over 1,000 questions x 18 comparisons."""
-    import numpy as np
-
-    from parts.verdicts import bootstrap
-
-    points = np.random.default_rng(0).choice([0, 0.5, 1], (1000, 18))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        bootstrap(points, 10_000, 0)
-        times.append(time.perf_counter() - start)
-    print(
-        f"\nbootstrap, 10,000 resamples of 1,000 questions x 18 comparisons: {statistics.median(times):.2f} s",
-        flush=True,
-    )
-
-
 BARE_CLIENT = """
 import asyncio, json, sys, time
 port, prompts = int(sys.argv[1]), json.load(open(sys.argv[2]))
@@ -783,7 +765,7 @@ def memory_of_generation(folder: Path, prompts: list, limits: list) -> float:
     return float(done.stdout)
 
 
-PARTS = ["train", "lora", "weights", "memory", "select", "ifd", "api", "iterit", "report", "generate"]
+PARTS = ["train", "lora", "weights", "memory", "select", "ifd", "api", "iterit", "generate"]
 
 
 def main() -> None:
@@ -853,8 +835,6 @@ def main() -> None:
         if "iterit" in args.parts:
             make_folder(Path(temporary) / "iterit", "25M")
             bench_iterit(Path(temporary) / "iterit")
-        if "report" in args.parts:
-            bench_report()
         if "generate" in args.parts:
             make_folder(Path(temporary) / "generate", "125M")
             bench_generate(Path(temporary) / "generate")

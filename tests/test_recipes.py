@@ -158,7 +158,16 @@ def test_every_model_of_the_paper_is_known_and_its_numbers_stand_beside_ours(tmp
     (tmp_path / "another").mkdir()
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     (tmp_path / "another" / "config.json").write_text(json.dumps(dict(zip(keys, sizes))))
-    ours = {"model": "phased", "dataset": "all", "total": True, "n": 10, "paper": 0.125, "low": 0.5, "high": 0.75}
+    ours = {
+        "model": "phased",
+        "dataset": "all",
+        "total": True,
+        "n": 10,
+        "common": 10,
+        "paper": 0.125,
+        "low": 0.5,
+        "high": 0.75,
+    }
     (tmp_path / "report.json").write_text(json.dumps([ours | {"judge": "j"}]))
 
     def ask(*words):
@@ -175,8 +184,8 @@ def test_every_model_of_the_paper_is_known_and_its_numbers_stand_beside_ours(tmp
     assert "--checkpoint-activations" in ask("usual", "another")
     title, header, *rows = ask("table", "another", "report.json").splitlines()
     cells = {row[:14].strip(): re.split(r"  +", row)[1:] for row in rows}
-    assert title.startswith(f"{name}: ") and re.split(r"  +", header)[1:] == ["all", "95 %", "paper"]
-    assert cells["phased (1-2-3)"] == ["+12.50", "+0.0 to +25.0", numbers[0]]
+    assert title.startswith(f"{name}: ") and re.split(r"  +", header)[1:] == ["all", "n", "95 %", "paper"]
+    assert cells["phased (1-2-3)"] == ["+12.50", "10", "+0.0 to +25.0", numbers[0]]
     assert cells.get("stages 3-2-1", [None])[-1] == numbers[1]
 
 

@@ -39,6 +39,7 @@ SCORES = {
     "loss": [[3, 9], [4, 8]],
     "unparsed": [[8, 6], None],
     "refused": [None, None],
+    "failed": [None, None],
 }
 
 
@@ -46,7 +47,7 @@ def make_verdicts(path, n, models=("a/stage1", "a/stage2", "random/stage1"), see
     rng, rows = np.random.default_rng(seed), []
     for model in models:
         for i in range(n):
-            verdict = str(rng.choice(list(SCORES), p=[0.4, 0.2, 0.25, 0.1, 0.05]))
+            verdict = str(rng.choice(list(SCORES), p=[0.4, 0.2, 0.25, 0.08, 0.04, 0.03]))
             text = EVIL[i % len(EVIL)] if evil else "plain"
             rows.append(
                 {
@@ -75,21 +76,56 @@ def report(*arguments, expect=0):
 # ---------------------------------------------------------------- statistics
 
 
-def test_intervals_are_those_of_resampling_questions_one_by_one():
-    rng = np.random.default_rng(0)
-    points = rng.choice([0, 0.5, 1, math.nan], (60, 3), p=[0.3, 0.2, 0.4, 0.1])
-    low, high = verdicts.bootstrap(points, 4000, 1)
-    slow = [np.nanmean(points[rng.integers(0, 60, 60)], axis=0) for _ in range(4000)]
-    np.testing.assert_allclose(low, np.quantile(slow, 0.025, axis=0), atol=0.02)
-    np.testing.assert_allclose(high, np.quantile(slow, 0.975, axis=0), atol=0.02)
-    again = verdicts.bootstrap(points, 4000, 1)
-    assert (low == again[0]).all() and (verdicts.bootstrap(points, 4000, 2)[0] != low).any()
+@pytest.mark.parametrize("n", [10, 20, 50])
+def test_an_interval_of_a_win_rate_holds_the_truth_at_every_rate_with_and_without_ties(n):
+    """Its coverage, summed over all outcomes with their probabilities: the trinomial's."""
+    outcomes = np.array([(w, t, n - w - t) for w in range(n + 1) for t in range(n + 1 - w)])
+    bounds = np.array([verdicts.rate_interval(np.repeat([1.0, 0.5, 0.0], x)) for x in outcomes])
+    logs = [math.lgamma(n + 1) - sum(math.lgamma(k + 1) for k in x) for x in outcomes]
+    for ties in (0.0, 0.02, 0.2, 0.65, 0.8, 0.95):
+        for share in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.65, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998):
+            chances = np.array([(1 - ties) * share, ties, (1 - ties) * (1 - share)])
+            weights = np.exp(logs + outcomes @ np.log(np.maximum(chances, 1e-300)))
+            rate = chances @ (1, 0.5, 0)
+            assert weights.sum() == pytest.approx(1)
+            assert weights[(bounds[:, 0] <= rate) & (rate <= bounds[:, 1])].sum() >= 0.94, (ties, share)
 
 
-def test_resamples_are_paired_so_that_equal_comparisons_have_equal_intervals():
-    column = np.random.default_rng(0).choice([0, 0.5, 1], 50)
-    low, high = verdicts.bootstrap(np.stack([column, column, 1 - column], 1), 500, 0)
-    assert low[0] == low[1] and high[0] == high[1] and low[2] == pytest.approx(1 - high[0], abs=1e-6)
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_without_ties_the_interval_is_wilsons_with_continuity_correction(n, wins):
+    proportion = pytest.importorskip("scipy.stats").binomtest(min(wins, n), n)
+    low, high = verdicts.rate_interval(np.arange(n) < min(wins, n))
+    expected = proportion.proportion_ci(method="wilsoncc")
+    assert (low, high) == (pytest.approx(expected.low, abs=1e-6), pytest.approx(expected.high, abs=1e-6))
+
+
+def test_ties_make_an_interval_narrower_as_they_vary_less():
+    def width(wins, ties, losses):
+        low, high = verdicts.rate_interval(np.repeat([1.0, 0.5, 0.0], (wins, ties, losses)))
+        return high - low
+
+    assert width(100, 800, 100) < 0.5 * width(500, 0, 500)
+    usual = 2 * 1.96 * np.repeat([1.0, 0.5, 0.0], (100, 800, 100)).std() / math.sqrt(1000)
+    assert width(100, 800, 100) == pytest.approx(usual, rel=0.06)
+    assert width(0, 10, 0) > 0.2
+
+
+def test_comparisons_on_different_questions_are_warned_of_and_compared_on_the_common_ones(tmp_path):
+    """A has a verdict on 10 questions, B on the 6 of them that it did not refuse: on these both win 5."""
+    said = ["win"] * 5 + ["loss"] * 5
+    write_lines(tmp_path / "v.jsonl", made_up(said, model="A") + made_up([*said[:6], *["refused"] * 4], model="B"))
+    done = report(tmp_path / "v.jsonl", "--json", tmp_path / "t.json", "--html", tmp_path / "r.html")
+    rows = {r["model"]: r for r in json.loads((tmp_path / "t.json").read_text())}
+    assert [(rows[m]["n"], rows[m]["common"]) for m in "AB"] == [(10, 6), (6, 6)]
+    assert rows["A"]["win_rate"] == 0.5 and rows["A"]["common_rate"] == rows["B"]["win_rate"] == pytest.approx(5 / 6)
+    warning, header, *table = done.stdout.splitlines()
+    assert "WARNING" in warning and "6 to 10" in warning and "on the 6 that all have" in warning
+    assert " n " in header
+    assert all("83.3 (n 6)" in line for line in table[:2])
+    assert "rest on different questions" in (tmp_path / "r.html").read_text().split(judge.DATA)[1]
+    write_lines(tmp_path / "w.jsonl", made_up(said, model="A") + made_up(["refused"] * 10, model="B"))
+    assert "WARNING" not in report(tmp_path / "w.jsonl").stdout  # B has none that could be compared
 
 
 @settings(max_examples=15, deadline=None)
@@ -335,7 +371,7 @@ def test_the_page_opens_filters_turns_pages_runs_nothing_and_asks_for_nothing(br
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
     rows = make_verdicts(tmp_path / "v.jsonl", 1000)
-    report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--resamples", "200")
+    report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html")
     browser.get((tmp_path / "r.html").as_uri())
     WebDriverWait(browser, 20).until(lambda b: b.execute_script("return document.readyState") == "complete")
 
@@ -448,16 +484,14 @@ def test_table_and_figures_of_the_page_are_those_of_the_report(browser, tmp_path
         for line in browser.find_elements("css selector", "tbody tr")
     ]
     summary = json.loads((tmp_path / "t.json").read_text())
-    assert len(table) == len(summary) == 9 and len(header) == 17
+    assert len(table) == len(summary) == 9 and len(header) == 20
     for shown, row in zip(table, summary):
         rate, low, high = (100 * row[key] for key in ("win_rate", "low", "high"))
         found = [float(x) for x in re.findall(r"[\d.]+", shown["win rate, %"])]
         assert found == pytest.approx([rate, low, high], abs=0.051)
-        assert (shown["model"], shown["dataset"], shown["refused"]) == (
-            row["model"],
-            row["dataset"],
-            str(row["refused"]),
-        )
+        assert (shown["model"], shown["dataset"]) == (row["model"], row["dataset"])
+        assert [shown[key] for key in ("n", "refused", "failed")] == [str(row[k]) for k in ("n", "refused", "failed")]
+        assert shown["on the common questions, %"] == f"{100 * row['common_rate']:.1f} (n {row['common']})"
         assert [shown[k] for k in ("wins", "ties", "losses")] == [str(row[k]) for k in ("win", "tie", "loss")]
         assert float(shown["- 50 %"]) == pytest.approx(100 * row["paper"], abs=0.051) and shown["- 50 %"][0] in "+-"
         assert float(shown["p"]) == pytest.approx(row["p"], rel=0.06)
@@ -480,7 +514,7 @@ def test_the_page_in_the_repository_opens_as_it_is(browser):
     """With its sample: what is expected, replies of both orders, and light or dark as the reader has it."""
     browser.get((ROOT / "parts" / "report.html").as_uri())
     shown = browser.find_element("tag name", "body").text
-    for text in ("sample/stage1 against base", "75.0 (50.0 to 100.0)", "What is 2 + 2?", "9 2", "3 8", "1 of 2"):
+    for text in ("sample/stage1 against base", "75.0 (19.8 to 98.9)", "What is 2 + 2?", "9 2", "3 8", "1 of 2"):
         assert text in shown, text
     assert "first order, model in front: 9 to 2" in shown and "second order, baseline in front: 8 to 3" in shown
     assert browser.find_element("id", "wanted").text == "4"

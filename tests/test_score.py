@@ -217,6 +217,33 @@ def test_select_takes_what_is_too_hard_last_leaves_out_what_is_unscored_and_says
     assert [len(r["output"]) for r in lines(tmp_path / "o.jsonl")] == [9, 5]
 
 
+def test_the_key_follows_the_file_and_nothing_chosen_is_an_error_that_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "o.jsonl"
+
+    def pick(command, *more):
+        target = ["--out", str(out)] if command == "select" else ["--out-dir", str(tmp_path), "--equal", "2"]
+        code = score.main([command, str(tmp_path / "x.jsonl"), *target, *more])
+        return code, capsys.readouterr().err
+
+    scored(tmp_path / "x.jsonl", [1, 5, None, 3])  # of difficulty
+    for more in (("--by", "score"), ()):
+        assert pick("select", "--ratio", "2", *more) == (0, "")
+        assert {r["id"] for r in lines(out)} == {"1", "3"}
+        out.unlink()
+    code, err = pick("select", "--score-key", "scoer")
+    assert code == 2 and "as scoer" in err and "id, score, data, extra" in err and not out.exists()
+    scored(tmp_path / "x.jsonl", [0.5, 0.9, 0.7], "ifd")
+    assert pick("stages") == (0, "") and lines(tmp_path / "s1.jsonl")[0]["id"] == "0"
+    (tmp_path / "x.jsonl").write_text(json.dumps({"score": 2, "ifd": 0.3, "instruction": "q", "output": "a"}) + "\n")
+    assert pick("select") == (0, "") and "ifd" in lines(out)[0]
+    out.unlink()
+    for key in ("score", "ifd"):
+        scored(tmp_path / "x.jsonl", [None, None], key)
+        for by in ("score", "diversity"):
+            code, err = pick("select", "--by", by)
+            assert code == 2 and "nothing can be chosen" in err and not out.exists()
+
+
 # ---------------------------------------------------------------- IFD
 
 
@@ -301,6 +328,14 @@ def test_ifd_does_not_depend_on_ranks_or_budget_and_goes_on_after_a_kill(folder,
     (tmp_path / "a").unlink()
     done = run(score, os.environ, *arguments("a"))
     assert [r["ifd"] for r in lines(tmp_path / "a")] == one and "29 scored now" in done.stdout
+
+
+def test_ifd_of_rows_that_cannot_have_one_is_an_error_that_says_why(folder, tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"plain {i}"}) + "\n" for i in range(3)))
+    more = ["--model", folder / "m", "--out", tmp_path / "o.jsonl", "--dtype", "fp32"]
+    done = run(score, os.environ, "ifd", tmp_path / "x.jsonl", *more, expect=2)
+    assert "none of 3 rows has an IFD" in done.stderr and "there is no prompt" in done.stdout + done.stderr
+    assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_documents_without_prompt_or_prediction_have_no_ifd():
