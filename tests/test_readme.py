@@ -41,13 +41,13 @@ def test_the_story_is_as_short_as_it_says():
     story = sum(lines[name] for name in ("model.py", "data.py", "train.py"))
     said = int(re.search(r"three files of together about\s+([\d,]+) lines", README)[1].replace(",", ""))
     assert abs(story - said) <= 0.05 * said, story
-    assert max(lines.values()) <= 650, lines
+    assert max(lines.values()) <= 700, lines
 
 
 def test_the_plan_that_it_prints_is_the_plan(tmp_path):
     printed = block("printed").splitlines()
     done = run_forked(train.main, "--dry-run", "--dtype", "bf16", "--out", tmp_path / "o", cwd=ROOT)
-    assert done.stdout.splitlines()[:5] == printed[:5]
+    assert done.stdout.splitlines()[:6] == printed[:6]
 
 
 @pytest.mark.parametrize("program", [train, score, generate, judge])
