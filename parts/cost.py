@@ -103,8 +103,7 @@ def memory_plan(
     """Bytes on each rank, estimated, by what needs them, at the moment of a step that needs most; its largest
     micro-batch has so many tokens. `shards`: ranks that a model is sharded over.
 
-    tests/test_plan.py compares it with the storages of steps of fake tensors on the paths of GPUs, and with the peak of
-    runs on a CPU.
+    Each moment was compared with the storages that steps of fake tensors hold, 4 layers of 7 B and 8 B.
     """
     c, parameters = model.config, dict(model.named_parameters())
     size, narrow = dtype.itemsize, dtype.itemsize < 4
@@ -174,7 +173,7 @@ def working_memory(
             (size * rest, at_head),
             (size * (rest + 2 * block) + reduced, in_block + root_gradient),
             (size * (rest + 2 * block), in_block + before),  # the last block: nothing is reduced yet
-            (size * rest + (size + 4 + 4 / shards) * learned_rest + reduced, 0.0),  # gradients of embedding and head
+            ((size + 4) * learned_rest, 0.0),  # gradients of embedding and head, and the same in fp32 to be reduced
         ]
     else:
         moments = [
