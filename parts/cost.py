@@ -154,7 +154,7 @@ def working_memory(
     ranks = sum(p.shape[0] for name, p in parameters.items() if name.startswith("layers.0.") and "lora_A" in name)
 
     hidden = size * c.dim * tokens
-    # A block keeps for its backward: the inputs of norms and matrices, q, k, v, gate and up, the statistics of attention.
+    # A block keeps for its backward: inputs of norms and matrices, q, k, v, gate and up, statistics of attention.
     kept = tokens * (size * (4 * c.dim + 2 * heads + 2 * keys + 2 * c.hidden_dim + ranks) + 4 * c.n_heads)
     before = hidden if checkpointed else kept  # of each block, while those behind it are computed
     mlp = 6 * size * c.hidden_dim * tokens  # gradients in the backward of SwiGLU
