@@ -559,9 +559,7 @@ def check_everything(
     description["skipped_rows"] = [line for documents in everything for line in documents.bad]
     defaults = vars(parse_args(["--stages", *args.stages, "--lr", "5e-4"]))
     before = check_same_run(args.out / "run.json", description, options.FREE, defaults)
-    worlds = [int(os.environ.get("WORLD_SIZE", 1)), *([args.plan_world_size] if args.plan_world_size else [])]
-    if uneven := [str(world) for world in worlds if world % args.replicas]:
-        raise InputError(f"--replicas {args.replicas} does not divide {' and '.join(uneven)} ranks")
+    worlds = options.world_sizes(args)
     print_stages(stages, chosen=args.select != "none")
     longest = max(int(d.lengths.max()) for d in everything)
     if args.max_len > config.max_positions and (longest > config.max_positions or args.max_len != defaults["max_len"]):

@@ -100,45 +100,87 @@ def memory_plan(
     checkpointed: bool,
     cuda: bool,
 ) -> dict[str, float]:
-    """Bytes on each of `shards` ranks whose largest micro-batch has so many tokens, estimated, by what needs them.
+    """Bytes on each rank, estimated, by what needs them, at the moment of a step that needs most; its largest
+    micro-batch has so many tokens. `shards`: ranks that a model is sharded over.
 
-    Held against the peak that runs have on a CPU in tests/bench.py --parts memory.
+    Each moment was compared with the storages that steps of fake tensors hold, 4 layers of 7 B and 8 B.
     """
     c, parameters = model.config, dict(model.named_parameters())
     size, narrow = dtype.itemsize, dtype.itemsize < 4
-
-    def numbers(prefix: str = "", only: set[str] | None = None) -> int:
-        return sum(p.numel() for n, p in parameters.items() if n.startswith(prefix) and (only is None or n in only))
-
-    block, learned_block = numbers("layers.0."), numbers("layers.0.", trained)
-    rest, learned_rest = numbers() - block * c.n_layers, numbers(only=trained) - learned_block * c.n_layers
-    heads, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    ranks = sum(p.shape[0] for name, p in parameters.items() if name.startswith("layers.0.") and "lora_A" in name)
-    # Kept of each block for the backward pass, per token: the inputs of norms and matrices, q, k, v, gate and up.
-    kept = size * (4 * c.dim + 2 * heads + 2 * keys + 2 * c.hidden_dim + ranks) + 4 * c.n_heads
-    passing = size * (c.dim + heads + 2 * keys + 4 * c.hidden_dim)  # of one block at a time
-    layers = passing + (c.n_layers * c.dim * size + kept if checkpointed else c.n_layers * kept)
-    logits = min(LOGITS_AT_ONCE, supervised * c.vocab_size)
-    head = (4 + size * narrow) * logits
-    if ("embed.weight" if c.tied else "head.weight") in trained:  # its gradient, fp32, and what is added to it
-        head += (4 + 2 * size * narrow) * c.dim * c.vocab_size
-    # One rank: what is cast for the computation. More: what FSDP gathers and reduces (embedding and head, and a block
-    # or two at a time).
-    gathered = size * sum(p.numel() for p in parameters.values() if p.dtype != dtype)
-    if shards > 1:
-        gathered = 2.5 * size * rest + (4 + 4 / shards) * learned_rest + 3 * size * block + 4 * learned_block
-        gathered += 0 if cuda else 2 * size * (numbers() - rest)  # of the others, freed, a CPU's allocator holds these
-    # Without a GPU: Python with torch, what the allocator holds back, oneDNN's kernels for bf16, the process group.
-    runtime = 0 if cuda else 2**20 * (380 + 100 * narrow + 50 * (shards > 1))
+    passing, during = working_memory(model, trained, shards, dtype, tokens, supervised, checkpointed)
     learned = sum(p.nbytes for name, p in parameters.items() if name in trained)
+    runtime = 0.0
+    if not cuda:  # what FSDP freed, a CPU's allocator holds, and a part of what passed; Python with torch
+        blocks = sum(p.numel() for name, p in parameters.items() if name.startswith("layers."))
+        passing += 2 * size * blocks if shards > 1 else 0
+        if c.tied and "embed.weight" in trained:  # the gradients of embedding and head, added
+            during += 4 * c.dim * c.vocab_size
+        runtime = 2**20 * (CPU_RUNTIME + 100 * narrow + 50 * (shards > 1)) + CPU_HELD * during
     return {
         "weights": sum(p.nbytes for p in parameters.values()) / shards,
         "gradients": learned / shards,
         "optimizer": 2 * learned / shards,
-        "gathered": gathered,
-        "activations": tokens * layers + head,
+        "gathered": passing,
+        "activations": during,
         "runtime": runtime,
     }
+
+
+CPU_RUNTIME, CPU_HELD = 560, 0.2  # MiB of Python with torch; share of activations that the allocator holds back
+
+
+def working_memory(
+    model: torch.nn.Module,
+    trained: set[str],
+    shards: int,
+    dtype: torch.dtype,
+    tokens: int,
+    supervised: int,
+    checkpointed: bool,
+) -> tuple[float, float]:
+    """Bytes beside weights, gradients and optimizer when these are most: of weights cast or gathered with what FSDP
+    reduces, and of activations with the gradients not yet added."""
+    c, parameters, size = model.config, dict(model.named_parameters()), dtype.itemsize
+    narrow = size < 4
+
+    def numbers(prefix: str, only: set[str] | None = None) -> int:
+        return sum(p.numel() for n, p in parameters.items() if n.startswith(prefix) and (only is None or n in only))
+
+    block, learned_block, count = numbers("layers.0."), numbers("layers.0.", trained), c.n_layers
+    rest, learned_rest = numbers("") - block * count, numbers("", trained) - learned_block * count
+    head = "embed.weight" if c.tied else "head.weight"
+    vocabulary, sharded = c.dim * c.vocab_size, shards > 1
+    heads, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    ranks = sum(p.shape[0] for name, p in parameters.items() if name.startswith("layers.0.") and "lora_A" in name)
+
+    hidden = size * c.dim * tokens
+    # A block keeps for its backward: inputs of norms and matrices, q, k, v, gate and up, statistics of attention.
+    kept = tokens * (size * (4 * c.dim + 2 * heads + 2 * keys + 2 * c.hidden_dim + ranks) + 4 * c.n_heads)
+    before = hidden if checkpointed else kept  # of each block, while those behind it are computed
+    mlp = 6 * size * c.hidden_dim * tokens  # gradients in the backward of SwiGLU
+    cast = size * sum(p.numel() for n, p in parameters.items() if n.startswith("layers.0.") and p.dtype != dtype)
+    cast_head = size * vocabulary * (parameters[head].dtype != dtype)
+
+    logits = (4 + size * narrow) * min(LOGITS_AT_ONCE, supervised * c.vocab_size)
+    logits += (4 + size * narrow) * vocabulary * (head in trained)  # the head's gradient in fp32, and what is added
+    at_head = count * before + hidden + 3 * size * c.dim * supervised + logits
+    reduced = 4 * learned_block * sharded  # the gradients of the block behind this one, on their way
+    in_block = (count - sharded) * before + (kept if checkpointed else 0) + mlp
+    if sharded:
+        root_gradient = size * vocabulary * (head in trained)
+        moments = [
+            (2 * size * (rest + block), 3 * hidden),  # embedding, head and the first block are gathered
+            (size * rest, at_head),
+            (size * (rest + 2 * block) + reduced, in_block + root_gradient),
+            (size * (rest + 2 * block), in_block + before),  # the last block: nothing is reduced yet
+            ((size + 4) * learned_rest, 0.0),  # gradients of embedding and head, and the same in fp32 to be reduced
+        ]
+    else:
+        moments = [
+            (cast_head + (0 if checkpointed else count * cast), at_head),
+            (cast * (1 if checkpointed else count), in_block),
+        ]
+    return max(moments, key=sum)
 
 
 def print_memory(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, float | None]) -> None:

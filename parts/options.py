@@ -2,11 +2,12 @@
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.program import EXIT_CODES, HelpFormatter, amount, fraction, natural, positive, share_or_count
+from parts.program import EXIT_CODES, HelpFormatter, InputError, amount, fraction, natural, positive, share_or_count
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -127,6 +128,8 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
         parser.error("--scores needs --select")
     if not (1 <= args.update_ratio < math.inf and 0 <= args.diversity_decay <= 1):
         parser.error("--update-ratio must be at least 1 and finite, --diversity-decay from 0 to 1")
+    if not args.dry_run and (args.plan_gpu is not None or args.plan_world_size):
+        parser.error("--plan-gpu and --plan-world-size need --dry-run: they plan, and nothing is trained")
     if args.replay is None:  # a model as small as the demo's forgets at once what it no longer sees
         args.replay = 0.1 if args.model is None and args.select == "none" else 0.0
     args.model = args.model or demo / "model"
@@ -141,6 +144,17 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
     if args.lora and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora
     return args
+
+
+def world_sizes(args: argparse.Namespace) -> list[int]:
+    """For how many ranks to plan: as many as this run has, and --plan-world-size. Raises InputError where --replicas
+    does not divide the number asked for; where it does not divide that of this run, only the other is planned."""
+    here, planned = int(os.environ.get("WORLD_SIZE", 1)), args.plan_world_size
+    asked = planned or here
+    if asked % args.replicas:
+        advice = "" if planned or not args.dry_run else ": --plan-world-size N plans for N ranks"
+        raise InputError(f"--replicas {args.replicas} does not divide {asked} rank{'s' * (asked > 1)}{advice}")
+    return [n for n in dict.fromkeys([here, asked]) if n % args.replicas == 0]
 
 
 # Arguments which do not change what is computed: a run may go on with others.
