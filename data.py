@@ -54,7 +54,7 @@ class Template:
             raise ValueError("an answer must end in a special token, and system_text hold {} once")
 
 
-LLAMA3_USER = ("‹<|start_header_id|>›", "user", "‹<|end_header_id|>›", "\n\n", "{}", "‹<|eot_id|>›")
+LLAMA3_USER = ("‹<|start_header_id|>›", "user", "‹<|end_header_id|>›", "\n\n{}", "‹<|eot_id|>›")
 MISTRAL_USER = ("‹[INST]›", "{}", "‹[/INST]›")
 CHATML_USER = ("‹<|im_start|>›", "user\n{}", "‹<|im_end|>›", "\n")
 
@@ -84,7 +84,7 @@ TEMPLATES = {
         first=LLAMA3_USER,
         later=LLAMA3_USER,
         system=(LLAMA3_USER[0], "system", *LLAMA3_USER[2:]),
-        header=(LLAMA3_USER[0], "assistant", *LLAMA3_USER[2:4]),
+        header=(LLAMA3_USER[0], "assistant", LLAMA3_USER[2], "\n\n"),
         answer=("{}", "‹<|eot_id|>›"),
     ),
     "mistral": Template(
@@ -136,12 +136,13 @@ MARKERS = {
 def read_chat_template(folder: Path) -> str:
     """The Jinja chat template of a model folder, "" where it has none."""
     file = folder / "chat_template.jinja"
-    if file.exists():
-        return read_text(file)
+    if file.exists() and (text := read_text(file)).strip():
+        return text
     found = read_json_object(folder / "tokenizer_config.json").get("chat_template") or ""
     if isinstance(found, list):  # several, each {"name", "template"}
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default") or next(iter(named.values()), "")
+        found = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
+    if isinstance(found, dict):
+        found = found.get("default") or next(iter(found.values()), "")
     return found if isinstance(found, str) else ""
 
 
@@ -151,12 +152,12 @@ def choose_template(folder: Path, tokenizer, given: str | None) -> tuple[str, li
     `given` by the user, else that of an export of ours (template.json), else the one that its chat template resembles,
     else `phased`. Raises InputError.
     """
-    jinja = read_chat_template(folder)
+    jinja = re.sub(r"\{#.*?#\}", "", read_chat_template(folder), flags=re.DOTALL)  # without comments
     own = next((name for name, marks in MARKERS.items() if all(mark in jinja for mark in marks)), None)
     if own == "mistral" and "[INST]" in tokenizer.specials:
         own = "mistral-v3"
     exported = read_json_object(folder / "template.json").get("template")
-    if exported is not None and exported not in TEMPLATES:
+    if exported is not None and exported not in list(TEMPLATES):
         raise InputError(f"{folder / 'template.json'}: unknown template {exported!r} (known: {', '.join(TEMPLATES)})")
     if given or exported:
         name, why = (given, "--template") if given else (exported, "template.json of the model folder")
@@ -172,8 +173,8 @@ def choose_template(folder: Path, tokenizer, given: str | None) -> tuple[str, li
     notes = [f"Template {own}: the model folder's chat template contains {marks}."]
     if added := default_system_text(jinja):
         notes.append(
-            f"Warning: that chat template adds a text of its own, {added[:60]!r}…, where {own} adds none: other tools "
-            "prompt the model with it. Rows and prompts with a system turn decide for themselves."
+            f"Warning: that chat template holds a text of its own, {added[:60]!r}…, for prompts without a system turn "
+            f"or with tools; {own} adds none. Where the model should have one, give rows and prompts a system turn."
         )
     return own, notes
 
@@ -181,8 +182,9 @@ def choose_template(folder: Path, tokenizer, given: str | None) -> tuple[str, li
 def default_system_text(jinja: str) -> str:
     """A sentence that a chat template adds by itself, "" where it adds none: a literal of at least four words that is
     no error message."""
-    jinja = re.sub(r"\{#.*?#\}|raise_exception\(.*?\)\s*[-%}]", "", jinja, flags=re.DOTALL)
-    for literal in re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", jinja):
+    jinja = re.sub(r"raise_exception\(.*?\)\s*[-%}]", "", jinja, flags=re.DOTALL)
+    outside = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "\n", jinja, flags=re.DOTALL)  # is put in as it stands
+    for literal in [*re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", jinja), (outside,)]:
         text = re.sub(r"<\|.*?\|>|\\n|\[/?\w+\]", "\n", "".join(literal))
         sentence = next((line for line in text.split("\n") if len(re.findall(r"[A-Za-z]{2,}", line)) >= 4), "")
         if sentence:
@@ -316,8 +318,9 @@ def chat_template(template: Template, tokenizer) -> str:
         + emit(template.first, "front + m['content']")
         + "{% elif m['role'] == 'user' %}"
         + emit(template.later, "m['content']")
-        + "{% else %}"
+        + "{% elif m['role'] == 'assistant' %}"
         + emit(template.header + template.answer, "m['content']", after=template.first)
+        + "{% else %}{{ raise_exception('only system, user and assistant turns') }}"
         + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
         + emit(template.header, after=template.first)
         + "{% endif %}"

@@ -648,7 +648,7 @@ def choose_template(args: argparse.Namespace) -> list[str]:
     """Set `args.template` where it was not given: a run that goes on keeps its own. Returns what to say of it."""
     arguments = read_json_object(args.out / "run.json").get("arguments", {})
     before = arguments.get("template") if isinstance(arguments, dict) else None
-    if args.template is None and before in TEMPLATES:
+    if args.template is None and before in list(TEMPLATES):
         args.template = before
         return [f"Template {before}: that of the run in {args.out}."]
     args.template, notes = data.choose_template(args.model, load_tokenizer(args.model), args.template)

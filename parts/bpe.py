@@ -28,6 +28,7 @@ class AddedTokens:
 
     def __init__(self, ids: dict[str, int | None]):
         """`ids`: {string: id, or None for the name of a special token}."""
+        ids = {name: i for name, i in ids.items() if name}
         names = sorted(ids, key=len, reverse=True)  # `tokenizers` takes the leftmost match, then the longest
         found = any(i is not None for i in ids.values())
         self.ids, self.pattern = ids, re.compile("|".join(map(re.escape, names))) if found else None
@@ -224,6 +225,43 @@ def read_tiktoken(path: Path) -> BPETokenizer:
     return tokenizer
 
 
+def tiktoken_as_json(tokenizer: BPETokenizer) -> dict:
+    """A tokenizer.json that encodes as Llama-3's ranks do, for tools that read no such file."""
+    letters = {byte: letter for letter, byte in byte_letters().items()}
+    merges = [
+        (piece[:k].translate(letters), piece[k:].translate(letters), rank)
+        for piece, rank in tokenizer.vocab.items()
+        for k in range(1, len(piece))
+        if piece[:k] in tokenizer.vocab and piece[k:] in tokenizer.vocab
+    ]
+    merges.sort(key=lambda merge: merge[2])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in tokenizer.specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {piece.translate(letters): rank for piece, rank in tokenizer.vocab.items()},
+            "merges": [[left, right] for left, right, _ in merges],
+        },
+    }
+
+
 # ---------------------------------------------------------------- tokenizer.json
 
 
@@ -259,11 +297,12 @@ def parse_tokenizer_json(spec: dict, declared: dict[str, tuple[int, bool]]) -> B
     unknown_id = None if unknown is None else vocab.get(unknown, specials.get(unknown))
     if unknown is not None and unknown_id is None:
         raise InputError(f"unk_token {unknown!r} is not in the vocabulary")
-    known = {*specials, *text_tokens, unknown}
+    known = {*specials, unknown}  # pieces that no text may make
+    if prepends and scheme == "first":
+        raise InputError("not supported: a Prepend normalizer together with a Metaspace of the scheme 'first'")
     if byte_level:
         table = {ord(letter): byte for letter, byte in byte_letters().items()}
-        text_tokens_of_letters = {t for t in text_tokens if table.keys() >= set(map(ord, t))}
-        kept = {t: i for t, i in vocab.items() if t not in known or t in text_tokens_of_letters}
+        kept = {t: i for t, i in vocab.items() if t not in known and table.keys() >= set(map(ord, t))}
         vocab = {t.translate(table): i for t, i in kept.items()}
         merges = [(a.translate(table), b.translate(table)) for a, b in merges]
     else:

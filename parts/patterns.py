@@ -47,6 +47,8 @@ def character_class(name: str, negated: bool) -> str:
 
 def compile_pattern(pattern: str) -> re.Pattern:
     """Compile a tokenizer's pattern with Python's `re`, spelling out the Unicode classes which `re` lacks."""
+    if re.search(r"\\[wWbB]|&&|\\[pP]\{\^|\(\?[a-z]*m|\[\[:", pattern):
+        raise InputError(f"pre-tokenization pattern not supported, Python's re would read it otherwise: {pattern}")
     out, inside = [], False
     for token in re.findall(r"\\[pP]\{\w+\}|\\.|.", pattern, re.DOTALL):
         if token[:2] in ("\\p", "\\P", "\\s", "\\S"):
@@ -56,7 +58,7 @@ def compile_pattern(pattern: str) -> re.Pattern:
             inside = token == "["
         out.append(token)
     try:
-        return re.compile("".join(out))
+        return re.compile("".join(out), re.MULTILINE)  # ^ and $ at every line, as in the reference
     except re.error as e:
         raise InputError(f"pre-tokenization pattern not understood ({e}): {pattern}") from None
 

@@ -48,10 +48,29 @@ FORMATS = {  # the keys by which a format is known
 }
 # Fields that change what a row means and that nothing here can honour: an error where they hold something.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-UNSUPPORTED_IN_ROW = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "video")
-UNSUPPORTED_IN_ROW += ("audios", "audio", "chosen", "rejected", *REASONING)
-UNSUPPORTED_IN_TURN = ("tool_calls", "function_call", "tool_call_id", "images", "audio", "refusal", "train_detail")
-UNSUPPORTED_IN_TURN += REASONING
+UNSUPPORTED = (
+    "tools",
+    "functions",
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "images",
+    "image",
+    "videos",
+    "video",
+)
+UNSUPPORTED += (
+    "audios",
+    "audio",
+    "refusal",
+    "chosen",
+    "rejected",
+    "train_detail",
+    "loss_mask",
+    "loss_weight",
+    *REASONING,
+)
+UNSUPPORTED_IN_TURN = (*UNSUPPORTED, "system", "system_prompt", "history")
 TRAINED_KEYS = ("weight", "loss", "train")  # of a message: OpenAI's, ms-swift's and axolotl's name for the same
 
 
@@ -104,9 +123,10 @@ def system_turn(raw: dict) -> list[Turn]:
 
 def row_turns(raw: dict, form: str) -> list[Turn]:
     """The turns of a row of a known format; raises InputError."""
-    refuse_fields(raw, UNSUPPORTED_IN_ROW)
-    if raw.get("weight") not in (None, 1):
-        raise InputError("a weight of a whole row is not supported, only weight 0 or 1 of a message")
+    refuse_fields(raw, UNSUPPORTED)
+    for key in TRAINED_KEYS:
+        if raw.get(key) not in (None, 1):
+            raise InputError(f"{key} of a whole row is not supported, only that of a message (0 or 1)")
     system = system_turn(raw)
     if form == "phased":
         if not isinstance(raw["data"], list):
@@ -203,7 +223,7 @@ def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
     check_turns(turns)
     check_characters(raw)
     score = None if raw.get("score") is None else finite_number(raw["score"], "score")
-    return Row(str(raw.get("id", where)), turns, score, where, raw), form
+    return Row(where if raw.get("id") is None else str(raw["id"]), turns, score, where, raw), form
 
 
 def json_values(text: str) -> Iterator[tuple[int, object]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from parts.program import InputError, read_text, refuse
 from parts.rows import (
     FORMATS,
-    UNSUPPORTED_IN_ROW,
+    UNSUPPORTED,
     Turn,
     check_characters,
     check_turns,
@@ -44,8 +44,7 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
         instances = raw["instances"]
         if not (isinstance(instances, list) and instances and isinstance(instances[0], dict)):
             raise InputError(f"{where}: instances must be a list of objects")
-        row = {"instruction": raw.get("instruction"), "input": instances[0].get("input"), "output": ""}
-        turns = row_turns(row, "alpaca")
+        turns = row_turns({**raw, "input": instances[0].get("input"), "output": ""}, "alpaca")
     elif "instruction" in raw:  # AlpacaEval, Alpaca
         turns = row_turns({"output": "", **raw}, "alpaca")
     elif "Instruction" in raw:  # wizardlm
@@ -74,7 +73,7 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
 
 def asked(raw: dict, text) -> list[Turn]:
     """One question as turns, behind the row's system text if it has one."""
-    refuse_fields(raw, UNSUPPORTED_IN_ROW)
+    refuse_fields(raw, (*UNSUPPORTED, "history", "input", "messages", "conversations", "data"))
     return [*system_turn(raw), Turn("user", text_of(text))]
 
 

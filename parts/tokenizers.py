@@ -11,7 +11,14 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from parts.bpe import AddedTokens, BPETokenizer, parse_tokenizer_json, read_tiktoken, read_tokenizer_json
+from parts.bpe import (
+    AddedTokens,
+    BPETokenizer,
+    parse_tokenizer_json,
+    read_tiktoken,
+    read_tokenizer_json,
+    tiktoken_as_json,
+)
 from parts.program import InputError, read_json_object, write_file
 
 
@@ -113,11 +120,19 @@ def declared_tokens(folder: Path, settings: dict) -> dict[str, tuple[int, bool]]
             used |= {value.get("content") if isinstance(value, dict) else value for value in values}
         plain = {str(t): int(i) for t, i in read_json_object(folder / "added_tokens.json").items()}
         decoder = settings.get("added_tokens_decoder") or {}
+        for t in decoder.values():
+            if not t.get("special", True) and (t.get("single_word") or t.get("lstrip") or t.get("rstrip")):
+                raise InputError(f"{folder / 'tokenizer_config.json'}: not supported: {json.dumps(t)[:200]}")
         marked = {t["content"]: (int(i), bool(t.get("special", True))) for i, t in decoder.items()}
         found = {text: (i, False) for text, i in plain.items()} | marked
+        if any(not isinstance(text, str) or i < 0 for text, (i, _) in found.items()):
+            raise ValueError("a token is no text, or its id is negative")
         return {text: (i, special or text in used) for text, (i, special) in found.items()}
+    except InputError:
+        raise
     except (ValueError, TypeError, AttributeError, KeyError) as e:
-        raise InputError(f"{folder}: added tokens not understood ({e!r})") from None
+        files = "tokenizer_config.json, special_tokens_map.json or added_tokens.json"
+        raise InputError(f"{folder}: the added tokens of {files} are not understood ({e!r})") from None
 
 
 def load_tokenizer(folder: str | Path) -> SentencePieceTokenizer | BPETokenizer:
@@ -250,7 +265,12 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str, stop_ids: lis
     if isinstance(tokenizer, SentencePieceTokenizer):
         settings["legacy"] = True  # transformers' name for a space before every piece, as we encode
         spec = sentencepiece_as_json(tokenizer)
+    elif tokenizer.merges is None:
+        spec = tiktoken_as_json(tokenizer)
     if spec:
+        for token in [*spec["added_tokens"], *settings.get("added_tokens_decoder", {}).values()]:
+            if token["content"] in tokenizer.specials or token["content"] in chat_template:
+                token["normalized"] = False  # else transformers looks for it as "▁name" only
         spec["post_processor"] = bos_in_front(texts[tokenizer.bos_id] if adds_bos else None, tokenizer.bos_id)
         write_file(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers then takes the file as it is

@@ -86,6 +86,7 @@ def plan(args: argparse.Namespace) -> None:
     from parts.questions import fence, fill, tokens_in
     from parts.rows import read_good_rows
     from parts.testsets import read_prompts
+    from parts.tokenizers import load_tokenizer
 
     training = train.parse_args(["--stages", str(args.alpaca), *args.training])
     files = ["--prompts", *map(str, args.prompts), "--out", "answers.json"]
@@ -97,7 +98,8 @@ def plan(args: argparse.Namespace) -> None:
         places.setdefault((p.dataset, p.id), []).append(p.where)
     refuse([" and ".join(w) for w in places.values() if len(w) > 1], "prompts have the same data set and id")
     rows = read_good_rows(args.alpaca, skip_bad=True)
-    documents = data.tokenize_files([args.alpaca], training.model, training.template, training.max_len, shown=True)
+    template, _ = data.choose_template(training.model, load_tokenizer(training.model), training.template)
+    documents = data.tokenize_files([args.alpaca], training.model, template, training.max_len, shown=True)
     model = train.outline(read_config(training.model), from_arguments(Weights, training), torch.bfloat16)
     learned = train.trained_parameters(model)
     trained = set(learned)

@@ -81,6 +81,11 @@ def test_what_a_row_says_beside_its_turns_is_honoured(row, turns, tmp_path):
         (ALPACA | {"history": [["1"]]}, "history"),
         (ALPACA | {"history": [["1", 2]]}, "not a string"),
         (ALPACA | {"weight": 2}, "weight"),
+        (ALPACA | {"loss": 0}, "loss"),
+        (ALPACA | {"train": False}, "train"),
+        ({"messages": [CHAT[0] | {"image": "x"}, CHAT[1]]}, "image"),
+        (with_message(tools=[1]), "tools"),
+        (with_message(history=[1]), "history"),
         ({"text": "t", "system": "s"}, "system"),
     ],
 )
@@ -133,6 +138,7 @@ def test_further_questions_of_a_prompt_are_counted_and_fields_honoured(tmp_path)
     assert found[0].turns == [Turn("system", "s"), Turn("user", "q1")] and found[0].later_turns == 2
     for row in (
         {"prompt": "q", "tools": [1]},
+        {"instruction": "i", "tools": [1], "instances": [{"input": "x"}]},
         {"messages": [CHAT[0] | {"tool_calls": [1]}]},
         {"prompt": "q", "system": 1},
     ):

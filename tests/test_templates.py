@@ -46,7 +46,7 @@ def llama3_json(folder: Path) -> None:
 
 
 TOKENIZERS = ["smollm2", "llama2.model", "mistral_v1.model", "llama2.json", "llama2-legacy.json", "llama3.json"]
-TOKENIZERS += ["mistral_v3.model", "mistral_v7.model", "mistral_v3.json"]
+TOKENIZERS += ["llama3.tiktoken", "dolphin.model", "mistral_v3.model", "mistral_v7.model", "mistral_v3.json"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,16 @@ def folder_of(tmp_path_factory, request):
                 shutil.copyfile(source / file, folder / file)
         elif name == "llama3.json":
             llama3_json(folder)
+        elif name in ("llama3.tiktoken", "dolphin.model") and not SHARED.is_dir():
+            pytest.skip("needs the real tokenizers of ../shared/data, which are not here")
+        elif name == "llama3.tiktoken":
+            shutil.copyfile(SHARED / "tokenizers" / name, folder / name)
+        elif name == "dolphin.model":  # tokens that transformers would look for after normalization only
+            shutil.copyfile(SHARED / "tokenizers" / "mistral_v1.model", folder / "tokenizer.model")
+            decoder = {"32000": {"content": "<|im_end|>", "special": True, "normalized": True}}
+            decoder["32001"] = {"content": "<|im_start|>", "special": False, "normalized": True}
+            settings = {"added_tokens_decoder": decoder, "bos_token": "<s>", "eos_token": "<|im_end|>"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         else:
             stem, kind = name.split(".")
             version = stem.removeprefix("mistral_")
@@ -157,6 +167,8 @@ def chosen(folder, given=None):
         ("llama3.json", LLAMA3_JINJA, "llama3", False),
         ("llama2.model", SMOLLM2_JINJA, "chatml", True),
         ("llama2.model", "{{ '<|user|>' + x }}", "phased", True),
+        ("llama2.model", "<|im_start|>system\nYou are a helpful assistant named X.<|im_end|>", "chatml", True),
+        ("llama2.model", "{# not <|im_start|> #}{{ '[INST] ' + x + ' [/INST]' }}", "mistral", False),
         ("llama2.model", "", "phased", False),
     ],
 )
@@ -168,7 +180,11 @@ def test_the_folders_own_chat_template_is_recognised(tokenizer, jinja, expected,
     assert any("Warning" in note for note in notes) == warned
     (tmp_path / "chat_template.jinja").unlink()
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for held in (jinja, [{"name": "tool_use", "template": "x"}, {"name": "default", "template": jinja}]):
+    for held in (
+        jinja,
+        {"default": jinja},
+        [{"name": "tool_use", "template": "x"}, {"name": "default", "template": jinja}],
+    ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": held}))
         assert chosen(tmp_path)[0] == expected
     (tmp_path / "template.json").write_text('{"template": "alpaca"}')
