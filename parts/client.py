@@ -152,7 +152,7 @@ class Client:
         self.spent = sum(self.paid(r) for records in store.by_key.values() for r in records)
 
     def stop(self, why: Exception) -> None:
-        """Ask no more; what is in flight may come home."""
+        """Ask no more; requests in flight may finish."""
         self.end = self.end or why
         for event in (self.stopping, self.known, self.go):
             event.set()
@@ -511,7 +511,7 @@ class Client:
                 await asyncio.gather(*workers, return_exceptions=True)
 
     def stop_on_signals(self) -> None:
-        """The first Ctrl-C lets the requests in flight come home, the second does not."""
+        """The first Ctrl-C lets the requests in flight finish, the second does not."""
         asked = []
 
         def note():
@@ -550,7 +550,8 @@ def secrets_of(key: str, base: str) -> list[str]:
 
 
 def certificates() -> ssl.SSLContext:
-    """Those that servers are held against. Raises InputError where the environment names some that cannot be read."""
+    """The certificates that servers are checked with. Raises InputError where the environment names some that cannot be
+    read."""
     try:
         return httpx.create_ssl_context()
     except OSError as e:

@@ -183,7 +183,7 @@ def parse_difficulty(reply: str) -> float | None:
 
 def parse_scores(reply: str) -> list[float] | None:
     """The two scores of a reply whose first line, or first line of code, says nothing else. From 0 to 10: judges who
-    are asked for 1 to 10 give 0 to answers of no use."""
+    are asked for 1 to 10 give 0 to useless answers."""
     said = re.sub(r"^```\w*[ \t]*\n\s*", "", without_thoughts(reply).strip())
     return read_scores(said.split("\n", 1)[0], 2, 0, 10)
 
