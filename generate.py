@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,77 +58,132 @@ from parts.weights import checksum
 
 
 class Cache:
-    """Keys and values of `slots` sequences, allocated once: (slots, G, capacity, hd) a layer. A token lies at its
+    """Keys and values of `slots` sequences, allocated once: (slots, capacity, G, hd) a layer. A token lies at its
     position modulo `capacity`: where that is the window, a new one takes the place of the one it no longer sees."""
 
     def __init__(self, config: Config, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.n_layers, slots, config.n_kv_heads, capacity, config.head_dim)
+        shape = (config.n_layers, slots, capacity, config.n_kv_heads, config.head_dim)
+        self.capacity = capacity
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values to write to, (L, slots * capacity, G, hd): views."""
+        return self.k.flatten(1, 2), self.v.flatten(1, 2)
+
+    def read(self, n: int, reach: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first n slots' first places, (L, n, G, reach, hd): views."""
+        return self.k[:, :n, :reach].transpose(2, 3), self.v[:, :n, :reach].transpose(2, 3)
+
     def move(self, source: int, target: int, length: int) -> None:
-        length = min(length, self.k.shape[3])
+        length = min(length, self.capacity)
         for x in (self.k, self.v):
-            x[:, target, :, :length] = x[:, source, :, :length]
+            x[:, target, :length] = x[:, source, :length]
 
 
 def attend_and_keep(
-    within: WithinDocuments,
-    keys: Tensor,
-    values: Tensor,
-    kept: Tensor,
-    slots: Tensor,
-    places: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    within: WithinDocuments, rows: tuple[Tensor, Tensor], kept: Tensor, places: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """Attention of prefill: what each document sees of itself; keys and values of the tokens `kept` (an index of them)
-    go to their slots and places in the cache of the layer."""
-    keys[slots, :, places], values[slots, :, places] = k[kept], v[kept]
+    go to the `places` among the layer's rows of the cache."""
+    for stored, new in zip(rows, (k, v)):
+        stored.index_copy_(0, places, new[kept])
     return within(q, k, v)
 
 
 def attend_to_cache(
-    keys: Tensor, values: Tensor, places: Tensor, reach: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    rows: tuple[Tensor, Tensor],
+    read: tuple[Tensor, Tensor],
+    places: Tensor,
+    mask: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
 ) -> Tensor:
-    """Attention of decode: one token for each of the first n slots, to the first `reach` places of the layer's cache.
-    The R query heads of a key/value head are R queries to the same keys: nothing is repeated."""
-    n = len(q)
-    slots = torch.arange(n, device=q.device)
-    keys[slots, :, places], values[slots, :, places] = k, v
+    """Attention of decode: one token for each of n slots, written to its place among the layer's rows of the cache, to
+    what is `read` of it. The R query heads of a key/value head are R queries to the same keys: nothing is repeated."""
+    for stored, new in zip(rows, (k, v)):
+        stored.index_copy_(0, places, new)
     q = q.unflatten(1, (k.shape[1], -1))  # (n, G, R, hd)
-    return F.scaled_dot_product_attention(q, keys[:n, :, :reach], values[:n, :, :reach], attn_mask=mask).flatten(1, 2)
+    return F.scaled_dot_product_attention(q, *read, attn_mask=mask).flatten(1, 2)
 
 
 def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], slots: list[int]) -> Tensor:
     """Run prompts through the model as documents of one flat run: fp32 logits (D, V) after the last token of each."""
     device = cache.k.device
-    capacity, lengths = cache.k.shape[3], torch.tensor([len(p) for p in prompts])
+    capacity, lengths = cache.capacity, torch.tensor([len(p) for p in prompts])
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
     tokens = torch.tensor([t for p in prompts for t in p], device=device)
     positions = torch.cat([torch.arange(n) for n in lengths])
     of_document = lengths.repeat_interleave(lengths)
     owners = torch.tensor(slots).repeat_interleave(lengths)
     kept = (positions >= of_document - capacity).nonzero().squeeze(1)  # in a window's cache: the last that fit
-    where = [x.to(device) for x in (kept, owners[kept], positions[kept] % capacity)]
+    places = owners[kept] * capacity + positions[kept] % capacity
     within = WithinDocuments(cu_seqlens, int(lengths.max()), model.config.window)
-    attentions = [partial(attend_and_keep, within, k, v, *where) for k, v in zip(cache.k, cache.v)]
+    kept, places = kept.to(device), places.to(device)
+    attentions = [partial(attend_and_keep, within, rows, kept, places) for rows in zip(*cache.rows())]
     last = cu_seqlens[1:].long() - 1
     return model.next_logits(tokens, positions.to(device), of_document.to(device), attentions, last)
 
 
-def decode_step(model: Transformer, cache: Cache, tokens: Tensor, lengths: Tensor, reach: int, masked: bool) -> Tensor:
+def decode_step(
+    model: Transformer, cache: Cache, tokens: Tensor, lengths: Tensor, reach: int, masked: bool, logits: Callable
+) -> Tensor:
     """One more token for each of the first n slots: tokens (n,) at positions `lengths` (n,) -> fp32 logits (n, V).
 
     The first `reach` places of the cache are read, which covers all; `masked` says whether some of them are to be
-    hidden from some slot: those that it has not filled. (What a window hides, the cache no longer has.)
+    hidden from some slot: those that it has not filled. (What a window hides, the cache no longer has.) `logits` is
+    `token_logits`, or its recording.
     """
-    mask = None
+    n, device, mask = len(tokens), tokens.device, ()
     if masked:
-        mask = (torch.arange(reach, device=tokens.device) <= lengths[:, None])[:, None, None]  # (n, 1, 1, reach)
-    places = lengths % cache.k.shape[3]
-    attentions = [partial(attend_to_cache, k, v, places, reach, mask) for k, v in zip(cache.k, cache.v)]
+        mask = ((torch.arange(reach, device=device) <= lengths[:, None])[:, None, None],)  # (n, 1, 1, reach)
+    places = torch.arange(n, device=device) * cache.capacity + lengths % cache.capacity
+    return logits(model, tokens, lengths, places, cache.rows(), cache.read(n, reach), *mask)
+
+
+def token_logits(
+    model: Transformer,
+    tokens: Tensor,
+    lengths: Tensor,
+    places: Tensor,
+    rows: tuple[Tensor, Tensor],
+    read: tuple[Tensor, Tensor],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """fp32 logits (n, V) of a token in each of n slots: `decode_step` with the views of the cache that it needs, of all
+    layers: `rows` to write to, at `places` (n,), and what is `read`, where `mask` (n, 1, 1, reach) is true."""
+    layers = zip(zip(*(x.unbind() for x in rows)), zip(*(x.unbind() for x in read)))
+    attentions = [partial(attend_to_cache, *layer, places, mask) for layer in layers]
     return model.next_logits(tokens, lengths, lengths + 1, attentions, slice(None))
+
+
+class RecordedLogits:
+    """`token_logits` of one frozen model on a CPU, recorded once by torch.jit.trace and run without Python: the same
+    operators give the same bits, and a step of a small model takes half the time.
+
+    A recording holds for any number of slots and any length. A model whose Python code asks for the values of tensors
+    cannot be recorded, and runs as it is.
+    """
+
+    def __init__(self):
+        self.recordings: dict[int, Callable] = {}  # by the number of inputs: without and with a mask
+
+    def __call__(self, model: Transformer, *inputs) -> Tensor:
+        if len(inputs) not in self.recordings:
+            self.recordings[len(inputs)] = self.record(model, inputs)
+        return self.recordings[len(inputs)](*inputs)
+
+    def record(self, model: Transformer, inputs: tuple) -> Callable:
+        def step(*inputs):
+            return token_logits(model, *inputs)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter(
+                "always"
+            )  # also torch.jit's deprecation in favour of torch.compile, which takes a minute
+            recording = torch.jit.trace(step, inputs, check_trace=False)
+        asked = any(issubclass(w.category, torch.jit.TracerWarning) for w in caught)
+        return step if asked else recording
 
 
 PREFILL_TOKENS = 512  # at once, unless one prompt has more
@@ -244,8 +300,11 @@ def decode(
     """
     limits = limits or [options.max_new_tokens] * len(prompts)
     groups = plan_slots(model, prompts, limits, options) if groups is None else groups
+    frozen = not any(p.requires_grad for p in model.parameters())
+    recorded = frozen and model.embed.weight.device.type == "cpu" and not options.compile
+    logits_of = RecordedLogits() if recorded else token_logits
     for group in groups:
-        yield from decode_group(model, prompts, stop, options, limits, prefill_tokens, group)
+        yield from decode_group(model, prompts, stop, options, limits, prefill_tokens, group, logits_of)
 
 
 def compiled_step(cache: Cache):
@@ -264,6 +323,7 @@ def decode_group(
     limits: list[int],
     prefill_tokens: int,
     group: Group,
+    logits_of: Callable,
 ) -> Iterator[tuple[int, int | None, str]]:
     """The answers to a group's members: slots in one cache, each taking the next prompt as soon as its answer ends."""
     context, device = model.config.max_positions, model.embed.weight.device
@@ -312,7 +372,7 @@ def decode_group(
         newest, lengths = (torch.tensor(x, device=device) for x in zip(*state))
         # For a single row torch's own product of a matrix with a vector is twice as fast on a CPU as oneDNN's.
         torch.backends.mkldnn.set_flags(_enabled=len(state) > 1)
-        logits = advance(model, cache, newest, lengths, reach, masked)[: len(slots)]
+        logits = advance(model, cache, newest, lengths, reach, masked, logits_of)[: len(slots)]
         torch.backends.mkldnn.set_flags(_enabled=True)
         for slot in slots:
             slot.length += 1
@@ -616,7 +676,7 @@ def run(args: argparse.Namespace) -> None:
         os.environ.setdefault(name, "32")  # compiled ones, one a number of tokens, a thousand would take 0.6 GiB
     with join_ranks() as ranks:
         try:
-            model = load_model(args.model, dtype, ranks.device)
+            model = load_model(args.model, dtype, ranks.device).requires_grad_(False)
             if args.chat:
                 chat(model, tokenizer, template, stop, options)
             elif args.prompt is not None:

@@ -239,11 +239,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return y if self.lora_A is None else self.with_adapter(y, F.linear(x, self.lora_A.to(x.dtype)))
+        if self.lora_A is None:
+            return y
+        return torch.addmm(y, F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).T, alpha=self.scale)
 
-    def with_adapter(self, y: Tensor, a: Tensor) -> Tensor:
-        """y (T, out) and what the adapter adds to it, given a = A x (T, rank)."""
-        return torch.addmm(y, a, self.lora_B.to(y.dtype).T, alpha=self.scale)
+
+def recompute(function: Callable, *inputs):
+    """function(*inputs), of which only the inputs are kept for the backward pass, which computes it again: with the
+    same random numbers, if it draws any."""
+    return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
 
 class RMSNorm(nn.Module):
@@ -279,11 +283,10 @@ class MLP(nn.Module):
         self.down = Linear(c.hidden_dim, c.dim, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate(x), self.up(x), self.down
-        y = swiglu(gate, up, down.weight)
-        if down.lora_A is not None:
-            y = down.with_adapter(y, swiglu(gate, up, down.lora_A))
-        return y if down.bias is None else y + down.bias.to(x.dtype)
+        return recompute(self.down_of, self.gate(x), self.up(x))
+
+    def down_of(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down(swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -296,9 +299,7 @@ class Block(nn.Module):
         self.checkpointed = False  # keep only the block's input for the backward pass, compute the rest again
 
     def forward(self, *inputs) -> Tensor:
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(*inputs)
+        return recompute(self.compute, *inputs) if self.checkpointed else self.compute(*inputs)
 
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Callable) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, attention)

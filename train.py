@@ -227,8 +227,11 @@ def stage_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization
 
 
 def check_reached(model: Transformer, trained: dict[str, nn.Parameter], documents: Documents, ranks: Ranks) -> None:
-    """Raise ValueError where the loss does not depend on a trained parameter, which then would never move."""
-    loss, _ = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.flat(np.array([0]))))
+    """Raise ValueError where the loss does not depend on a trained parameter, which then would never move. Two tokens
+    show it: the first that is supervised, and the one before it."""
+    at = int(documents.supervised[1:].argmax())
+    two = Documents(documents.tokens[at : at + 2], np.array([False, True]), np.array([0, 2]), [""], [""], [])
+    loss, _ = model(*(torch.from_numpy(a).to(ranks.device) for a in two.flat(np.array([0]))))
     loss.backward()
     missing = [name for name, p in trained.items() if p.grad is None]
     for p in trained.values():

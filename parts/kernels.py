@@ -25,6 +25,23 @@ def at_least_fp32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+class NoGradient:
+    """The context of a Function's forward where no gradient will be asked for: it saves nothing."""
+
+    needs_input_grad = (False,) * 8
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    mark_non_differentiable = save_for_backward
+
+
+def apply(function: type[torch.autograd.Function], *inputs):
+    """function.apply(*inputs). Without gradients its forward alone: a Function costs more than the products of one
+    token of a small model."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NoGradient(), *inputs)
+
+
 # ---------------------------------------------------------------- RMSNorm (arXiv 1910.07467)
 
 
@@ -37,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (T, C) over the root of its mean square, times weight (C,); in the dtype of x."""
     if on_cuda(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return RMSNorm.apply(x, weight, eps)  # the CPU has no such kernel, and of the plain one autograd keeps six copies
+    return apply(RMSNorm, x, weight, eps)  # the CPU has no such kernel, and of the plain one autograd keeps six copies
 
 
 class RMSNorm(torch.autograd.Function):
@@ -46,7 +63,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         square = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=at_least_fp32(x)).square_()
-        r = (square / x.shape[1] + eps).rsqrt_()
+        r = square.div_(x.shape[1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (x * r).to(x.dtype) * weight.to(x.dtype)
 
@@ -74,7 +91,7 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, heads, hd), its dimension i paired with i + hd/2 as Hugging Face's weights expect, turned by the angles
     whose (cos, cos) and (-sin, sin) are `cos` and `sin` (T, 1, hd)."""
-    return Rotate.apply(x, cos, sin)
+    return apply(Rotate, x, cos, sin)
 
 
 class Rotate(torch.autograd.Function):
@@ -95,34 +112,9 @@ class Rotate(torch.autograd.Function):
 # ---------------------------------------------------------------- SwiGLU (arXiv 2002.05202)
 
 
-def plain_swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return (F.silu(gate) * up) @ down.to(gate.dtype).T
-
-
-def swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """silu(gate) * up, both (T, hidden), through the matrix `down` (C, hidden): (T, C)."""
-    return SwiGLU.apply(gate, up, down.to(gate.dtype))
-
-
-class SwiGLU(torch.autograd.Function):
-    """Keeps gate and up, not their product."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, down)
-        return (F.silu(gate) * up) @ down.T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        gate, up, down = ctx.saved_tensors
-        active, dgate, dup, ddown = F.silu(gate), None, None, None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dh = grad @ down
-            dgate, dup = torch.ops.aten.silu_backward(dh * up, gate), dh * active
-        if ctx.needs_input_grad[2]:
-            ddown = grad.T @ (active * up)
-        return dgate, dup, ddown
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all (T, hidden)."""
+    return F.silu(gate) * up
 
 
 # ---------------------------------------------------------------- attention
@@ -165,18 +157,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, wi
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
+LONG = 384  # tokens of a document from which on torch's own kernel is the faster one on a CPU
+
+
 @torch.compiler.disable  # a Python loop whose length changes with every batch: left out of compiled graphs
 def attend_each(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-    return Attention.apply(q, k, v, cu_seqlens.diff().tolist(), window)
+    """`attend` where varlen_attn does not run: a long document by scaled_dot_product_attention, which has no windows,
+    the short ones between two long ones by `Attention`."""
+    runs: list[list[int]] = [[]]  # lengths of documents that go together
+    for n in cu_seqlens.diff().tolist():
+        if n >= LONG and (window is None or n <= window):
+            runs += [[n], []]
+        else:
+            runs[-1].append(n)
+    out = []
+    for i, (lengths, *inputs) in enumerate(zip(runs, *(x.split(list(map(sum, runs))) for x in (q, k, v)))):
+        out.append(attend_causally(*inputs) if i % 2 else apply(Attention, *inputs, lengths, window))
+    return torch.cat(out)
+
+
+def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one document."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, hd)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
 
 
 BLOCK = 512  # queries at a time: memory grows with a document's length, not with its square
 
 
 class Attention(torch.autograd.Function):
-    """A loop over the documents, wherever varlen_attn does not run. Keeps q, k, v and computes the probabilities again,
-    as FlashAttention does. For documents of a few hundred tokens, dense products are 2 to 3 times as fast on a CPU as
-    its scaled_dot_product_attention."""
+    """A loop over documents. Keeps q, k, v and computes the probabilities again, as FlashAttention does. For documents of
+    up to a few hundred tokens, dense products are faster on a CPU than scaled_dot_product_attention."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
@@ -254,9 +266,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, T
 
     Returns its sum, differentiable, and each token's (N,), for measuring only; both fp32.
     """
-    if not torch.is_grad_enabled():  # which a Function cannot see
-        x, weight = x.detach(), weight.detach()
-    return CrossEntropy.apply(x, weight, targets)
+    return apply(CrossEntropy, x, weight, targets)
 
 
 LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in fp32, whatever the vocabulary

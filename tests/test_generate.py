@@ -289,6 +289,38 @@ def test_the_compiled_step_gives_the_same_answers(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_recorded_step_gives_the_same_answers(kind, tmp_path, monkeypatch):
+    _, model = make(tmp_path, kind)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 32000, n).tolist() for n in (5, 30, 90, 12, 60)]
+    given = {"limits": [40, 20, 60, 50, 30], "batch_size": 3, "temperature": 0.8}
+    expected, made = collect(model, prompts, **given), []
+    record = generate.RecordedLogits.record
+
+    def watched(self, model, inputs):
+        made.append(record(self, model, inputs))
+        return made[-1]
+
+    monkeypatch.setattr(generate.RecordedLogits, "record", watched)
+    assert collect(model.requires_grad_(False), prompts, **given) == expected
+    assert [type(m) for m in made] == [torch.jit.ScriptFunction] * 2  # with and without a mask
+
+
+def test_a_model_that_asks_for_values_is_not_recorded(tmp_path, monkeypatch):
+    """A recording would keep the way that Python took for its first token."""
+    _, model = make(tmp_path, "llama")
+    forward = type(model.norm).forward
+
+    def changed(self, x):
+        return forward(self, x) * (1 if x.sum() > 0 else -1)
+
+    monkeypatch.setattr(type(model.norm), "forward", changed)
+    prompts = [[5, 6, 7], [9, 10]]
+    expected = collect(model, prompts, n=30, batch_size=2)
+    assert collect(model.requires_grad_(False), prompts, n=30, batch_size=2) == expected
+
+
 def test_answers_of_other_weights_or_options_are_not_taken_for_its_own(tmp_path):
     shutil.copytree(DEMO, tmp_path / "m")
     prompts = "".join(f"Start with {i}, add 1 to it.\n" for i in range(12))

@@ -513,3 +513,39 @@ def test_dynamic_rope_with_a_head_of_two_is_refused_and_no_kind_has_anothers_win
         for kind in M.KINDS
     }
     assert windows == {"llama": None, "mistral": 7}
+
+
+def test_every_matrix_is_called_as_a_module_and_dropout_in_it_has_the_right_gradient(monkeypatch):
+    """What is put into Linear.forward holds for all matrices, also where the forward pass is computed twice."""
+    sizes = dict(vocab_size=7, hidden_size=12, intermediate_size=10, num_hidden_layers=2, num_attention_heads=3)
+    config = parse_config({"model_type": "llama", **sizes})
+    model = Transformer(config).double()
+    M.init_weights(model, 0)
+    called, forward = set(), M.Linear.forward
+    names = {module: name for name, module in model.named_modules() if isinstance(module, M.Linear)}
+
+    def dropping(self, x):
+        called.add(names[self])
+        return F.dropout(forward(self, x), 0.3)
+
+    monkeypatch.setattr(M.Linear, "forward", dropping)
+    tokens = torch.arange(12) % 7
+    inputs = (tokens, torch.arange(12), torch.tensor([0, 12], dtype=torch.int32), tokens.roll(-1))
+    weight = model.layers[0].mlp.down.weight
+    for block in model.layers:
+        block.checkpointed = True
+
+    def loss():
+        torch.manual_seed(0)
+        return model(*inputs)[0]
+
+    loss().backward()
+    assert called == set(names.values())
+    step = torch.zeros_like(weight)
+    step[1, 2] = 1e-5
+    found = []
+    for sign in (1, -2):
+        weight.data += sign * step
+        found.append(loss().item())
+    weight.data += step
+    assert abs((found[0] - found[1]) / 2e-5 - weight.grad[1, 2].item()) < 1e-6 * max(1, abs(weight.grad[1, 2].item()))

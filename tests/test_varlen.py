@@ -295,7 +295,9 @@ def test_a_cuda_graph_of_the_decode_step_may_write_into_the_cache(tmp_path, monk
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # of an earlier run's graph
     with torch.no_grad():
-        generate.compiled_step(cache)(model, cache, torch.tensor([3, 4]), torch.tensor([5, 6]), 64, True)
+        generate.compiled_step(cache)(
+            model, cache, torch.tensor([3, 4]), torch.tensor([5, 6]), 64, True, generate.token_logits
+        )
     written = {i for i, shape in shapes[0].items() if shape == cache.k.shape}
     assert len(shapes) == 1 and len(written) == 2 and written <= fixed[0]
 
