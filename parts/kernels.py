@@ -187,8 +187,8 @@ BLOCK = 512  # queries at a time: memory grows with a document's length, not wit
 
 
 class Attention(torch.autograd.Function):
-    """A loop over documents. Keeps q, k, v and computes the probabilities again, as FlashAttention does. For documents of
-    up to a few hundred tokens, dense products are faster on a CPU than scaled_dot_product_attention."""
+    """A loop over documents. Keeps q, k, v and computes the probabilities again, as FlashAttention does. For documents
+    of up to a few hundred tokens, dense products are faster on a CPU than scaled_dot_product_attention."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
