@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from parts.kernels import LOGITS_AT_ONCE
+from parts.memory import resident_memory
 from parts.program import print_table
+from parts.weights import SHARD_BYTES
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' data sheets; a device's name contains the key; first match counts
     "B200": 2250e12,
@@ -106,18 +108,15 @@ def memory_plan(
 
     tests/fake_cuda.py follows the storages of real steps on the paths of GPUs and compares.
     """
-    c, parameters = model.config, dict(model.named_parameters())
-    size, narrow, fsdp = dtype.itemsize, dtype.itemsize < 4, shards * replicas > 1
+    parameters, fsdp = dict(model.named_parameters()), shards * replicas > 1
     step = step_sizes(model, trained, dtype, tokens, supervised, checkpointed)
     moments = fsdp_moments(step, shards, replicas) if fsdp else single_rank_moments(step)
+    runtime = 0.0
+    if not cuda:
+        moments = cpu_moments(model, trained, step, moments, fsdp)
+        runtime = process_memory(dtype) + CPU_HELD * max(during for _, during in moments)
     passing, during = max(moments, key=sum)
     learned = sum(p.nbytes for name, p in parameters.items() if name in trained)
-    runtime = 0.0
-    if not cuda:  # what FSDP freed, a CPU's allocator holds, and a part of what passed; Python with torch
-        passing += 2 * size * step.block * step.layers * fsdp
-        if c.tied and "embed.weight" in trained:  # the gradients of embedding and head, added
-            during += 4 * c.dim * c.vocab_size
-        runtime = 2**20 * (CPU_RUNTIME + 100 * narrow + 50 * fsdp) + CPU_HELD * during
     return {
         "weights": sum(p.nbytes for p in parameters.values()) / shards,
         "gradients": learned / shards,
@@ -128,7 +127,34 @@ def memory_plan(
     }
 
 
-CPU_RUNTIME, CPU_HELD = 560, 0.2  # MiB of Python with torch; share of activations that the allocator holds back
+CPU_HELD = 0.2  # share of the activations that the CPU's allocator holds back; measured
+
+
+def process_memory(dtype: torch.dtype) -> int:
+    """Bytes that Python, torch, its libraries and all that this process has read take: measured, after a small product
+    and its backward, which load the libraries."""
+    a = torch.ones(256, 256, dtype=dtype, requires_grad=True)
+    (a @ a).float().softmax(-1).sum().backward()
+    return resident_memory()
+
+
+def cpu_moments(
+    model: torch.nn.Module, trained: set[str], step: "StepSizes", moments: list[tuple[float, float]], fsdp: bool
+) -> list[tuple[float, float]]:
+    """What a CPU holds more than a GPU, where the files to write are made of the GPU's memory, not of the CPU's."""
+    c, parameters = model.config, dict(model.named_parameters())
+    freed = 2 * step.dtype.itemsize * step.block * step.layers * fsdp  # by FSDP, held by the allocator
+    both_ends = 4 * c.dim * c.vocab_size * (c.tied and "embed.weight" in trained)  # two gradients, added
+    written = {name: p for name, p in parameters.items() if ".lora_" not in name}
+    narrow = all(p.dtype == torch.bfloat16 for p in written.values())  # written as they are
+    exported = 0 if narrow else min(SHARD_BYTES, 2 * sum(p.numel() for p in written.values()))
+    merged = 12 * max((parameters[name].numel() for name in merged_names(parameters)), default=0)
+    return [(passing + freed, during + both_ends) for passing, during in moments] + [(exported + merged, 0.0)]
+
+
+def merged_names(parameters: dict[str, torch.nn.Parameter]) -> list[str]:
+    """The matrices that have an adapter."""
+    return [name.replace("lora_A", "weight") for name in parameters if name.endswith(".lora_A")]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ told that they are on CUDA. What this cannot follow, and the plan only estimates
 - varlen attention and fused RMSNorm: their outputs and what they keep for backward have the shapes that torch declares,
   workspaces inside of the CUDA kernels are not seen;
 - the caching allocator: rounding, fragmentation, and a separate pool for each stream of FSDP;
-- what CUDA itself, cuBLAS and NCCL hold (1 to 2 GiB a GPU).
+- what CUDA itself, cuBLAS and NCCL hold.
 
 This file patches modules for the life of its process: import nothing from it, start it as a program.
 """
@@ -45,6 +45,13 @@ from parts.options import Computation, Optimization, Weights
 
 aten = torch.ops.aten
 MODELS = {  # of their config.json
+    "tiny": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
     "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
     "8b": {
         "vocab_size": 128256,
@@ -190,7 +197,7 @@ def documents(count: int) -> data.Documents:
 def tracked_peak(
     config: Config, chosen: Weights, computation: Computation, ranks: Ranks, tracker: StorageTracker
 ) -> int:
-    """Bytes at the peak of a first step, a second step's gradients and the export."""
+    """Bytes at the peak of an optimizer step, the gradients of the next batch and the export."""
     tokens = computation.micro_tokens
     rows = documents(tokens // LENGTH * ranks.world_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -201,11 +208,11 @@ def tracked_peak(
         for p in model.parameters():  # counted from here on: a real model is built on meta and allocated when sharded
             tracker.count(local_part(p.detach())[0].untyped_storage())
         with tracker:
-            for _ in range(2):
-                with Contents(tokens, tokens // 2):
-                    train.batch_gradients(model, trained, rows, np.arange(len(rows)), tokens, ranks, int)
-                if not optimizer.state:
-                    optimizer.step()
+            for p in trained.values():  # the moments are there from the start, as in every step but the first
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            with Contents(tokens, tokens // 2):
+                train.batch_gradients(model, trained, rows, np.arange(len(rows)), tokens, ranks, int)
             model_file.save_model(model, Path("nowhere"), torch.float16)
     return tracker.peak
 
