@@ -209,7 +209,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
         local, offset = local_part(tensor.detach())
         bits = local.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.itemsize])
         place = offset[0] * math.prod(tensor.shape[1:]) if offset else 0
-        for piece in bits.flatten().split(2**20):
+        for piece in bits.flatten().split(2**18):
             at = torch.arange(place, place + len(piece), device=piece.device)
             found[k] += (piece.long() * (at % 65521 + 1)).sum()  # wraps around, on every machine alike
             place += len(piece)

@@ -4,11 +4,11 @@
     python tests/fake_cuda.py 7b/32/8/1/fp32/ckpt    only this one
 
 A case is model/layers/ranks/replicas/way/ckpt (or keep)[/tokens]. The real `build_model`, `batch_gradients`, optimizer
-step and `save_model` run on fake tensors (torch's FakeTensorMode: shapes and dtypes, no contents), as one rank of torch's
+step and `save_model` run on fake tensors (torch's FakeTensorMode: shapes and dtypes, no contents), as one rank of a
 "fake" process group, whose collectives do nothing. Every storage is counted from its allocation to its end.
 
-torch built for CPUs cannot run autograd on fake tensors of device cuda, so the tensors say "cpu" while parts/kernels.py is
-told that they are on CUDA. What this cannot follow, and the plan only estimates on GPUs:
+torch built for CPUs cannot run autograd on fake tensors of device cuda, so the tensors say "cpu" while parts/kernels.py
+is told that they are on CUDA. What this cannot follow, and the plan only estimates on GPUs:
 - varlen attention and fused RMSNorm: their outputs and what they keep for backward have the shapes that torch declares,
   workspaces inside of the CUDA kernels are not seen;
 - the caching allocator: rounding, fragmentation, and a separate pool for each stream of FSDP;
