@@ -534,7 +534,7 @@ def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], wo
         for world in worlds:
             found = [data.largest_micro_batch(s.documents, s.batch_size, world, args.micro_tokens) for s in stages]
             most = (max(numbers) for numbers in zip(*found))  # tokens, supervised
-            how = (world // args.replicas, dtype, *most, args.checkpoint_activations, cuda)
+            how = (world // args.replicas, dtype, *most, args.checkpoint_activations, cuda, args.replicas)
             planned[way][world] = cost.memory_plan(model, trained, *how)
     free = args.plan_gpu * 2**30 if args.plan_gpu is not None else free_memory(torch.device("cuda" if cuda else "cpu"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks that share a CPU's memory; `free` is the share of one

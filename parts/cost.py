@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from parts.kernels import LOGITS_AT_ONCE
+from parts.memory import resident_memory
 from parts.program import print_table
+from parts.weights import SHARD_BYTES
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' data sheets; a device's name contains the key; first match counts
     "B200": 2250e12,
@@ -99,88 +101,171 @@ def memory_plan(
     supervised: int,
     checkpointed: bool,
     cuda: bool,
+    replicas: int = 1,
 ) -> dict[str, float]:
     """Bytes on each rank, estimated, by what needs them, at the moment of a step that needs most; its largest
-    micro-batch has so many tokens. `shards`: ranks that a model is sharded over.
+    micro-batch has so many tokens. `shards`: ranks that a model is sharded over; `replicas`: such groups of ranks.
 
-    Each moment was compared with the storages that steps of fake tensors hold, 4 layers of 7 B and 8 B.
+    tests/fake_cuda.py follows the storages of real steps on the paths of GPUs and compares.
     """
-    c, parameters = model.config, dict(model.named_parameters())
-    size, narrow = dtype.itemsize, dtype.itemsize < 4
-    passing, during = working_memory(model, trained, shards, dtype, tokens, supervised, checkpointed)
+    parameters, fsdp = dict(model.named_parameters()), shards * replicas > 1
+    step = step_sizes(model, trained, dtype, tokens, supervised, checkpointed)
+    moments = fsdp_moments(step, shards, replicas) if fsdp else single_rank_moments(step)
+    if not cuda:
+        moments = cpu_moments(model, trained, step, moments, fsdp)
+    passing, during = max(moments, key=sum)
     learned = sum(p.nbytes for name, p in parameters.items() if name in trained)
-    runtime = 0.0
-    if not cuda:  # what FSDP freed, a CPU's allocator holds, and a part of what passed; Python with torch
-        blocks = sum(p.numel() for name, p in parameters.items() if name.startswith("layers."))
-        passing += 2 * size * blocks if shards > 1 else 0
-        if c.tied and "embed.weight" in trained:  # the gradients of embedding and head, added
-            during += 4 * c.dim * c.vocab_size
-        runtime = 2**20 * (CPU_RUNTIME + 100 * narrow + 50 * (shards > 1)) + CPU_HELD * during
-    return {
+    plan = {
         "weights": sum(p.nbytes for p in parameters.values()) / shards,
         "gradients": learned / shards,
         "optimizer": 2 * learned / shards,
         "gathered": passing,
         "activations": during,
-        "runtime": runtime,
     }
+    runtime = 0.0 if cuda else process_memory(dtype) + CPU_REST + CPU_UNUSED * sum(plan.values())
+    return plan | {"runtime": runtime}
 
 
-CPU_RUNTIME, CPU_HELD = 560, 0.2  # MiB of Python with torch; share of activations that the allocator holds back
+# Measured: bytes of gloo, threads and what checks of the weights leave; share of the tensors' memory that lies in gaps
+# of the allocator, at most (it varies by 4 % with the lengths of the rows).
+CPU_REST, CPU_UNUSED = 64 * 2**20, 0.03
 
 
-def working_memory(
-    model: torch.nn.Module,
-    trained: set[str],
-    shards: int,
-    dtype: torch.dtype,
-    tokens: int,
-    supervised: int,
-    checkpointed: bool,
-) -> tuple[float, float]:
-    """Bytes beside weights, gradients and optimizer when these are most: of weights cast or gathered with what FSDP
-    reduces, and of activations with the gradients not yet added."""
+def process_memory(dtype: torch.dtype) -> int:
+    """Bytes that Python, torch, its libraries and all that this process has read take: measured, after a small product
+    and its backward, which load the libraries."""
+    a = torch.ones(256, 256, dtype=dtype, requires_grad=True)
+    (a @ a).float().softmax(-1).sum().backward()
+    return resident_memory()
+
+
+def cpu_moments(
+    model: torch.nn.Module, trained: set[str], step: "StepSizes", moments: list[tuple[float, float]], fsdp: bool
+) -> list[tuple[float, float]]:
+    """The moments of a CPU, which also makes the exported file in its memory.
+
+    The allocator gives nothing back: the copies of an export are put into what a step has freed where that was large,
+    as the gradient of a trained head is; the many small activations of adapters leave no such room.
+    """
+    c, parameters = model.config, dict(model.named_parameters())
+    freed = 2 * step.dtype.itemsize * step.block * step.layers * fsdp  # by FSDP, held by the allocator
+    both_ends = 4 * c.dim * c.vocab_size * (c.tied and "embed.weight" in trained)  # two gradients, added
+    moments = [(passing + freed, during + both_ends) for passing, during in moments]
+    written = {name: p for name, p in parameters.items() if ".lora_" not in name}
+    adapted = [parameters[name.replace("lora_A", "weight")] for name in parameters if name.endswith(".lora_A")]
+    narrow = not adapted and all(p.dtype == torch.bfloat16 for p in written.values())  # written as they are
+    exported = 0 if narrow else min(SHARD_BYTES, 2 * sum(p.numel() for p in written.values()))
+    exported += 12 * max((p.numel() for p in adapted), default=0)  # merged: weight, product and sum in fp32
+    left = 0 if step.head_gradient else max(during for _, during in moments)
+    return [*moments, (exported, left)]
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """What a training step holds beside weights, gradients and the optimizer's state. The root is what is in no block:
+    embedding, head and the last norm."""
+
+    layers: int
+    dtype: torch.dtype  # of the computation
+    root: int  # parameters
+    root_trained: int
+    block: int  # parameters of one
+    block_trained: int
+    narrow_weights: bool  # weights are held in bf16: FSDP, which reduces in fp32, converts the gradients
+    cast_block: int  # bytes of a block's weights in the dtype of the computation, where they are held in another
+    cast_head: int
+    hidden: int  # bytes of (tokens, dim)
+    kept: int  # bytes that a block keeps for its backward while the blocks behind it are computed
+    recomputed: int  # and those that its backward computes again, with activation checkpointing
+    mlp: int  # bytes of gradients in the backward of SwiGLU
+    head: int  # bytes in the output head and the loss
+    head_gradient: int  # bytes, in the dtype of the computation
+
+
+def step_sizes(
+    model: torch.nn.Module, trained: set[str], dtype: torch.dtype, tokens: int, supervised: int, checkpointed: bool
+) -> StepSizes:
+    """Of a micro-batch with so many tokens, `supervised` of which have a loss."""
     c, parameters, size = model.config, dict(model.named_parameters()), dtype.itemsize
-    narrow = size < 4
+    block = {name: p for name, p in parameters.items() if name.startswith("layers.0.")}
+    root = {name: p for name, p in parameters.items() if not name.startswith("layers.")}
 
-    def numbers(prefix: str, only: set[str] | None = None) -> int:
-        return sum(p.numel() for n, p in parameters.items() if n.startswith(prefix) and (only is None or n in only))
+    def count(of: dict[str, torch.nn.Parameter], only: set[str]) -> int:
+        return sum(p.numel() for name, p in of.items() if name in only)
 
-    block, learned_block, count = numbers("layers.0."), numbers("layers.0.", trained), c.n_layers
-    rest, learned_rest = numbers("") - block * count, numbers("", trained) - learned_block * count
-    head = "embed.weight" if c.tied else "head.weight"
-    vocabulary, sharded = c.dim * c.vocab_size, shards > 1
+    head_name = "embed.weight" if c.tied else "head.weight"
+    vocabulary = c.dim * c.vocab_size
     heads, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    ranks = sum(p.shape[0] for name, p in parameters.items() if name.startswith("layers.0.") and "lora_A" in name)
-
+    lora_ranks = sum(p.shape[0] for name, p in block.items() if "lora_A" in name)
     hidden = size * c.dim * tokens
     # A block keeps for its backward: inputs of norms and matrices, q, k, v, gate and up, statistics of attention.
-    kept = tokens * (size * (4 * c.dim + 2 * heads + 2 * keys + 2 * c.hidden_dim + ranks) + 4 * c.n_heads)
-    before = hidden if checkpointed else kept  # of each block, while those behind it are computed
-    mlp = 6 * size * c.hidden_dim * tokens  # gradients in the backward of SwiGLU
-    cast = size * sum(p.numel() for n, p in parameters.items() if n.startswith("layers.0.") and p.dtype != dtype)
-    cast_head = size * vocabulary * (parameters[head].dtype != dtype)
+    kept = tokens * (size * (4 * c.dim + 2 * heads + 2 * keys + 2 * c.hidden_dim + lora_ranks) + 4 * c.n_heads)
+    wide = 4 + size * (size < 4)  # of logits and of the head's gradient: fp32, and in the dtype of the computation
+    logits = wide * (min(LOGITS_AT_ONCE, supervised * c.vocab_size) + vocabulary * (head_name in trained))
+    return StepSizes(
+        layers=c.n_layers,
+        dtype=dtype,
+        root=count(root, set(root)),
+        root_trained=count(root, trained),
+        block=count(block, set(block)),
+        block_trained=count(block, trained),
+        narrow_weights=any(p.dtype != torch.float32 for name, p in parameters.items() if name in trained),
+        cast_block=size * sum(p.numel() for p in block.values() if p.dtype != dtype),
+        cast_head=size * vocabulary * (parameters[head_name].dtype != dtype),
+        hidden=hidden,
+        kept=hidden if checkpointed else kept,
+        recomputed=kept if checkpointed else 0,
+        mlp=6 * size * c.hidden_dim * tokens,
+        head=hidden + 3 * size * c.dim * supervised + logits,
+        head_gradient=size * vocabulary * (head_name in trained),
+    )
 
-    logits = (4 + size * narrow) * min(LOGITS_AT_ONCE, supervised * c.vocab_size)
-    logits += (4 + size * narrow) * vocabulary * (head in trained)  # the head's gradient in fp32, and what is added
-    at_head = count * before + hidden + 3 * size * c.dim * supervised + logits
-    reduced = 4 * learned_block * sharded  # the gradients of the block behind this one, on their way
-    in_block = (count - sharded) * before + (kept if checkpointed else 0) + mlp
-    if sharded:
-        root_gradient = size * vocabulary * (head in trained)
-        moments = [
-            (2 * size * (rest + block), 3 * hidden),  # embedding, head and the first block are gathered
-            (size * rest, at_head),
-            (size * (rest + 2 * block) + reduced, in_block + root_gradient),
-            (size * (rest + 2 * block), in_block + before),  # the last block: nothing is reduced yet
-            ((size + 4) * learned_rest, 0.0),  # gradients of embedding and head, and the same in fp32 to be reduced
+
+def single_rank_moments(s: StepSizes) -> list[tuple[float, float]]:
+    """Bytes of weights cast and of activations, at the moments of a step that may need most: in the head, and in the
+    backward of the last block."""
+    cast = s.layers * s.cast_block  # kept until the backward, unless it casts again
+    return [
+        (s.cast_head + (0 if s.recomputed else cast), s.layers * s.kept + s.head),
+        (s.cast_block if s.recomputed else cast, s.layers * s.kept + s.recomputed + s.mlp),
+    ]
+
+
+def fsdp_moments(s: StepSizes, shards: int, replicas: int) -> list[tuple[float, float]]:
+    """Bytes of weights gathered with gradients that are reduced, and of activations, at the moments of a step that may
+    need most.
+
+    As FSDP2 of torch 2.13 does it: the root stays gathered from the forward to the end of the backward. What a block
+    gathers is copied out of one buffer; that buffer is held until the next block has its own, and in the backward the
+    next block's is already there. A block's gradients are copied to an fp32 buffer, held until the next block's are.
+    With replicas, what a rank holds of the reduced fp32 gradients is kept until the backward ends, for all blocks
+    (`AllReduceState` in torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py). With one shard a replica nothing is
+    gathered, but weights are copied all the same.
+    """
+    size, buffered = s.dtype.itemsize, shards > 1
+    block, root = size * s.block, size * s.root
+    reduced = 4 * s.block_trained
+    # Bytes a parameter, while gradients are reduced: the buffer, and first the gradients, then this rank's part.
+    reducing = 4 + max(size, (4 + 2 * s.narrow_weights) / shards)
+
+    moments = [
+        ((1 + buffered) * (root + block), 3 * s.hidden),  # before the first block
+        (root + buffered * block, s.layers * s.kept + s.head),
+    ]
+    for done in {0, min(1, s.layers - 1), s.layers - 1}:  # blocks whose backward is done
+        held = 4 * s.block_trained * done / shards * (replicas > 1)
+        ahead = buffered * block * (done < s.layers - 1)
+        before = (s.layers - done) * s.kept
+        gathered = root + block + ahead + reduced * (done > 0) + held
+        own_gradients = size * s.block_trained
+        moments += [
+            (gathered, before + s.recomputed + s.mlp + s.head_gradient),  # in the middle of the block
+            (gathered + own_gradients, before + s.hidden + s.head_gradient),  # at its end
+            (root + ahead + reducing * s.block_trained + held, before + s.head_gradient),  # and reduced
         ]
-    else:
-        moments = [
-            (cast_head + (0 if checkpointed else count * cast), at_head),
-            (cast * (1 if checkpointed else count), in_block),
-        ]
-    return max(moments, key=sum)
+    held = 4 * s.block_trained * s.layers / shards * (replicas > 1)
+    moments += [(reducing * s.root_trained + held, 0.0)]  # the gradients of the root are reduced
+    return moments
 
 
 def print_memory(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, float | None]) -> None:

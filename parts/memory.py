@@ -65,6 +65,14 @@ def address_space() -> list[float]:
     return [] if most == resource.RLIM_INFINITY else [max(0.0, most - used)]
 
 
+def resident_memory() -> int:
+    """Bytes of this process that lie in memory now; where the system does not say, the most that did."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux
+        return memory_in_use(torch.device("cpu"))
+
+
 def memory_in_use(device: torch.device) -> int:
     """The most memory this process has held so far, in bytes: of the GPU, or resident on a CPU machine."""
     if device.type == "cuda":

@@ -203,18 +203,16 @@ def save_weights(
 @torch.no_grad()
 def checksum(tensors: dict[str, Tensor]) -> str:
     """What the tensors hold, bit for bit, as 16 hex digits: the same for any number of ranks. Every rank must call."""
-    sums = []
-    for tensor in tensors.values():
+    # One tensor of sums: a small one for each would cut up the memory that the pieces leave, which then stays unused.
+    found = torch.zeros(len(tensors), dtype=torch.int64, device=next(iter(tensors.values())).device)
+    for k, tensor in enumerate(tensors.values()):
         local, offset = local_part(tensor.detach())
         bits = local.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.itemsize])
         place = offset[0] * math.prod(tensor.shape[1:]) if offset else 0
-        total = torch.zeros((), dtype=torch.int64, device=local.device)
-        for piece in bits.flatten().split(2**20):
+        for piece in bits.flatten().split(2**18):
             at = torch.arange(place, place + len(piece), device=piece.device)
-            total += (piece.long() * (at % 65521 + 1)).sum()  # wraps around, on every machine alike
+            found[k] += (piece.long() * (at % 65521 + 1)).sum()  # wraps around, on every machine alike
             place += len(piece)
-        sums.append(total)
-    found = torch.stack(sums)
     sharded = [t for t in tensors.values() if isinstance(t, DTensor)]
     if sharded:
         dist.all_reduce(found, group=sharded[0].device_mesh.get_group(-1))  # the other replicas have the same
