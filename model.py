@@ -325,6 +325,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = None  # that of the weights
+        self.recording = None  # of a decode step, which generate.py makes once for a frozen model
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config)
@@ -368,6 +369,7 @@ class Transformer(nn.Module):
 
     def add_adapters(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
         """To every Linear whose Hugging Face name (q_proj, …) is among the targets; `init_adapters` fills them."""
+        self.recording = None
         for name, module in self.named_modules():
             if isinstance(module, Linear) and HF_NAMES[name.rpartition(".")[2]] in targets:
                 module.add_adapter(rank, alpha)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+SMOLLM2 = ROOT / "tests" / ".cache" / "smollm2"  # which tests/test_real_model.py puts there
 sys.path.insert(0, str(ROOT))
 
 SIZES = {
@@ -657,7 +658,7 @@ def bench_generate(folder: Path) -> None:
         for r in read_rows(SHARED / "alpaca_scored_stage3.jsonl")[0]
     ]
     rows = [(p, min(n, 128)) for p, n in rows if 20 <= len(p) <= 200][:200]
-    model = load_model(folder, torch.bfloat16)
+    model = load_model(folder, torch.bfloat16).requires_grad_(False)
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     read = 2 * (sum(p.numel() for p in model.parameters()) - model.embed.weight.numel())
     memory = torch.ones(2**29, dtype=torch.float32)
@@ -770,13 +771,16 @@ PARTS = ["train", "lora", "weights", "memory", "select", "ifd", "api", "iterit",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, "cuda"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, "cuda", "real"])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --parts weights")
-    parser.add_argument("--shared", type=Path, default=SHARED, help="of --parts cuda: where rows and tokenizers lie")
+    parser.add_argument(
+        "--shared", type=Path, default=SHARED, help="of --parts real and cuda: where rows and tokenizers lie"
+    )
+    parser.add_argument("--model", type=Path, default=SMOLLM2, help="of --parts real: the folder of SmolLM2-135M")
     parser.add_argument("--small", action="store_true", help="of --parts cuda: a tiny model, to try the script")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="of --parts weights: keeps its results; the same command goes on")
@@ -792,6 +796,14 @@ def main() -> None:
         return
     if not args.shared.is_dir():
         sys.exit(f"needs the real rows and tokenizers of {args.shared}")
+    if "real" in args.parts:
+        from bench_real import bench_real
+
+        with tempfile.TemporaryDirectory() as temporary:
+            bench_real(args.model, args.shared, Path(temporary))
+        args.parts = [part for part in args.parts if part != "real"]
+        if not args.parts:
+            return
     if "cuda" in args.parts:
         from bench_cuda import bench_cuda
 

@@ -303,6 +303,7 @@ def test_a_recorded_step_gives_the_same_answers(kind, tmp_path, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(generate.RecordedLogits, "record", watched)
+    monkeypatch.setattr(generate.RecordedLogits, "FROM_STEP", 5)
     assert collect(model.requires_grad_(False), prompts, **given) == expected
     assert [type(m) for m in made] == [torch.jit.ScriptFunction] * 2  # with and without a mask
 
@@ -316,6 +317,7 @@ def test_a_model_that_asks_for_values_is_not_recorded(tmp_path, monkeypatch):
         return forward(self, x) * (1 if x.sum() > 0 else -1)
 
     monkeypatch.setattr(type(model.norm), "forward", changed)
+    monkeypatch.setattr(generate.RecordedLogits, "FROM_STEP", 0)
     prompts = [[5, 6, 7], [9, 10]]
     expected = collect(model, prompts, n=30, batch_size=2)
     assert collect(model.requires_grad_(False), prompts, n=30, batch_size=2) == expected
