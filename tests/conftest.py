@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# The tests run side by side, a process a core, whatever the shell says; and a fork of a process that has begun to compute
-# in several threads hangs at its own first product.
+# Whatever the shell says: the tests run side by side, a process a core, and a fork of a process that has computed in
+# several threads hangs at its own first product.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -237,6 +237,16 @@ class Forked:
         while self.poll() is None and not condition():
             time.sleep(0.005)
         return self
+
+
+def children_of(parent):
+    """The processes that a process has started, and that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
 
 
 def run_forked(main, *argv, cwd=".", expect=0, ranks=None, env=None) -> Finished:

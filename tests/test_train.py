@@ -266,7 +266,7 @@ def states(out):
     return sorted((out / "resume").glob("*-????????"))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments_it_ends_with_the_same_bits(seed, bench, straight, tmp_path):
     rng, out, kills = random.Random(seed), tmp_path / "o", 0
     while True:
@@ -592,9 +592,10 @@ def adafactor(argv):
 CHANGES = {"embeddings frozen": freeze("embed"), "norms frozen": freeze("norm"), "SGD with momentum": sgd}
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("ranks", [None, 2])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change, ranks, keep", [  # every two of the three together
+    ("embeddings frozen", None, False), ("embeddings frozen", 2, True), ("norms frozen", None, True),
+    ("norms frozen", 2, False), ("SGD with momentum", None, False), ("SGD with momentum", 2, True),
+])  # fmt: skip
 def test_what_is_frozen_stays_and_any_optimizer_resumes(change, ranks, keep, bench, tmp_path):
     more = ["--lr", "1e-2", "--save-every", "1", *(["--optimizer-state", "keep"] if keep else [])]
     go(bench, tmp_path / "a", *more, main=CHANGES[change], ranks=ranks, stages=("s1", "s2"))
