@@ -38,8 +38,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no core is idle at the end."""
-    names = "demo train generate study lora survival iterit api data paid money model score recipes report judge audit"
-    longest = [f"test_{name}" for name in names.split()]
+    names = "demo train survival kills templates generate real_model study lora iterit api data paid money model score "
+    longest = [f"test_{name}" for name in (names + "recipes report judge audit").split()]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 

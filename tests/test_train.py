@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_the_readmes_command_torchrun_trains_and_a_signal_to_it_saves(bench, str
     command = [*torchrun(2), *training(tmp_path / "o", "--eval", "s2")]
     run = subprocess.Popen(command, cwd=bench, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while run.poll() is None and not (tmp_path / "o" / "metrics.jsonl").exists():
-        pass
+        time.sleep(0.01)
     run.terminate()
     assert "state saved" in run.communicate()[1] and run.returncode
     done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
