@@ -69,22 +69,22 @@ def test_greedy_answers_are_those_of_transformers_at_any_batch_size(kind, shared
     hf, model = make(tmp_path, kind)
     tokenizer = SentencePieceTokenizer(shared / "tokenizers" / "llama2.model", {})
     rows, _ = read_rows(shared / "alpaca_scored_stage3.jsonl")
-    prompts = [data.render(r.turns[:1], data.TEMPLATES["phased"], tokenizer)[0] for r in rows[:50]]
+    prompts = [data.render(r.turns[:1], data.TEMPLATES["phased"], tokenizer)[0] for r in rows[:16]]
     expected = []
     with torch.no_grad():
         for p in prompts:
-            out = hf.generate(torch.tensor([p]), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+            out = hf.generate(torch.tensor([p]), max_new_tokens=32, do_sample=False, pad_token_id=0, eos_token_id=None)
             expected.append(out[0, len(p) :].tolist())
     # Two tokens may tie to the last bit of fp32: then, and only then, may the answers part.
-    for batch_size in (1, 32):
-        answers, _ = collect(model, prompts, batch_size=batch_size)
+    for batch_size in (1, 7, 32):
+        answers, _ = collect(model, prompts, n=32, batch_size=batch_size)
         for p, ours, theirs in zip(prompts, answers, expected):
             if ours != theirs:
                 at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
                 with torch.no_grad():
                     logits = hf(torch.tensor([p + ours[:at]])).logits[0, -1]
                 assert abs(logits[ours[at]] - logits[theirs[at]]) < 1e-4, (kind, batch_size, at)
-        assert sum(a == b for a, b in zip(answers, expected)) >= 49
+        assert sum(a == b for a, b in zip(answers, expected)) >= 15
 
 
 def test_prompts_longer_than_the_trained_context_keep_dynamic_rope(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import time
 from concurrent.futures import Executor, Future
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from api_helpers import paid, run
-from conftest import Forked, run_forked
+from conftest import Forked, children_of, run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -429,10 +430,13 @@ def test_a_study_killed_goes_on_and_ends_with_the_same_results(folder):
     run_forked(study.main, *whole)
     first = Forked(study.main, asked, ".")
     first.wait_until(lambda: list((folder / "out" / "results").glob("one-off*")))
+    first.send_signal(signal.SIGSTOP)
+    started = children_of(first.pids[0])
     assert first.kill().returncode == -signal.SIGKILL
     kept = {p: p.read_text() for p in (folder / "out" / "results").iterdir()}
     assert len(kept) == 1
-    time.sleep(3)  # what it had started ends by itself
+    while any(os.path.exists(f"/proc/{pid}") for pid in started):  # what it had started ends by itself
+        time.sleep(0.02)
     run_forked(study.main, *asked)
     ours, theirs = (json.loads((folder / f / "results.json").read_text()) for f in ("out", "whole"))
     assert ours["table"] == theirs["table"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Forked, go, hf_model, metrics, run_forked, same, torchrun, training, weights
+from conftest import ROOT, Forked, children_of, go, hf_model, metrics, run_forked, same, torchrun, training, weights
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -26,7 +26,7 @@ import data
 import generate
 import score
 import train
-from parts import distributed, lock
+from parts import distributed, lock, program
 from parts.mapped import Texts, map_arrays, save_arrays
 from parts.program import InputError, WorkError
 from parts.record import GrowingFile
@@ -218,6 +218,36 @@ def test_where_folders_cannot_be_locked_the_file_is(tmp_path, monkeypatch):
             held.check()
 
 
+def test_a_folder_that_its_holder_has_just_removed_is_not_taken_for_locked(tmp_path, monkeypatch):
+    """Else this process would hold a folder that is gone, beside one that holds a new folder of the same name."""
+    real = fcntl.flock
+
+    def flock(handle, how):
+        (tmp_path / "o").rmdir()
+        (tmp_path / "o").mkdir()
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match="in use by another process"), lock.lock_folder(tmp_path / "o"):
+        pass
+
+
+def test_without_flock_a_lock_that_another_process_makes_first_is_respected(tmp_path, monkeypatch):
+    real, other = lock.read_holder, lock.describe_process()
+
+    def read_holder(path):
+        holder = real(path)
+        if holder is None:
+            path.write_text(other)
+        return holder
+
+    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(lock, "read_holder", read_holder)
+    with pytest.raises(InputError, match=f"in use by process {os.getpid()}"), lock.lock_folder(tmp_path):
+        pass
+    assert (tmp_path / "lock").read_text() == other
+
+
 def test_a_mistyped_stage_leaves_nothing(bench, tmp_path):
     assert "no such file" in go(bench, tmp_path / "o", stages=("s1", "s9"), code=2).stderr
     assert not (tmp_path / "o").exists()
@@ -236,7 +266,7 @@ def test_torchrun_killed_during_the_start_leaves_no_worker(bench, tmp_path):
         workers = [pid for pid in children_of(run.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     run.kill()
     run.wait()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 8  # less than what the ranks wait for one another at least
     while any(os.path.exists(f"/proc/{pid}") for pid in workers) and time.monotonic() < end:
         time.sleep(0.05)
     left = [pid for pid in workers if os.path.exists(f"/proc/{pid}")]
@@ -246,20 +276,38 @@ def test_torchrun_killed_during_the_start_leaves_no_worker(bench, tmp_path):
     go(bench, out, stages=("s1",))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells of a parent's end on Linux only")
+def test_a_parent_that_ends_before_the_kernel_is_asked_to_tell_of_it_is_told_of_too(tmp_path):
+    def main(argv):
+        if os.fork():
+            time.sleep(60)  # until its child kills it
+        parent, libc = os.getppid(), program.ctypes.CDLL(None)
+
+        class Late:
+            def prctl(self, *arguments):
+                os.kill(parent, signal.SIGKILL)
+                while os.getppid() == parent:
+                    time.sleep(0.01)
+                return libc.prctl(*arguments)
+
+        program.ctypes.CDLL = lambda name: Late()
+        signal.signal(signal.SIGTERM, lambda *_: (tmp_path / "told").touch())
+        program.die_with_parent(signal.SIGTERM)
+        (tmp_path / "done").touch()
+        os._exit(0)
+
+    Forked(main, [], tmp_path).wait(timeout=30)
+    end = time.monotonic() + 10
+    while not (tmp_path / "done").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert (tmp_path / "done").exists() and (tmp_path / "told").exists()
+
+
 def listens(pid):
     """Whether a process has a handler for SIGTERM, which ours has before the seconds of importing torch."""
     with contextlib.suppress(OSError):
         caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
         return bool(int(caught, 16) >> signal.SIGTERM - 1 & 1)
-
-
-def children_of(parent):
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
-    return found
 
 
 def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(bench, tmp_path):
@@ -331,11 +379,12 @@ def interrupted(module, name, at, number=signal.SIGTERM):
     return main
 
 
-@pytest.mark.parametrize("module, name, at", [
-    (train, "held_out_loss", 3), (generate, "decode_step", 5), (train, "export", 2), (train, "batch_gradients", 6),
-    (train, "gradient_norm", 2),
+@pytest.mark.parametrize("module, name, at, number", [
+    (train, "held_out_loss", 3, signal.SIGTERM), (generate, "decode_step", 5, signal.SIGTERM),
+    (train, "export", 2, signal.SIGTERM), (train, "gradient_norm", 2, signal.SIGTERM),
+    (train, "held_out_loss", 3, signal.SIGKILL), (generate, "decode_step", 5, signal.SIGKILL),
+    (train, "batch_gradients", 6, signal.SIGKILL),
 ])  # fmt: skip
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_anywhere_it_goes_on_to_the_same_files(module, name, at, number, bench, straight, tmp_path):
     code = 130 if number == signal.SIGTERM else -number
     done = Forked(

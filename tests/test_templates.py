@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ from tokenizers import Regex, models, pre_tokenizers
 
 import data
 from data import TEMPLATES, render
-from parts.bpe import byte_letters
+from parts.bpe import byte_letters, tiktoken_as_json
 from parts.patterns import LLAMA3_PATTERN
 from parts.rows import Turn, messages_of
-from parts.tokenizers import copy_tokenizer, load_tokenizer
+from parts.tokenizers import copy_tokenizer, load_tokenizer, sentencepiece_as_json
 
 SYSTEM = Turn("system", "Be brief.\nUse  numbers.")
 TALK = [Turn("user", "What is 2 + 2?\n"), Turn("assistant", "Four,\n  I think."), Turn("user", "And 3 + 3?")]
@@ -92,8 +94,27 @@ def folder_of(tmp_path_factory, request):
     return lambda name: made.setdefault(name, None) or made.__setitem__(name, make(name)) or made[name]
 
 
+@cache
+def as_json(convert: Callable, source: Path) -> str:
+    return json.dumps(convert(load_tokenizer(source)))
+
+
+@pytest.fixture
+def converted_once(monkeypatch):
+    """Given a folder: exports of it convert its vocabulary to JSON once, which takes seconds, and not per template."""
+
+    def of(source: Path) -> None:
+        for convert in (sentencepiece_as_json, tiktoken_as_json):
+            monkeypatch.setattr(
+                "parts.tokenizers." + convert.__name__, lambda _, convert=convert: json.loads(as_json(convert, source))
+            )
+
+    return of
+
+
 def exported(source: Path, name: str, folder: Path):
-    """transformers' tokenizer of an export with a template, and ours; None where the template cannot be used."""
+    """transformers' tokenizer of an export with a template, and ours. Raises InputError where the template cannot be
+    used."""
     ours, template = load_tokenizer(source), TEMPLATES[name]
     stop = data.stop_ids(template, ours)
     copy_tokenizer(source, folder, data.chat_template(template, ours), stop)
@@ -109,7 +130,8 @@ def exceptions() -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_transformers_renders_an_export_to_the_tokens_that_we_make(tokenizer, folder_of, tmp_path):
+def test_transformers_renders_an_export_to_the_tokens_that_we_make(tokenizer, folder_of, converted_once, tmp_path):
+    converted_once(folder_of(tokenizer))
     differ = set()
     for name in TEMPLATES:
         folder = tmp_path / name

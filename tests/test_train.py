@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_the_readmes_command_torchrun_trains_and_a_signal_to_it_saves(bench, str
     command = [*torchrun(2), *training(tmp_path / "o", "--eval", "s2")]
     run = subprocess.Popen(command, cwd=bench, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while run.poll() is None and not (tmp_path / "o" / "metrics.jsonl").exists():
-        pass
+        time.sleep(0.01)
     run.terminate()
     assert "state saved" in run.communicate()[1] and run.returncode
     done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
@@ -266,7 +267,7 @@ def states(out):
     return sorted((out / "resume").glob("*-????????"))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments_it_ends_with_the_same_bits(seed, bench, straight, tmp_path):
     rng, out, kills = random.Random(seed), tmp_path / "o", 0
     while True:
@@ -592,9 +593,10 @@ def adafactor(argv):
 CHANGES = {"embeddings frozen": freeze("embed"), "norms frozen": freeze("norm"), "SGD with momentum": sgd}
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("ranks", [None, 2])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change, ranks, keep", [  # every two of the three together
+    ("embeddings frozen", None, False), ("embeddings frozen", 2, True), ("norms frozen", None, True),
+    ("norms frozen", 2, False), ("SGD with momentum", None, False), ("SGD with momentum", 2, True),
+])  # fmt: skip
 def test_what_is_frozen_stays_and_any_optimizer_resumes(change, ranks, keep, bench, tmp_path):
     more = ["--lr", "1e-2", "--save-every", "1", *(["--optimizer-state", "keep"] if keep else [])]
     go(bench, tmp_path / "a", *more, main=CHANGES[change], ranks=ranks, stages=("s1", "s2"))
