@@ -1,6 +1,6 @@
 """docs/tour.md runs: its python blocks in order, each printing the text block that follows it.
 
-    python tests/test_tour.py        writes the present output into the page
+python tests/test_tour.py        writes the present output into the page
 """
 
 import contextlib
