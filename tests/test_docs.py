@@ -90,7 +90,7 @@ def folder(bench, tmp_path):
     (tmp_path / "DIR").symlink_to(bench / "m")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/stage3").symlink_to(bench / "m")
-    for name in ("alpaca.json", "alpaca.jsonl", "s1.jsonl", "s2.jsonl", "s3.jsonl"):
+    for name in ("alpaca.json", "s1.jsonl", "s2.jsonl", "s3.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in alpaca))
     scored = [row | {"score": 1 + k % 9 / 2, "ifd": k / 25} for k, row in enumerate(alpaca)]
     for name in ("scored.jsonl", "ifd.jsonl"):
@@ -121,7 +121,7 @@ def test_every_command_runs_that_is_not_marked(name, folder, api):
 
 def test_marks_are_those_that_are_known():
     for name, text in TEXT.items():
-        for mark, language, block in BLOCK.findall(text):
+        for mark, language, _ in BLOCK.findall(text):
             if language == "bash" and mark:
                 assert re.fullmatch(r"not run: .{5,}|main|tests", mark), (name, mark)
                 assert (mark in ("main", "tests")) <= (name == "README.md"), name
