@@ -22,7 +22,9 @@ def test_every_file_named_is_there_and_every_part_is_named():
     for text in (README, CONTRIBUTING, DESIGN):
         for path in re.findall(r"`((?:parts|demo|tests)/[\w./]+\.\w+|\w+\.py)`", text):
             assert (ROOT / path).exists(), path
-    for path in [*ROOT.glob("*.py"), *(ROOT / "parts").glob("*.*")]:
+    tree = README[README.index("## Files") :]
+    assert all(f"\n{path.name} " in tree for path in ROOT.glob("*.py"))
+    for path in (ROOT / "parts").glob("*.*"):
         assert f"`{path.relative_to(ROOT)}`" in DESIGN, path
 
 
