@@ -777,9 +777,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of --parts weights")
-    parser.add_argument(
-        "--shared", type=Path, default=SHARED, help="of --parts real and cuda: where rows and tokenizers lie"
-    )
+    parser.add_argument("--shared", type=Path, default=SHARED, help="of --parts real and cuda: the real data")
     parser.add_argument("--model", type=Path, default=SMOLLM2, help="of --parts real: the folder of SmolLM2-135M")
     parser.add_argument("--small", action="store_true", help="of --parts cuda: a tiny model, to try the script")
     parser.add_argument("--contender", help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
 """The real SmolLM2-135M against transformers and against its bare matrix products, in one process, in alternation.
 
-By hand: `python tests/bench.py --parts real`. Prints the table of docs/performance.md: medians of REPEATS runs, with the
-load average beside each, since other processes on the machine change the figures more than the code does.
+By hand: `python tests/bench.py --parts real`. Prints the table of docs/performance.md: medians of REPEATS runs, with
+the load average beside each, since other processes on the machine change the figures more than the code does.
 """
 
 import json
@@ -165,7 +165,7 @@ def bench_attention(lengths: list[int], heads: int, groups: int, head_dim: int, 
         def products(x=x, key=key, tiles=tiles) -> None:
             for _ in range(tiles * (tiles + 1) // 2):
                 p = x @ key.mT
-                x @ key.mT, x @ key.mT, p @ key, p @ key, p.mT @ x, p.mT @ x  # noqa: B018
+                x @ key.mT, x @ key.mT, p @ key, p @ key, p.mT @ x, p.mT @ x
 
         def ours(q=q, k=k, v=v, cu_seqlens=cu_seqlens, grad=grad, n=n) -> None:
             attend(q, k, v, cu_seqlens, n, None).backward(grad)
@@ -179,7 +179,7 @@ def bench_real(model_folder: Path, shared: Path, folder: Path) -> None:
 
     keep_memory()
     dtype = compute_dtype("auto")
-    documents = real_rows(shared, folder, model_folder, 64)
+    documents = real_rows(shared, folder, model_folder, 32)
     print(f"\nSmolLM2-135M, {dtype}, {torch.get_num_threads()} threads, transformers {transformers.__version__}\n")
     print("| task | rates | ours against | load |\n| --- | --- | --- | --- |")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
