@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import TEMPLATES, check_vocabulary, choose_template, render, stop_ids
-from model import Config, Transformer, WithinDocuments, load_model, read_config
+from model import Transformer, WithinDocuments, load_model, read_config
 from parts.distributed import compute_dtype, is_first_rank, join_ranks
 from parts.memory import free_memory, ran_out
 from parts.program import (
@@ -48,63 +48,25 @@ from parts.program import (
 )
 from parts.questions import state_of
 from parts.rows import Turn, is_exact
-from parts.slots import MOST, USED, Group, describe, plan_groups, slot_bytes, told_of_memory, working_bytes
+from parts.slots import (
+    MOST,
+    USED,
+    Cache,
+    Group,
+    attend_and_keep,
+    attend_to_cache,
+    describe,
+    plan_groups,
+    slot_bytes,
+    told_of_memory,
+    working_bytes,
+)
 from parts.store import Store
 from parts.testsets import Prompt, read_prompts, too_long
 from parts.tokenizers import load_tokenizer
 from parts.weights import checksum
 
 # ---------------------------------------------------------------- the engine
-
-
-class Cache:
-    """Keys and values of `slots` sequences, allocated once: (slots, capacity, G, hd) a layer. A token lies at its
-    position modulo `capacity`: where that is the window, a new one takes the place of the one it no longer sees."""
-
-    def __init__(self, config: Config, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.n_layers, slots, capacity, config.n_kv_heads, config.head_dim)
-        self.capacity = capacity
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Keys and values to write to, (L, slots * capacity, G, hd): views."""
-        return self.k.flatten(1, 2), self.v.flatten(1, 2)
-
-    def read(self, n: int, reach: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first n slots' first places, (L, n, G, reach, hd): views."""
-        return self.k[:, :n, :reach].transpose(2, 3), self.v[:, :n, :reach].transpose(2, 3)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        length = min(length, self.capacity)
-        for x in (self.k, self.v):
-            x[:, target, :length] = x[:, source, :length]
-
-
-def attend_and_keep(
-    within: WithinDocuments, rows: tuple[Tensor, Tensor], kept: Tensor, places: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """Attention of prefill: what each document sees of itself; keys and values of the tokens `kept` (an index of them)
-    go to the `places` among the layer's rows of the cache."""
-    for stored, new in zip(rows, (k, v)):
-        stored.index_copy_(0, places, new[kept])
-    return within(q, k, v)
-
-
-def attend_to_cache(
-    rows: tuple[Tensor, Tensor],
-    read: tuple[Tensor, Tensor],
-    places: Tensor,
-    mask: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-) -> Tensor:
-    """Attention of decode: one token for each of n slots, written to its place among the layer's rows of the cache, to
-    what is `read` of it. The R query heads of a key/value head are R queries to the same keys: nothing is repeated."""
-    for stored, new in zip(rows, (k, v)):
-        stored.index_copy_(0, places, new)
-    q = q.unflatten(1, (k.shape[1], -1))  # (n, G, R, hd)
-    return F.scaled_dot_product_attention(q, *read, attn_mask=mask).flatten(1, 2)
 
 
 def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], slots: list[int]) -> Tensor:
