@@ -238,10 +238,11 @@ class Linear(nn.Linear):
         self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
+        adapted = None
+        if self.lora_A is not None:  # first, so that `recompute` need not compute the large product again
+            adapted = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if self.lora_A is None:
-            return y
-        return torch.addmm(y, F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).T, alpha=self.scale)
+        return y if adapted is None else torch.add(y, adapted, alpha=self.scale)
 
 
 def recompute(function: Callable, *inputs):
