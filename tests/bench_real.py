@@ -179,7 +179,7 @@ def bench_real(model_folder: Path, shared: Path, folder: Path) -> None:
 
     keep_memory()
     dtype = compute_dtype("auto")
-    documents = real_rows(shared, folder, model_folder, 32)
+    documents = real_rows(shared, folder, model_folder, 16)
     print(f"\nSmolLM2-135M, {dtype}, {torch.get_num_threads()} threads, transformers {transformers.__version__}\n")
     print("| task | rates | ours against | load |\n| --- | --- | --- | --- |")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
