@@ -259,7 +259,7 @@ def batch_gradients(
     """
     supervised = int(documents.target_counts[batch].sum())
     total = torch.zeros((), device=ranks.device)
-    for p in trained.values():  # kept from step to step: made anew, they would scatter a CPU's memory
+    for p in trained.values():  # kept from step to step: allocated again, they would fragment a CPU's memory
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     for part in data.micro_batches(batch, documents.lengths, ranks.world_size, micro_tokens)[ranks.rank]:
         between()

@@ -240,7 +240,7 @@ def fsdp_moments(s: StepSizes, shards: int, replicas: int) -> list[tuple[float, 
     next block's is already there. A block's gradients are copied to an fp32 buffer, held until the next block's are.
     With replicas, what a rank holds of the reduced fp32 gradients is kept until the backward ends, for all blocks
     (`AllReduceState` in torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py). With one shard a replica nothing is
-    gathered, but weights are copied all the same.
+    gathered, but weights are still copied.
     """
     size, buffered = s.dtype.itemsize, shards > 1
     block, root = size * s.block, size * s.root

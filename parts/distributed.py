@@ -193,7 +193,7 @@ def compute_dtype(choice: str) -> torch.dtype:
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed memory for the next step: mapping it anew costs a CPU run a third of its time."""
+    """Tell glibc to keep freed memory for the next step: mapping it again costs a CPU run a third of its time."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         try:
             libc = ctypes.CDLL("libc.so.6")
