@@ -323,7 +323,7 @@ def content_key(about: bytes, documents: Documents, d: int) -> str:
     return hashlib.sha256(about + content).hexdigest()[:32]
 
 
-# ---------------------------------------------------------------- IterIT: the best few per cent, chosen before every epoch
+# ---------------------------------------------------------------- IterIT: the best few per cent, before every epoch
 
 
 @dataclass(frozen=True)
