@@ -1,6 +1,6 @@
 """From rows to batches: templates, documents, micro-batches. Numpy only, no torch.
 
-A row of a data file is a list of turns (parts/rows.py); `render` turns these into tokens and says which of
+A row of a data file is a list of turns (parts/text/rows.py); `render` turns these into tokens and says which of
 them are supervised; the result is a document. Documents of a file lie end to end in flat arrays (`Documents`).
 """
 
@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.mapped import Texts, map_arrays, save_arrays
-from parts.program import InputError, leave_signals_to_parent, progress, read_json_object, read_text, refuse, sha256
-from parts.rows import SKIP_ADVICE, Row, Turn, find_files, read_rows
-from parts.tokenizers import load_tokenizer, tokenizer_files
+from parts.cli import InputError, ignore_terminal_signals, progress, raise_if_any
+from parts.files import read_json_object, read_text, sha256
+from parts.text.memmap import StringArray, map_arrays, save_arrays
+from parts.text.rows import SKIP_ADVICE, Row, Turn, find_files, read_rows
+from parts.text.tokenizers import load_tokenizer, tokenizer_files
 
 # ---------------------------------------------------------------- templates
 
@@ -54,7 +55,7 @@ class Template:
             raise ValueError("an answer must end in a special token, and system_text hold {} once")
 
 
-LLAMA3_USER = ("‹<|start_header_id|>›", "user", "‹<|end_header_id|>›", "\n\n{}", "‹<|eot_id|>›")
+LLAMA3_TURN = ("‹<|start_header_id|>›", "user", "‹<|end_header_id|>›", "\n\n{}", "‹<|eot_id|>›")
 MISTRAL_USER = ("‹[INST]›", "{}", "‹[/INST]›")
 CHATML_USER = ("‹<|im_start|>›", "user\n{}", "‹<|im_end|>›", "\n")
 
@@ -81,10 +82,10 @@ TEMPLATES = {
         system_text="<<SYS>>\n{}\n<</SYS>>\n\n",
     ),
     "llama3": Template(
-        first=LLAMA3_USER,
-        later=LLAMA3_USER,
-        system=(LLAMA3_USER[0], "system", *LLAMA3_USER[2:]),
-        header=(LLAMA3_USER[0], "assistant", LLAMA3_USER[2], "\n\n"),
+        first=LLAMA3_TURN,
+        later=LLAMA3_TURN,
+        system=(LLAMA3_TURN[0], "system", *LLAMA3_TURN[2:]),
+        header=(LLAMA3_TURN[0], "assistant", LLAMA3_TURN[2], "\n\n"),
         answer=("{}", "‹<|eot_id|>›"),
     ),
     "mistral": Template(
@@ -246,7 +247,7 @@ def render(turns: list[Turn], template: Template, tokenizer) -> tuple[list[int],
     role "text" is plain text between BOS and EOS, supervised from its first token.
     """
     template = fit_template(template, tokenizer)
-    tokens, supervised = [], []
+    tokens, loss_mask = [], []
 
     def add(pieces: tuple[str, ...], text: str, learn: bool, first: bool = False) -> None:
         for piece in pieces:
@@ -256,12 +257,12 @@ def render(turns: list[Turn], template: Template, tokenizer) -> tuple[list[int],
             else:
                 ids = tokenizer.encode(piece.replace("{}", text), first or not tokens)
             tokens.extend(ids)
-            supervised.extend([learn] * len(ids))
+            loss_mask.extend([learn] * len(ids))
 
     if turns[0].role == "text":
         add(("‹bos›",), "", False)
         add(("{}", "‹eos›"), turns[0].text, True, first=True)
-        return tokens, supervised
+        return tokens, loss_mask
     add(template.begin, "", False)
     in_front, first = "", True
     for turn in turns:
@@ -275,7 +276,7 @@ def render(turns: list[Turn], template: Template, tokenizer) -> tuple[list[int],
             first = False
         else:
             add(template.answer, turn.text, turn.trained)
-    return tokens, supervised
+    return tokens, loss_mask
 
 
 def chat_template(template: Template, tokenizer) -> str:
@@ -335,14 +336,14 @@ class Documents:
     """Tokenised rows, end to end."""
 
     tokens: np.ndarray  # (N,) int32
-    supervised: np.ndarray  # (N,) bool: this token is a target
-    starts: np.ndarray  # (D+1,) int64: document d is tokens[starts[d]:starts[d+1]]
+    loss_mask: np.ndarray  # (N,) bool: this token is a target
+    offsets: np.ndarray  # (D+1,) int64: document d is tokens[starts[d]:starts[d+1]]
     ids: Sequence[str]
-    where: Sequence[str]  # file:line
+    source: Sequence[str]  # file:line
     bad: list[str]  # rows that could not be used, "file:line: why"
     truncated: int = 0  # rows cut to max_len …
-    lost_tokens: int = 0  # … and the tokens that cost
-    lossy: int = 0  # rows with characters that the tokenizer cannot represent
+    truncated_tokens: int = 0  # … and the tokens that cost
+    unencodable: int = 0  # rows with characters that the tokenizer cannot represent
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -350,14 +351,14 @@ class Documents:
     @cached_property
     def lengths(self) -> np.ndarray:
         """(D,) in tokens."""
-        return np.diff(self.starts)
+        return np.diff(self.offsets)
 
     @cached_property
     def target_counts(self) -> np.ndarray:
         """(D,) how many tokens of each are predicted: all supervised ones but the first."""
-        return np.add.reduceat(self.supervised, self.starts[:-1], dtype=np.int64) - self.supervised[self.starts[:-1]]
+        return np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64) - self.loss_mask[self.offsets[:-1]]
 
-    def flat(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def pack(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The model's input: tokens, positions (T,) int64, cu_seqlens (D+1,) int32, targets (T,) int64 of the chosen
         documents, end to end. The target of a token is the next one of its document where that is supervised, else
         -100.
@@ -367,9 +368,9 @@ class Documents:
         """
         if not len(chosen):
             return np.array([0]), np.array([0]), np.array([0, 1], np.int32), np.array([-100])
-        pieces = [slice(self.starts[d], self.starts[d + 1]) for d in chosen]
+        pieces = [slice(self.offsets[d], self.offsets[d + 1]) for d in chosen]
         tokens = np.concatenate([self.tokens[p] for p in pieces]).astype(np.int64)
-        supervised = np.concatenate([self.supervised[p] for p in pieces])
+        supervised = np.concatenate([self.loss_mask[p] for p in pieces])
         cu_seqlens = np.cumsum([0, *self.lengths[chosen]]).astype(np.int32)
         supervised[cu_seqlens[:-1]] = False  # a document's first token has no token before it
         targets = np.append(np.where(supervised, tokens, -100)[1:], -100)
@@ -377,33 +378,33 @@ class Documents:
         return tokens, positions, cu_seqlens, targets
 
 
-def join(parts: list[Documents]) -> Documents:
+def concat(parts: list[Documents]) -> Documents:
     """Several Documents as one, in order."""
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum(np.concatenate([[0], *(p.lengths for p in parts)]))
     return Documents(
         np.concatenate([p.tokens for p in parts]),
-        np.concatenate([p.supervised for p in parts]),
+        np.concatenate([p.loss_mask for p in parts]),
         starts.astype(np.int64),
         [i for p in parts for i in p.ids],
-        [w for p in parts for w in p.where],
+        [w for p in parts for w in p.source],
         [b for p in parts for b in p.bad],
         sum(p.truncated for p in parts),
-        sum(p.lost_tokens for p in parts),
-        sum(p.lossy for p in parts),
+        sum(p.truncated_tokens for p in parts),
+        sum(p.unencodable for p in parts),
     )
 
 
-def take(documents: Documents, chosen: np.ndarray) -> Documents:
+def subset(documents: Documents, chosen: np.ndarray) -> Documents:
     """Only the chosen documents, in the order given."""
-    pieces = [slice(documents.starts[d], documents.starts[d + 1]) for d in chosen]
+    pieces = [slice(documents.offsets[d], documents.offsets[d + 1]) for d in chosen]
     return Documents(
         np.concatenate([np.zeros(0, np.int32), *(documents.tokens[p] for p in pieces)]),
-        np.concatenate([np.zeros(0, bool), *(documents.supervised[p] for p in pieces)]),
+        np.concatenate([np.zeros(0, bool), *(documents.loss_mask[p] for p in pieces)]),
         np.cumsum([0, *documents.lengths[chosen]]).astype(np.int64),
         [documents.ids[d] for d in chosen],
-        [documents.where[d] for d in chosen],
+        [documents.source[d] for d in chosen],
         [],
     )
 
@@ -417,10 +418,10 @@ def tokenize_rows(rows: list[Row], folder: Path, template: str, max_len: int) ->
     tokenizer = cached_tokenizer(folder)
     out = []
     for row in rows:
-        tokens, supervised = render(row.turns, TEMPLATES[template], tokenizer)
+        tokens, loss_mask = render(row.turns, TEMPLATES[template], tokenizer)
         cut = max(0, len(tokens) - max_len)
         lossy = any(tokenizer.loses(turn.text) for turn in row.turns)
-        out.append((np.array(tokens[:max_len], np.int32), np.array(supervised[:max_len], bool), cut, lossy))
+        out.append((np.array(tokens[:max_len], np.int32), np.array(loss_mask[:max_len], bool), cut, lossy))
     return out
 
 
@@ -434,7 +435,7 @@ def tokenize_files(paths: list[Path], folder: Path, template: str, max_len: int,
     cached_tokenizer(folder.resolve())  # loaded before the fork, shared after it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     many = len(chunks) > 20 and cores > 1 and sys.platform == "linux"
-    pool = get_context("fork").Pool(min(cores, len(chunks)), initializer=leave_signals_to_parent) if many else None
+    pool = get_context("fork").Pool(min(cores, len(chunks)), initializer=ignore_terminal_signals) if many else None
     done = []
     try:
         with progress(len(rows), f"tokenize {paths[0].name}", "row", shown=shown) as bar:
@@ -450,17 +451,17 @@ def tokenize_files(paths: list[Path], folder: Path, template: str, max_len: int,
             kept.append((row, tokens, supervised, cut, lossy))
         else:
             total = len(tokens) + cut
-            bad.append(f"{row.where}: nothing supervised is left of its {total} tokens within --max-len {max_len}")
+            bad.append(f"{row.source}: nothing supervised is left of its {total} tokens within --max-len {max_len}")
     return Documents(
         tokens=np.concatenate([np.zeros(0, np.int32), *(k[1] for k in kept)]),
-        supervised=np.concatenate([np.zeros(0, bool), *(k[2] for k in kept)]),
-        starts=np.cumsum([0, *(len(k[1]) for k in kept)]).astype(np.int64),
-        ids=Texts.of([k[0].id for k in kept]),
-        where=Texts.of([k[0].where for k in kept]),
+        loss_mask=np.concatenate([np.zeros(0, bool), *(k[2] for k in kept)]),
+        offsets=np.cumsum([0, *(len(k[1]) for k in kept)]).astype(np.int64),
+        ids=StringArray.of([k[0].id for k in kept]),
+        source=StringArray.of([k[0].source for k in kept]),
         bad=bad,
         truncated=sum(k[3] > 0 for k in kept),
-        lost_tokens=sum(k[3] for k in kept),
-        lossy=sum(k[4] for k in kept),
+        truncated_tokens=sum(k[3] for k in kept),
+        unencodable=sum(k[4] for k in kept),
     )
 
 
@@ -478,10 +479,7 @@ def load_documents(
 
     `hashes` are of the files. `keep`: write what is not there, or damaged.
     """
-    code = [
-        Path(__file__),
-        *(Path(__file__).parent / "parts" / f for f in ("tokenizers.py", "bpe.py", "patterns.py", "rows.py")),
-    ]
+    code = [Path(__file__), *sorted((Path(__file__).parent / "parts" / "text").glob("*.py"))]
     sources = [*code, *folder.glob("config.json"), *tokenizer_files(folder)]
     about = json.dumps([list(map(str, paths)), template, max_len, hashes, [sha256(p) for p in sources]])
     file = cache / (hashlib.sha256(about.encode()).hexdigest()[:32] + ".arrays")
@@ -490,16 +488,16 @@ def load_documents(
         documents = tokenize_files(paths, folder, template, max_len, shown)
         if not keep:
             return documents
-        arrays = {"tokens": documents.tokens, "supervised": documents.supervised, "starts": documents.starts}
-        for name in ("ids", "where"):
+        arrays = {"tokens": documents.tokens, "loss_mask": documents.loss_mask, "offsets": documents.offsets}
+        for name in ("ids", "source"):
             texts = getattr(documents, name)
-            arrays |= {f"{name} content": texts.content, f"{name} starts": texts.starts}
-        rest = {name: getattr(documents, name) for name in ("bad", "truncated", "lost_tokens", "lossy")}
+            arrays |= {f"{name} content": texts.content, f"{name} offsets": texts.offsets}
+        rest = {name: getattr(documents, name) for name in ("bad", "truncated", "truncated_tokens", "unencodable")}
         save_arrays(file, arrays, rest)
         found = map_arrays(file)
     arrays, rest = found
-    ids, where = (Texts(arrays[f"{name} content"], arrays[f"{name} starts"]) for name in ("ids", "where"))
-    return Documents(arrays["tokens"], arrays["supervised"], arrays["starts"], ids, where, **rest)
+    ids, source = (StringArray(arrays[f"{name} content"], arrays[f"{name} offsets"]) for name in ("ids", "source"))
+    return Documents(arrays["tokens"], arrays["loss_mask"], arrays["offsets"], ids, source, **rest)
 
 
 def clear_cache(folder: Path) -> None:
@@ -530,18 +528,18 @@ def read_documents(
     return documents, hashes
 
 
-def refuse_bad_rows(documents: dict[str, Documents], skip_bad_rows: bool) -> None:
+def check_bad_rows(documents: dict[str, Documents], skip_bad_rows: bool) -> None:
     """Raise one InputError that lists the bad rows of all files, unless they may be left out and others remain."""
     bad = [line for d in documents.values() for line in d.bad]
     empty = [f"{name}: no rows that can be used" for name, d in documents.items() if not len(d)]
     if not skip_bad_rows:
-        refuse(bad, "rows cannot be used", SKIP_ADVICE)
-    refuse(empty, "files are of no use")
+        raise_if_any(bad, "rows cannot be used", SKIP_ADVICE)
+    raise_if_any(empty, "files are of no use")
 
 
-def print_lossy(documents: list[Documents]) -> None:
+def print_unencodable(documents: list[Documents]) -> None:
     """Say how many rows hold characters that the tokenizer cannot represent."""
-    lossy = sum(d.lossy for d in documents)
+    lossy = sum(d.unencodable for d in documents)
     if lossy:
         print(f"{lossy:,} rows hold characters that the tokenizer drops or turns into its unknown token.")
 
@@ -594,9 +592,9 @@ def micro_batches(
 
 def largest_micro_batch(documents: Documents, batch_size: int, world_size: int, micro_tokens: int) -> tuple[int, int]:
     """Most tokens and supervised tokens of a micro-batch, among a hundred batches in an order of no meaning."""
-    everything, tokens, supervised = np.arange(len(documents)), [], []
+    everything, tokens, loss_mask = np.arange(len(documents)), [], []
     for batch in epoch_batches(documents, everything, batch_size, 0, 0, 0)[:100]:
         for rank in micro_batches(batch, documents.lengths, world_size, micro_tokens):
             tokens += [int(documents.lengths[part].sum()) for part in rank]
-            supervised += [int(documents.target_counts[part].sum()) for part in rank]
-    return max(tokens), max(supervised)
+            loss_mask += [int(documents.target_counts[part].sum()) for part in rank]
+    return max(tokens), max(loss_mask)

@@ -25,51 +25,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import TEMPLATES, check_vocabulary, choose_template, render, stop_ids
-from model import Transformer, WithinDocuments, load_model, read_config
-from parts.distributed import compute_dtype, is_first_rank, join_ranks
-from parts.memory import free_memory, ran_out
-from parts.program import (
+from model import Transformer, VarlenAttention, load_model, read_config
+from parts.api.questions import state_of
+from parts.api.store import Store
+from parts.checkpoints.weights import checksum
+from parts.cli import (
     EXIT_CODES,
     HelpFormatter,
     InputError,
     WorkError,
-    from_arguments,
-    leave,
-    positive,
-    print_last_line,
-    print_listed,
+    dataclass_from_args,
+    exit_process,
+    positive_int,
+    print_list,
+    print_summary,
     print_table,
-    printable,
     progress,
-    read_json_object,
-    refuse_overwriting,
     run_program,
-    write_file,
+    strip_control_chars,
 )
-from parts.questions import state_of
-from parts.rows import Turn, is_exact
-from parts.slots import (
-    MOST,
-    USED,
-    Cache,
+from parts.distributed import compute_dtype, init_distributed, is_first_rank
+from parts.files import atomic_write, check_output_paths, read_json_object
+from parts.kv_cache import (
+    MAX_SLOTS,
+    MEMORY_FRACTION,
     Group,
-    attend_and_keep,
-    attend_to_cache,
-    describe,
+    KVCache,
+    decode_attention,
+    describe_groups,
     plan_groups,
+    prefill_attention,
+    raise_oom_with_advice,
     slot_bytes,
-    told_of_memory,
     working_bytes,
 )
-from parts.store import Store
-from parts.testsets import Prompt, read_prompts, too_long
-from parts.tokenizers import load_tokenizer
-from parts.weights import checksum
+from parts.memory import free_memory, oom_message
+from parts.text.rows import Turn, has_exact_answer
+from parts.text.testsets import Prompt, exceeds_context, read_prompts
+from parts.text.tokenizers import load_tokenizer
 
 # ---------------------------------------------------------------- the engine
 
 
-def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], slots: list[int]) -> Tensor:
+def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int]) -> Tensor:
     """Run prompts through the model as documents of one flat run: fp32 logits (D, V) after the last token of each."""
     device = cache.k.device
     capacity, lengths = cache.capacity, torch.tensor([len(p) for p in prompts])
@@ -80,27 +78,27 @@ def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], slots: l
     owners = torch.tensor(slots).repeat_interleave(lengths)
     kept = (positions >= of_document - capacity).nonzero().squeeze(1)  # in a window's cache: the last that fit
     places = owners[kept] * capacity + positions[kept] % capacity
-    within = WithinDocuments(cu_seqlens, int(lengths.max()), model.config.window)
+    within = VarlenAttention(cu_seqlens, int(lengths.max()), model.config.sliding_window)
     kept, places = kept.to(device), places.to(device)
-    attentions = [partial(attend_and_keep, within, rows, kept, places) for rows in zip(*cache.rows())]
+    attentions = [partial(prefill_attention, within, rows, kept, places) for rows in zip(*cache.rows())]
     last = cu_seqlens[1:].long() - 1
-    return model.next_logits(tokens, positions.to(device), of_document.to(device), attentions, last)
+    return model.logits_at(tokens, positions.to(device), of_document.to(device), attentions, last)
 
 
 def decode_step(
-    model: Transformer, cache: Cache, tokens: Tensor, lengths: Tensor, reach: int, masked: bool, logits: Callable
+    model: Transformer, cache: KVCache, tokens: Tensor, lengths: Tensor, kv_len: int, masked: bool, logits: Callable
 ) -> Tensor:
     """One more token for each of the first n slots: tokens (n,) at positions `lengths` (n,) -> fp32 logits (n, V).
 
-    The first `reach` places of the cache are read, which covers all; `masked` says whether some of them are to be
+    The first `kv_len` places of the cache are read, which covers all; `masked` says whether some of them are to be
     hidden from some slot: those that it has not filled. (What a window hides, the cache no longer has.) `logits` is
     `token_logits`, or its recording.
     """
     n, device, mask = len(tokens), tokens.device, ()
     if masked:
-        mask = ((torch.arange(reach, device=device) <= lengths[:, None])[:, None, None],)  # (n, 1, 1, reach)
+        mask = ((torch.arange(kv_len, device=device) <= lengths[:, None])[:, None, None],)  # (n, 1, 1, reach)
     places = torch.arange(n, device=device) * cache.capacity + lengths % cache.capacity
-    return logits(model, tokens, lengths, places, cache.rows(), cache.read(n, reach), *mask)
+    return logits(model, tokens, lengths, places, cache.rows(), cache.read(n, kv_len), *mask)
 
 
 def token_logits(
@@ -115,8 +113,8 @@ def token_logits(
     """fp32 logits (n, V) of a token in each of n slots: `decode_step` with the views of the cache that it needs, of all
     layers: `rows` to write to, at `places` (n,), and what is `read`, where `mask` (n, 1, 1, reach) is true."""
     layers = zip(zip(*(x.unbind() for x in rows)), zip(*(x.unbind() for x in read)))
-    attentions = [partial(attend_to_cache, *layer, places, mask) for layer in layers]
-    return model.next_logits(tokens, lengths, lengths + 1, attentions, slice(None))
+    attentions = [partial(decode_attention, *layer, places, mask) for layer in layers]
+    return model.logits_at(tokens, lengths, lengths + 1, attentions, slice(None))
 
 
 class RecordedLogits:
@@ -197,8 +195,8 @@ def render_prompts(prompts: list[Prompt], tokenizer, template: str) -> list[int]
 
 def print_later_turns(prompts: list[Prompt]) -> None:
     """Say which prompts hold further questions, as MT-bench's do: they are not asked."""
-    later = [f"{p.where}: {p.later_turns} more" for p in prompts if p.later_turns]
-    print_listed("prompts hold further questions; only the first of each is answered", later)
+    later = [f"{p.source}: {p.later_turns} more" for p in prompts if p.later_turns]
+    print_list("prompts hold further questions; only the first of each is answered", later)
 
 
 @dataclass
@@ -206,11 +204,11 @@ class Slot:
     prompt: int
     length: int  # tokens in the cache
     token: int  # the newest, not in the cache yet
-    made: int
-    chances: np.random.Generator
+    new_tokens: int
+    rng: np.random.Generator
 
 
-def close_gaps(slots: list[Slot | None], cache: Cache) -> None:
+def compact_slots(slots: list[Slot | None], cache: KVCache) -> None:
     """Move the last sequences into the slots that are free, and drop those that are free then."""
     for i in range(len(slots)):
         while slots and slots[-1] is None:
@@ -220,7 +218,7 @@ def close_gaps(slots: list[Slot | None], cache: Cache) -> None:
             slots[i] = slots.pop()
 
 
-def computed_in(model: Transformer) -> torch.dtype:
+def activation_dtype(model: Transformer) -> torch.dtype:
     return model.compute_dtype or model.embed.weight.dtype
 
 
@@ -231,23 +229,23 @@ def plan_slots(
     are). With `batch_size`, or compiled for one shape, all share one. Raises WorkError where not one answer fits."""
     if not prompts:
         return []
-    config, dtype, longest = model.config, computed_in(model), max(map(len, prompts))
+    config, dtype, longest = model.config, activation_dtype(model), max(map(len, prompts))
     needs = [min(config.max_positions, len(p) + n) for p, n in zip(prompts, limits)]
     if options.batch_size:
-        return plan_groups(needs, lambda _: options.batch_size, config.window, divided=False)
+        return plan_groups(needs, lambda _: options.batch_size, config.sliding_window, divided=False)
     work = working_bytes(model, max(PREFILL_TOKENS, longest), longest, dtype)
     free = free_memory(model.embed.weight.device) if free is None else free
 
     def slots_of(capacity: int) -> int:
-        fitting = int((USED * free - work) // slot_bytes(config, capacity, dtype, options.temperature > 0))
+        fitting = int((MEMORY_FRACTION * free - work) // slot_bytes(config, capacity, dtype, options.temperature > 0))
         if fitting < 1:
             raise WorkError(
                 f"{free / 2**30:,.2f} GiB of memory are free: too little for an answer of {capacity:,} tokens with its "
                 "prompt. Try a smaller --max-new-tokens, shorter prompts, --dtype bf16 (--batch-size 1 tries it anyway)"
             )
-        return min(fitting, MOST)
+        return min(fitting, MAX_SLOTS)
 
-    return plan_groups(needs, slots_of, config.window, divided=not options.compile)
+    return plan_groups(needs, slots_of, config.sliding_window, divided=not options.compile)
 
 
 @torch.no_grad()  # and not inference_mode: a model that is sharded, and trained on, would not bear it
@@ -277,7 +275,7 @@ def decode(
         yield from decode_group(model, prompts, stop, options, limits, prefill_tokens, group, logits_of)
 
 
-def compiled_step(cache: Cache):
+def compiled_step(cache: KVCache):
     """`decode_step` compiled; on CUDA as a CUDA graph, which must not write into tensors that could move: without the
     marks, torch would leave it out, and only say so in a log."""
     for x in (cache.k, cache.v):
@@ -298,21 +296,21 @@ def decode_group(
     """The answers to a group's members: slots in one cache, each taking the next prompt as soon as its answer ends."""
     context, device = model.config.max_positions, model.embed.weight.device
     slots: list[Slot | None] = [None] * group.slots
-    cache = Cache(model.config, group.slots, group.capacity, computed_in(model), device)
+    cache = KVCache(model.config, group.slots, group.capacity, activation_dtype(model), device)
     advance = compiled_step(cache) if options.compile else decode_step
     waiting = group.members[::-1]
 
     def accept(places: list[int], logits: Tensor) -> Iterator[tuple[int, int | None, str]]:
         """Draw a token for the slots at `places`; one whose answer ends becomes None."""
-        chances = [slots[i].chances.random() if options.temperature else 0.0 for i in places]
+        chances = [slots[i].rng.random() if options.temperature else 0.0 for i in places]
         chance = torch.tensor(chances, dtype=torch.float64)
         for i, token in zip(places, sample(logits, options, chance).tolist()):
             slot = slots[i]
-            slot.token, slot.made = token, slot.made + 1
+            slot.token, slot.new_tokens = token, slot.new_tokens + 1
             ended = "stop" if token in stop else ""
             if not ended:
                 yield slot.prompt, token, ""
-                ended = "length" if slot.made == limits[slot.prompt] or slot.length + 1 >= context else ""
+                ended = "length" if slot.new_tokens == limits[slot.prompt] or slot.length + 1 >= context else ""
             if ended:
                 slots[i] = None
                 yield slot.prompt, None, ended
@@ -329,20 +327,20 @@ def decode_group(
         if places:
             yield from accept(places, prefill(model, cache, [prompts[slots[i].prompt] for i in places], places))
             continue
-        close_gaps(slots, cache)  # every slot is busy, or no prompt waits
+        compact_slots(slots, cache)  # every slot is busy, or no prompt waits
         if not slots:
             return
         state = [(s.token, s.length) for s in slots]
-        reach = max(length for _, length in state) + 1
+        kv_len = max(length for _, length in state) + 1
         if options.compile:
             state += [(0, 0)] * (group.slots - len(slots))
-            reach = max(128, 1 << (reach - 1).bit_length())
-        reach = min(reach, group.capacity)
-        masked = options.compile or any(length + 1 < reach for _, length in state)
+            kv_len = max(128, 1 << (kv_len - 1).bit_length())
+        kv_len = min(kv_len, group.capacity)
+        masked = options.compile or any(length + 1 < kv_len for _, length in state)
         newest, lengths = (torch.tensor(x, device=device) for x in zip(*state))
         # For a single row torch's own product of a matrix with a vector is twice as fast on a CPU as oneDNN's.
         torch.backends.mkldnn.set_flags(_enabled=len(state) > 1)
-        logits = advance(model, cache, newest, lengths, reach, masked, logits_of)[: len(slots)]
+        logits = advance(model, cache, newest, lengths, kv_len, masked, logits_of)[: len(slots)]
         torch.backends.mkldnn.set_flags(_enabled=True)
         for slot in slots:
             slot.length += 1
@@ -386,12 +384,12 @@ def answer_all(
     rendered, limits = [p.tokens for p in todo], [options.max_new_tokens] * len(todo)
     groups = plan_slots(model, rendered, limits, options)
     if rank == 0 and todo:
-        print(describe(groups, rendered, model.config, computed_in(model)), flush=True)
+        print(describe_groups(groups, rendered, model.config, activation_dtype(model)), flush=True)
     store = Store(out.with_name(f"{out.name}.partial.{rank}.jsonl"))
     answers: list[list[int]] = [[] for _ in todo]
     made, started = 0, time.monotonic()
     with progress(len(todo), out.name, "answer", shown=rank == 0) as bar:
-        for i, token, reason in told_of_memory(decode(model, rendered, stop, options, groups=groups), groups):
+        for i, token, reason in raise_oom_with_advice(decode(model, rendered, stop, options, groups=groups), groups):
             if token is not None:
                 answers[i].append(token)
                 made += 1
@@ -408,7 +406,7 @@ def answer_all(
         print(f"{len(todo):,} answers made now on rank 0 in {seconds:.1f} s, {made / max(seconds, 1e-9):,.0f} tokens/s")
     found = read_partial(out)
     for p in prompts:
-        if error := too_long(len(p.tokens), model.config.max_positions):
+        if error := exceeds_context(len(p.tokens), model.config.max_positions):
             found[p.key] = {"output_tokens": 0, "finish_reason": "error", "error": error}
     return found
 
@@ -435,13 +433,13 @@ def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, 
         row |= {"generator": generator, "prompt_tokens": len(prompt.tokens)}
         row |= {k: v for k, v in done[prompt.key].items() if k != "key"}
         if "error" in row:
-            errors.append(f"{prompt.where}: {row['error']}")
+            errors.append(f"{prompt.source}: {row['error']}")
         rows.append(row if prompt.expected is None else row | {"expected": prompt.expected})
         by_dataset.setdefault(prompt.dataset, []).append(rows[-1])
-    write_file(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     for path in partial_files(out):
         path.unlink()
-    print_listed("prompts could not be answered", errors)
+    print_list("prompts could not be answered", errors)
     table = []
     for name, every in by_dataset.items():
         of = [r for r in every if "error" not in r]
@@ -449,7 +447,7 @@ def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, 
         if of:
             sizes = [f"{np.mean([r[k] for r in of]):,.0f}" for k in ("prompt_tokens", "output_tokens")]
             about = (*sizes, f"{np.mean([r['finish_reason'] == 'length' for r in of]):.0%}")
-        right = [is_exact(r["output"], r["expected"]) for r in every if "expected" in r]
+        right = [has_exact_answer(r["output"], r["expected"]) for r in every if "expected" in r]
         table.append((name, f"{len(of):,}", *about, f"{np.mean(right):.0%}" if right else "–"))
     print_table(("dataset", "answers", "prompt tokens", "output tokens", "cut at the limit", "as expected"), table)
     print(f"{out}: {len(rows):,} answers")
@@ -484,36 +482,38 @@ def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) 
 
 def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: str | None, tokenizer) -> None:
     """Ask the model `--server` at OPENAI_BASE_URL; everything that comes is kept in OUT.partial.jsonl at once."""
-    from parts import api, served  # here, because training imports this file and needs no httpx
+    from parts.api import ask, server_answers  # here, because training imports this file and needs no httpx
 
     extra = {"top_p": args.top_p} | ({"top_k": args.top_k} if args.top_k else {})
     context, texts, specials = math.inf, [], []
     if args.completions:
         render_prompts(prompts, tokenizer, template)
         adds_bos = read_json_object(args.model / "tokenizer_config.json").get("add_bos_token") is not False
-        pieces, context = served.Pieces(tokenizer, adds_bos), read_config(args.model).max_positions
+        pieces, context = server_answers.Pieces(tokenizer, adds_bos), read_config(args.model).max_positions
         texts = [pieces.text(render(p.turns, TEMPLATES[template], pieces)[0]) for p in prompts]
         specials = list(pieces.specials)
         stop = stop_ids(TEMPLATES[template], tokenizer)
         if stop[0] not in tokenizer.eos_ids:  # at which servers end by themselves; vLLM and SGLang take this as well
             extra["stop_token_ids"] = stop
-    options = api.api_options(
+    options = ask.api_options(
         args, model=args.server, max_tokens=args.max_new_tokens, temperature=args.temperature, extra=extra
     )
-    questions, done = served.make_questions(prompts, options, args.seed, args.completions, context, texts, specials)
-    store = api.ask_questions(options, args.out, questions, served.any_reply, "")
+    questions, done = server_answers.make_questions(
+        prompts, options, args.seed, args.completions, context, texts, specials
+    )
+    store = ask.ask_questions(options, args.out, questions, server_answers.any_reply, "")
     if store is None:
         return
-    done |= {q.key: served.answer_of(store.of(q.key)) for q in questions}
+    done |= {q.key: server_answers.answer_of(store.of(q.key)) for q in questions}
     write_answers(prompts, done, args.name, args.out)
     if args.completions:
         guessed = {r["key"] for q in questions for r in store.of(q.key) if r.get("usage", {}).get("estimated")}
         counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts if p.key not in guessed]
-        other = [f"{p.where}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
-        print_listed("prompts have another number of tokens at the server: another BOS, or another tokenizer", other)
+        other = [f"{p.source}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
+        print_list("prompts have another number of tokens at the server: another BOS, or another tokenizer", other)
     states = [state_of(store.of(q.key)) for q in questions]
     failed = {kind: states.count(kind) for kind in ("refused", "failed", "unparsed")}
-    print_last_line(f"{len(questions):,} prompts asked", len(questions), failed)
+    print_summary(f"{len(questions):,} prompts asked", len(questions), failed)
 
 
 # ---------------------------------------------------------------- in the terminal
@@ -550,12 +550,12 @@ def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int
                 tokens.append(token)
                 text = tokenizer.decode(tokens)
                 if not text.endswith("\ufffd"):  # half of a character
-                    print(printable(text[len(shown) :]), end="", flush=True)
+                    print(strip_control_chars(text[len(shown) :]), end="", flush=True)
                     shown = text
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     text = tokenizer.decode(tokens)
-    print(printable(text[len(shown) :]))
+    print(strip_control_chars(text[len(shown) :]))
     return text
 
 
@@ -563,7 +563,7 @@ def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    from parts import api  # here, because training imports this file and needs no httpx
+    from parts.api import ask  # here, because training imports this file and needs no httpx
 
     parser = argparse.ArgumentParser(
         description="Answer prompts with a Llama or Mistral checkpoint.",
@@ -581,12 +581,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--name", help="of the generator in the answers (default: the model's folder, or --server)")
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
     add("--template", choices=TEMPLATES, help=template_help)
-    add("--max-new-tokens", type=positive, default=default.max_new_tokens, metavar="N", help="longest answer")
+    add("--max-new-tokens", type=positive_int, default=default.max_new_tokens, metavar="N", help="longest answer")
     add("--temperature", type=float, default=default.temperature, help="0: always the likeliest token")
     add("--top-k", type=int, default=default.top_k, help="sample from the K likeliest (0: from all)")
     add("--top-p", type=float, default=default.top_p, help="sample from the fewest that hold this probability")
     batch_help = "prompts at once: changes speed and memory only (default: as many as free memory allows, at most 128)"
-    add("--batch-size", type=positive, metavar="N", help=batch_help)
+    add("--batch-size", type=positive_int, metavar="N", help=batch_help)
     add("--seed", type=int, default=default.seed, help="of the samples")
     compile_help = "torch.compile the decode step (on CUDA as a CUDA graph); with --prompts"
     add("--compile", action="store_true", help=compile_help)
@@ -605,7 +605,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="with --server: ask for the completion of what --model's tokenizer and template make of a prompt, sent as "
         "token ids (the default) or as text, instead of sending chat messages",
     )
-    api.add_api_arguments(parser, sampling=False)
+    ask.add_api_arguments(parser, sampling=False)
     args = parser.parse_args(argv)
     if args.prompts and args.out is None:
         parser.error("--prompts needs --out")
@@ -625,7 +625,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if args.out:
         read = [*(args.prompts or []), *(args.model.glob("*") if args.model else [])]
-        refuse_overwriting([args.out], read)
+        check_output_paths([args.out], read)
     prompts = [p for path in args.prompts or [] for p in read_prompts(path)]
     if is_first_rank():
         print_later_turns(prompts)
@@ -640,18 +640,18 @@ def run(args: argparse.Namespace) -> None:
     stop, dtype, options = (
         set(stop_ids(TEMPLATES[template], tokenizer)),
         compute_dtype(args.dtype),
-        from_arguments(Options, args),
+        dataclass_from_args(Options, args),
     )
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product: of oneDNN's
         os.environ.setdefault(name, "32")  # compiled ones, one a number of tokens, a thousand would take 0.6 GiB
-    with join_ranks() as ranks:
+    with init_distributed() as ranks:
         try:
             model = load_model(args.model, dtype, ranks.device).requires_grad_(False)
             if args.chat:
                 chat(model, tokenizer, template, stop, options)
             elif args.prompt is not None:
                 tokens = render([Turn("user", args.prompt)], TEMPLATES[template], tokenizer)[0]
-                if error := too_long(len(tokens), model.config.max_positions):
+                if error := exceeds_context(len(tokens), model.config.max_positions):
                     raise InputError(error)
                 print_answer(model, tokenizer, tokens, stop, options)
             else:
@@ -669,10 +669,10 @@ def run(args: argparse.Namespace) -> None:
                 if ranks.rank == 0:
                     write_answers(prompts, done, args.name, args.out)
         except (RuntimeError, MemoryError) as e:
-            if not ran_out(e):
+            if not oom_message(e):
                 raise
             advice = "try --dtype bf16, or have an engine answer (--server)"
-            raise WorkError(f"out of memory with the weights alone: {advice} ({ran_out(e)})") from None
+            raise WorkError(f"out of memory with the weights alone: {advice} ({oom_message(e)})") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -680,4 +680,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -18,19 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from parts.distributed import is_first_rank
-from parts.kernels import attend, cross_entropy, rms_norm, rotate, swiglu
-from parts.program import InputError, read_json_object, write_file
-from parts.weights import (
+from parts.checkpoints.weights import (
     find_tensors,
-    local_part,
     read_slice,
     save_weights,
     stored_dtype,
     tensors_differ,
-    whole,
     write_tensors,
 )
+from parts.cli import InputError
+from parts.distributed import full_tensor, is_first_rank, local_part
+from parts.files import atomic_write, read_json_object
+from parts.kernels import cross_entropy, rms_norm, rotate, swiglu, varlen_attention
 
 # ---------------------------------------------------------------- configuration
 
@@ -50,12 +49,12 @@ class Config:
     max_positions: int
     rope_theta: float
     rope_scaling: dict | None  # {"rope_type": "linear" | "dynamic" | "llama3", "factor": ..., ...}
-    window: int | None  # Mistral: a token sees itself and the window - 1 tokens before it
+    sliding_window: int | None  # Mistral: a token sees itself and the window - 1 tokens before it
     tied: bool  # the output head is the embedding
     attention_bias: bool
     mlp_bias: bool
     raw: dict
-    head_kept: bool = False  # config.json ties the head, but the files hold another one: it is not tied
+    untied_head: bool = False  # config.json ties the head, but the files hold another one: it is not tied
 
 
 def read_config(folder: str | Path) -> Config:
@@ -74,11 +73,13 @@ def read_config(folder: str | Path) -> Config:
             "it first (peft's merge_and_unload), or move it out of the folder"
         )
     if config.tied and tensors_differ(path.parent, "lm_head.weight", "model.embed_tokens.weight"):
-        return replace(config, tied=False, head_kept=True, raw=raw | {"tie_word_embeddings": False})
+        return replace(config, tied=False, untied_head=True, raw=raw | {"tie_word_embeddings": False})
     return config
 
 
-HEAD_KEPT = "config.json ties the output head to the embedding, but the files hold another head: kept, and not tied."
+UNTIED_HEAD_NOTE = (
+    "config.json ties the output head to the embedding, but the files hold another head: kept, and not tied."
+)
 
 
 ROPE_TYPES = {
@@ -90,7 +91,7 @@ ROPE_TYPES = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelDefaults:
     """What a model_type has that another has not: transformers' defaults, and which keys mean something."""
 
     kv_heads: int | None  # None: as many as heads
@@ -99,7 +100,7 @@ class Kind:
     biased: bool  # by attention_bias and mlp_bias
 
 
-KINDS = {"llama": Kind(None, 2048, False, True), "mistral": Kind(8, 131072, True, False)}
+MODEL_DEFAULTS = {"llama": ModelDefaults(None, 2048, False, True), "mistral": ModelDefaults(8, 131072, True, False)}
 
 
 def parse_config(raw: dict) -> Config:
@@ -110,34 +111,36 @@ def parse_config(raw: dict) -> Config:
     """
     if not isinstance(raw, dict):
         raise InputError("is not a JSON object")
-    kind, wrong = raw.get("model_type"), []
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"model_type must be {' or '.join(map(repr, KINDS))}, is {kind!r}")
-    usual = KINDS[kind]
+    kind, errors = raw.get("model_type"), []
+    if not isinstance(kind, str) or kind not in MODEL_DEFAULTS:
+        raise InputError(f"model_type must be {' or '.join(map(repr, MODEL_DEFAULTS))}, is {kind!r}")
+    defaults = MODEL_DEFAULTS[kind]
 
     def integer(key, default=None, high=2**20):
-        return read_number(raw, key, default, int, 1, high, wrong)
+        return read_number(raw, key, default, int, 1, high, errors)
 
     dim = integer("hidden_size")
     n_heads = integer("num_attention_heads", high=2**14)
-    kv_heads = n_heads if "num_key_value_heads" in raw else usual.kv_heads or n_heads
+    kv_heads = n_heads if "num_key_value_heads" in raw else defaults.kv_heads or n_heads
     n_kv_heads = integer("num_key_value_heads", kv_heads, high=2**14)
     if raw.get("head_dim") is None and dim % n_heads:
-        wrong.append(f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}, and head_dim is not given")
+        errors.append(
+            f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}, and head_dim is not given"
+        )
     head_dim = integer("head_dim", max(1, dim // n_heads), high=2**14)
     if head_dim % 2:
-        wrong.append(f"head_dim must be even for rotary embeddings, is {head_dim}")
+        errors.append(f"head_dim must be even for rotary embeddings, is {head_dim}")
     if n_heads % n_kv_heads:
-        wrong.append(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
+        errors.append(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
     for key, supported in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
         if raw.get(key) not in (None, supported):
-            wrong.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
-    rope_theta, rope_scaling = parse_rope(raw, wrong)
+            errors.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
+    rope_theta, rope_scaling = parse_rope(raw, errors)
     if len(set(map(str, raw.get("layer_types") or []))) > 1:
-        wrong.append("layer_types: layers of different kinds are not supported")
+        errors.append("layer_types: layers of different kinds are not supported")
     if head_dim == 2 and rope_scaling and rope_scaling["rope_type"] == "dynamic":
-        wrong.append("dynamic rope scaling needs a head_dim above 2")
-    windowed = usual.windowed and raw.get("sliding_window", 4096) is not None
+        errors.append("dynamic rope scaling needs a head_dim above 2")
+    windowed = defaults.windowed and raw.get("sliding_window", 4096) is not None
     config = Config(
         dim=dim,
         hidden_dim=integer("intermediate_size"),
@@ -146,33 +149,33 @@ def parse_config(raw: dict) -> Config:
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         vocab_size=integer("vocab_size", high=2**24),
-        norm_eps=read_number(raw, "rms_norm_eps", 1e-6, float, 1e-30, 1.0, wrong),
-        max_positions=integer("max_position_embeddings", usual.max_positions, high=2**40),
+        norm_eps=read_number(raw, "rms_norm_eps", 1e-6, float, 1e-30, 1.0, errors),
+        max_positions=integer("max_position_embeddings", defaults.max_positions, high=2**40),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        window=integer("sliding_window", 4096, high=2**40) if windowed else None,
+        sliding_window=integer("sliding_window", 4096, high=2**40) if windowed else None,
         tied=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=usual.biased and bool(raw.get("attention_bias", False)),
-        mlp_bias=usual.biased and bool(raw.get("mlp_bias", False)),
+        attention_bias=defaults.biased and bool(raw.get("attention_bias", False)),
+        mlp_bias=defaults.biased and bool(raw.get("mlp_bias", False)),
         raw=raw,
     )
-    if wrong:
-        raise InputError("; ".join(wrong))
+    if errors:
+        raise InputError("; ".join(errors))
     return config
 
 
-def read_number(source: dict, key: str, default, kind: type, low, high, wrong: list[str]):
-    """source[key], or `default` where it is absent or null; if it is no number from low to high, says so in `wrong`."""
+def read_number(source: dict, key: str, default, kind: type, low, high, errors: list[str]):
+    """source[key], or `default` where it is absent or null; if it is no number from low to high, adds to `errors`."""
     value = default if source.get(key) is None else source[key]
     kinds = (int,) if kind is int else (int, float)
     if type(value) not in kinds or not low <= value <= high:
         noun = "a whole number" if kind is int else "a number"
-        wrong.append(f"{key} must be {noun} from {low:,} to {high:,}, is {value!r}")
+        errors.append(f"{key} must be {noun} from {low:,} to {high:,}, is {value!r}")
         return kind(1)
     return kind(value)
 
 
-def parse_rope(raw: dict, wrong: list[str]) -> tuple[float, dict | None]:
+def parse_rope(raw: dict, errors: list[str]) -> tuple[float, dict | None]:
     """theta and scaling; newer files keep both under rope_parameters, older ones apart."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -182,12 +185,12 @@ def parse_rope(raw: dict, wrong: list[str]) -> tuple[float, dict | None]:
         raise InputError(f"rope scaling {kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
     for source in (raw, rope):
         if source.get("partial_rotary_factor") not in (None, 1):
-            wrong.append(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported (only 1)")
+            errors.append(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported (only 1)")
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
-        wrong.append(f"rope_parameters for each kind of layer ({', '.join(nested)[:60]}) are not supported")
-    theta = read_number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, float, 1e-30, 1e30, wrong)
-    scaling = {key: read_number(rope, key, None, float, 1e-30, 1e30, wrong) for key in ROPE_TYPES[kind]}
+        errors.append(f"rope_parameters for each kind of layer ({', '.join(nested)[:60]}) are not supported")
+    theta = read_number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, float, 1e-30, 1e30, errors)
+    scaling = {key: read_number(rope, key, None, float, 1e-30, 1e30, errors) for key in ROPE_TYPES[kind]}
     return theta, {"rope_type": kind, **scaling} if scaling else None
 
 
@@ -230,7 +233,7 @@ class Linear(nn.Linear):
         self.register_parameter("lora_B", None)
         self.scale = 0.0
 
-    def add_adapter(self, rank: int, alpha: float) -> None:
+    def add_lora(self, rank: int, alpha: float) -> None:
         """LoRA (arXiv 2106.09685): of the sum W + alpha / rank * B A only A (rank, in) and B (out, rank) are trained;
         both fp32."""
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=self.weight.device))
@@ -297,10 +300,12 @@ class Block(nn.Module):
         self.attention = Attention(c)
         self.mlp_norm = RMSNorm(c)
         self.mlp = MLP(c)
-        self.checkpointed = False  # keep only the block's input for the backward pass, compute the rest again
+        self.activation_checkpointing = (
+            False  # keep only the block's input for the backward pass, compute the rest again
+        )
 
     def forward(self, *inputs) -> Tensor:
-        return recompute(self.compute, *inputs) if self.checkpointed else self.compute(*inputs)
+        return recompute(self.compute, *inputs) if self.activation_checkpointing else self.compute(*inputs)
 
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Callable) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, attention)
@@ -308,15 +313,15 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class WithinDocuments:
+class VarlenAttention:
     """The attention of training, IFD and prefill: causal, inside each document of a flat run."""
 
     cu_seqlens: Tensor  # (D+1,) int32
     longest: int  # tokens
-    window: int | None
+    sliding_window: int | None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, self.cu_seqlens, self.longest, self.window)
+        return varlen_attention(q, k, v, self.cu_seqlens, self.longest, self.sliding_window)
 
 
 class Transformer(nn.Module):
@@ -340,7 +345,7 @@ class Transformer(nn.Module):
         """Logits (T, V) without `targets`. With them the sum of losses at the N positions where `targets` (T,) is not
         -100, differentiable, and each of these losses (N,), for measuring only; both fp32."""
         lengths = cu_seqlens.diff()
-        within = WithinDocuments(cu_seqlens, int(lengths.max()), self.config.window)
+        within = VarlenAttention(cu_seqlens, int(lengths.max()), self.config.sliding_window)
         x = self.hidden(tokens, positions, lengths.repeat_interleave(lengths), [within] * len(self.layers))
         if targets is None:
             return self.logits(x)
@@ -356,9 +361,7 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin, attention)
         return x
 
-    def next_logits(
-        self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable], rows
-    ) -> Tensor:
+    def logits_at(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable], rows) -> Tensor:
         """What generation asks for: fp32 logits (n, V) at `rows`, an index of the tokens."""
         return self.logits(self.hidden(tokens, positions, lengths, attentions)[rows]).float()
 
@@ -368,22 +371,22 @@ class Transformer(nn.Module):
 
     # ---- adapters (LoRA)
 
-    def add_adapters(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
-        """To every Linear whose Hugging Face name (q_proj, …) is among the targets; `init_adapters` fills them."""
+    def add_lora(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
+        """To every Linear whose Hugging Face name (q_proj, …) is among the targets; `init_lora` fills them."""
         self.recording = None
         for name, module in self.named_modules():
             if isinstance(module, Linear) and HF_NAMES[name.rpartition(".")[2]] in targets:
-                module.add_adapter(rank, alpha)
+                module.add_lora(rank, alpha)
 
-    def adapted(self) -> dict[str, Linear]:
+    def lora_modules(self) -> dict[str, Linear]:
         """The matrices that have an adapter, by name."""
         return {name: m for name, m in self.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
 
     @torch.no_grad()
-    def init_adapters(self, seed: int) -> None:
+    def init_lora(self, seed: int) -> None:
         """As peft does: A kaiming-uniform (a = sqrt 5), B zero. The same for any number of ranks."""
         generator = torch.Generator().manual_seed(seed)
-        for linear in self.adapted().values():
+        for linear in self.lora_modules().values():
             linear.lora_B.zero_()
             everything = nn.init.kaiming_uniform_(torch.empty(linear.lora_A.shape), a=math.sqrt(5), generator=generator)
             local, offset = local_part(linear.lora_A.detach())
@@ -416,29 +419,29 @@ def hf_name(name: str) -> str:
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 
-def kept_in_files(model: Transformer) -> dict[str, nn.Parameter]:
+def hf_parameters(model: Transformer) -> dict[str, nn.Parameter]:
     """The parameters that an HF folder has: all but the adapters."""
     return {name: p for name, p in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))}
 
 
-def find_weights(model: Transformer, folder: str | Path) -> dict[str, Path]:
+def find_weight_files(model: Transformer, folder: str | Path) -> dict[str, Path]:
     """Where each parameter of `model` (built on meta) lies: {its name: file}. Reads only headers. Raises InputError."""
-    shapes = {hf_name(name): tuple(p.shape) for name, p in kept_in_files(model).items()}
+    shapes = {hf_name(name): tuple(p.shape) for name, p in hf_parameters(model).items()}
     # An export of a tied model may repeat the embedding as a head.
     files = find_tensors(Path(folder), shapes, surplus={"lm_head.weight"} if model.config.tied else set())
-    return {name: files[hf_name(name)] for name in kept_in_files(model)}
+    return {name: files[hf_name(name)] for name in hf_parameters(model)}
 
 
 def weights_dtype(model: Transformer, folder: str | Path) -> torch.dtype:
     """In which dtype a folder holds its weights; fp32 for those that are no dtype to export in."""
-    name, file = next(iter(find_weights(model, folder).items()))
+    name, file = next(iter(find_weight_files(model, folder).items()))
     found = stored_dtype(file, hf_name(name))
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def load_weights(model: Transformer, files: dict[str, Path]) -> None:
-    """Fill the model's parameters, plain or sharded, from `find_weights`' files; each rank reads its own slices."""
-    for name, p in kept_in_files(model).items():
+    """Fill the model's parameters, plain or sharded, from the files of `find_weight_files`; each rank its slices."""
+    for name, p in hf_parameters(model).items():
         local, offset = local_part(p.detach())
         read_slice(files[name], hf_name(name), local, offset)
 
@@ -452,11 +455,11 @@ def load_model(
     Raises InputError.
     """
     config = read_config(folder)
-    if config.head_kept and is_first_rank():
-        print(f"{folder}: {HEAD_KEPT}")
+    if config.untied_head and is_first_rank():
+        print(f"{folder}: {UNTIED_HEAD_NOTE}")
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-    files = find_weights(model, folder)
+    files = find_weight_files(model, folder)
     load_weights(model.to_empty(device=device), files)
     return model
 
@@ -479,29 +482,29 @@ def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None
 
     Adapters are merged into what they belong to, and written to adapter/ by themselves; `base` is told to who reads it.
     """
-    folder, tensors = Path(folder), {hf_name(name): p for name, p in kept_in_files(model).items()}
+    folder, tensors = Path(folder), {hf_name(name): p for name, p in hf_parameters(model).items()}
     dtype = dtype or next(iter(tensors.values())).dtype
-    adapted = {f"{hf_name(name)}.weight": linear for name, linear in model.adapted().items()}
+    adapted = {f"{hf_name(name)}.weight": linear for name, linear in model.lora_modules().items()}
 
     def merged(name: str, weight: Tensor) -> Tensor:
         if name not in adapted:
             return weight
         linear = adapted[name]
-        return weight.float() + linear.scale * whole(linear.lora_B) @ whole(linear.lora_A)
+        return weight.float() + linear.scale * full_tensor(linear.lora_B) @ full_tensor(linear.lora_A)
 
     save_weights(folder, tensors, dtype, merged)
     if not dist.is_initialized() or dist.get_rank() == 0:
         config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # transformers 5 writes this instead; one of the two must go
-        write_file(folder / "config.json", json.dumps(config, indent=1))
+        atomic_write(folder / "config.json", json.dumps(config, indent=1))
     if adapted:
-        save_adapters(model.adapted(), folder / "adapter", base)
+        save_lora(model.lora_modules(), folder / "adapter", base)
 
 
-def save_adapters(adapted: dict[str, Linear], folder: Path, base: str | Path) -> None:
+def save_lora(adapted: dict[str, Linear], folder: Path, base: str | Path) -> None:
     """In the layout of peft. Every rank must call, rank 0 writes."""
     tensors = {
-        f"base_model.model.{hf_name(name)}.{part}.weight": whole(getattr(linear, part)).cpu()
+        f"base_model.model.{hf_name(name)}.{part}.weight": full_tensor(getattr(linear, part)).cpu()
         for name, linear in adapted.items()
         for part in ("lora_A", "lora_B")
     }
@@ -517,4 +520,4 @@ def save_adapters(adapted: dict[str, Linear], folder: Path, base: str | Path) ->
     config |= {"r": len(first.lora_A), "lora_alpha": first.scale * len(first.lora_A), "lora_dropout": 0.0}
     config |= {"target_modules": sorted(targets), "inference_mode": True}
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_file(folder / "adapter_config.json", json.dumps(config, indent=1))
+    atomic_write(folder / "adapter_config.json", json.dumps(config, indent=1))

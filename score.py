@@ -5,7 +5,7 @@
     score.py ifd IN --model DIR --out F    how little the prompt helps the model to the answer (IterIT)
     score.py select SCORED --out F         IterIT's greedy choice by score and diversity
 
-`renew` chooses what an epoch trains on; train.py --select calls it.
+`select_epoch_rows` chooses what an epoch trains on; train.py --select calls it.
 """
 
 import argparse
@@ -25,47 +25,46 @@ from torch import Tensor
 import data
 from data import Documents
 from model import Transformer, load_model
-from parts.distributed import Ranks, broadcast, compute_dtype, is_first_rank, join_ranks, reshard
-from parts.diversity import pick_diverse, tf_idf
-from parts.plots import plot_histogram, print_histogram
-from parts.program import (
+from parts.api.prompts import DIFFICULTY_REMINDER, difficulty_prompt
+from parts.api.questions import fence, fill, make_question, reason_of, state_of, value_of
+from parts.api.store import Store
+from parts.checkpoints.weights import checksum
+from parts.cli import (
     EXIT_CODES,
     HelpFormatter,
     InputError,
-    leave,
-    positive,
-    print_last_line,
-    print_listed,
+    exit_process,
+    fraction_or_count,
+    positive_int,
+    print_list,
+    print_summary,
     print_table,
     progress,
-    refuse,
-    refuse_overwriting,
+    raise_if_any,
     run_program,
-    share_or_count,
-    write_lines,
 )
-from parts.prompts import DIFFICULTY_REMINDER, difficulty_prompt
-from parts.questions import fence, fill, make_question, reason_of, state_of, value_of
-from parts.rows import Row, each_row, finite_number, messages_of, read_good_rows
-from parts.store import Store
-from parts.tokenizers import load_tokenizer
-from parts.weights import checksum
+from parts.distributed import DistributedEnv, broadcast, compute_dtype, init_distributed, is_first_rank, reshard
+from parts.diversity import pick_diverse, tf_idf
+from parts.files import check_output_paths, write_lines
+from parts.report.figures import plot_histogram, print_histogram
+from parts.text.rows import Row, each_row, finite_number, messages_of, read_good_rows
+from parts.text.tokenizers import load_tokenizer
 
 # ---------------------------------------------------------------- difficulty from an LLM
 
 
-def conversation(row: Row) -> list[str]:
+def format_conversation(row: Row) -> list[str]:
     """User and assistant in turn, as in the paper's files; a system text goes in front of the first turn."""
     texts = [turn.text for turn in row.turns]
     return [f"{texts[0]}\n\n{texts[1]}", *texts[2:]] if row.turns[0].role == "system" else texts
 
 
-def difficulty(args: argparse.Namespace) -> None:
-    from parts.api import api_options, ask_questions  # here, because training imports this file and needs no httpx
-    from parts.replies import parse_difficulty
+def difficulty_command(args: argparse.Namespace) -> None:
+    from parts.api.ask import api_options, ask_questions  # here, because training imports this file and needs no httpx
+    from parts.api.replies import parse_difficulty
 
     options = api_options(args)
-    refuse_overwriting([args.out], [args.input, *([args.prompt_file] if args.prompt_file else [])])
+    check_output_paths([args.out], [args.input, *([args.prompt_file] if args.prompt_file else [])])
     rows = read_good_rows(args.input, args.skip_bad_rows)
     if any(row.turns[0].role == "text" for row in rows):
         raise InputError(f"{args.input}: plain text has no instruction that could be scored")
@@ -74,7 +73,7 @@ def difficulty(args: argparse.Namespace) -> None:
         options = replace(options, temperature=1.0)  # votes that cannot differ would be paid for nothing
     questions = []  # a list of votes for each row
     for row in rows:
-        asked, answered = ("\n\n".join(conversation(row)[k::2]) for k in (0, 1))
+        asked, answered = ("\n\n".join(format_conversation(row)[k::2]) for k in (0, 1))
         text = fill(prompt, {"{instruction}": fence(asked, "instruction"), "{answer}": fence(answered, "response")})
         questions.append([make_question(options, text, row.id, vote) for vote in range(args.votes)])
     every = [q for votes in questions for q in votes]
@@ -89,7 +88,7 @@ def difficulty(args: argparse.Namespace) -> None:
         line = {
             "id": row.raw.get("id", str(i)),
             "score": sum(scores) / len(scores) if scores else None,
-            **({"data": conversation(row)} if as_pairs else {"messages": messages_of(row.turns)}),
+            **({"data": format_conversation(row)} if as_pairs else {"messages": messages_of(row.turns)}),
             "model": args.api_model,
         }
         if args.votes > 1:
@@ -97,17 +96,17 @@ def difficulty(args: argparse.Namespace) -> None:
         if not scores:
             line["unscored"] = reason_of(records[0])
             failed[state_of(records[0])] += 1
-            without.append(f"{row.where}: {line['unscored']}")
+            without.append(f"{row.source}: {line['unscored']}")
         lines.append(line)
     write_lines(args.out, lines)
-    print_listed("rows have no score", without)
-    print_last_line(f"{args.out}: {len(lines):,} rows", len(lines), failed)
+    print_list("rows have no score", without)
+    print_summary(f"{args.out}: {len(lines):,} rows", len(lines), failed)
 
 
 # ---------------------------------------------------------------- stages
 
 
-def score_of(row: dict, key: str, where: str) -> float | None:
+def read_score(row: dict, key: str, where: str) -> float | None:
     """The number under `key`, None where there is none. Raises InputError."""
     try:
         return None if row.get(key) is None else finite_number(row[key], key)
@@ -115,13 +114,13 @@ def score_of(row: dict, key: str, where: str) -> float | None:
         raise InputError(f"{where}: {e}") from None
 
 
-def choose_score_key(rows: list[Row], usual: str) -> str:
-    """`score` or `ifd`, whichever alone is in the file; `usual` where both are, or neither."""
+def choose_score_key(rows: list[Row], default: str) -> str:
+    """`score` or `ifd`, whichever alone is in the file; `default` where both are, or neither."""
     there = [key for key in ("score", "ifd") if any(row.raw.get(key) is not None for row in rows)]
-    return there[0] if len(there) == 1 else usual
+    return there[0] if len(there) == 1 else default
 
 
-def cut_equally(scores: np.ndarray, parts: int) -> list[np.ndarray]:
+def split_equally(scores: np.ndarray, parts: int) -> list[np.ndarray]:
     """Row indices of `parts` groups of rising score and nearly equal size; equal scores stay together where they
     can."""
     order = np.argsort(scores, kind="stable")
@@ -136,27 +135,27 @@ def cut_equally(scores: np.ndarray, parts: int) -> list[np.ndarray]:
     return [order[a:b] for a, b in zip(cuts, [*cuts[1:], n])]
 
 
-def cut_at(scores: np.ndarray, bounds: list[float]) -> list[np.ndarray]:
+def split_at_bounds(scores: np.ndarray, bounds: list[float]) -> list[np.ndarray]:
     """Row indices of the groups below the first bound, from the first to below the second, …"""
     at = np.searchsorted(np.array(bounds), scores, side="right")
     return [np.flatnonzero(at == k) for k in range(len(bounds) + 1)]
 
 
-def stages(args: argparse.Namespace) -> None:
+def stages_command(args: argparse.Namespace) -> None:
     names = [f"s{k}.jsonl" for k in range(1, (args.equal or len(args.bounds) + 1) + 1)]
-    refuse_overwriting([args.out_dir / name for name in (*names, *["scores.png"] * args.plots)], [args.scored])
+    check_output_paths([args.out_dir / name for name in (*names, *["scores.png"] * args.plots)], [args.scored])
     rows = read_good_rows(args.scored, args.skip_bad_rows)
     args.score_key = args.score_key or choose_score_key(rows, "score")
-    found = [score_of(row.raw, args.score_key, row.where) for row in rows]
-    without = [row.where for row, score in zip(rows, found) if score is None]
+    found = [read_score(row.raw, args.score_key, row.source) for row in rows]
+    without = [row.source for row, score in zip(rows, found) if score is None]
     if not args.allow_unscored:
         advice = "Score them, or leave them out with --allow-unscored."
-        refuse(without, f"of {len(rows):,} rows have no {args.score_key}", advice)
+        raise_if_any(without, f"of {len(rows):,} rows have no {args.score_key}", advice)
     rows = [row for row, score in zip(rows, found) if score is not None]
     scores = np.array([score for score in found if score is not None])
     if len(rows) < (args.equal or 1):
         raise InputError(f"{len(rows)} scored rows cannot make {args.equal or 'any'} stages")
-    groups = cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)
+    groups = split_equally(scores, args.equal) if args.equal else split_at_bounds(scores, args.bounds)
     empty = [str(k) for k, group in enumerate(groups, 1) if not len(group)]
     if empty and not args.allow_empty:
         raise InputError(
@@ -176,7 +175,7 @@ def stages(args: argparse.Namespace) -> None:
             write_lines(args.out_dir / f"s{k}.jsonl", [row.raw for row in chosen])
             low, high, mean = scores[group].min(), scores[group].max(), scores[group].mean()
             tokens = sum(len(turn.text.encode()) for row in chosen for turn in row.turns) // 4
-            answers = np.mean([len(answer_of(row)) for row in chosen])
+            answers = np.mean([len(answer_text(row)) for row in chosen])
             table.append(
                 (
                     f"s{k}.jsonl",
@@ -195,7 +194,7 @@ def stages(args: argparse.Namespace) -> None:
         plot_histogram(scores, args.score_key, groups, args.out_dir / "scores.png")
 
 
-def answer_of(row: Row) -> str:
+def answer_text(row: Row) -> str:
     """What a row teaches: its answers but for those that are context only, or its plain text."""
     return "\n".join(turn.text for turn in row.turns if turn.role in ("assistant", "text") and turn.trained)
 
@@ -203,12 +202,12 @@ def answer_of(row: Row) -> str:
 # ---------------------------------------------------------------- IFD from a local model
 
 
-def scorable(documents: Documents) -> np.ndarray:
+def has_prompt_and_answer(documents: Documents) -> np.ndarray:
     """(D,) bool: whether a document has both a prompt behind its first token and an answer of which something is
     predicted."""
-    first = np.zeros_like(documents.supervised)
-    first[documents.starts[:-1]] = True
-    prompt = np.add.reduceat(~(documents.supervised | first), documents.starts[:-1], dtype=np.int64)
+    first = np.zeros_like(documents.loss_mask)
+    first[documents.offsets[:-1]] = True
+    prompt = np.add.reduceat(~(documents.loss_mask | first), documents.offsets[:-1], dtype=np.int64)
     return (documents.target_counts > 0) & (prompt > 0)
 
 
@@ -224,20 +223,20 @@ def measure_ifd(
     nothing can be predicted, has none. Ranks share the work and all get the result; each must hold the whole model or a
     shard of it.
     """
-    D, starts = len(documents), documents.starts
-    supervised, first = documents.supervised.copy(), np.zeros_like(documents.supervised)
-    supervised[starts[:-1]] = False
-    first[starts[:-1]] = True
+    D, offsets = len(documents), documents.offsets
+    supervised, first = documents.loss_mask.copy(), np.zeros_like(documents.loss_mask)
+    supervised[offsets[:-1]] = False
+    first[offsets[:-1]] = True
     kept = supervised | first  # the answer alone: the first token, then all supervised ones
-    ends = np.cumsum([0, *np.add.reduceat(kept, starts[:-1], dtype=np.int64)]).astype(np.int64)
-    alone = Documents(documents.tokens[kept], supervised[kept], ends, documents.ids, documents.where, [])
-    both, counts = data.join([documents, alone]), documents.target_counts
+    ends = np.cumsum([0, *np.add.reduceat(kept, offsets[:-1], dtype=np.int64)]).astype(np.int64)
+    alone = Documents(documents.tokens[kept], supervised[kept], ends, documents.ids, documents.source, [])
+    both, counts = data.concat([documents, alone]), documents.target_counts
     device = next(model.parameters()).device
     scores = torch.zeros(D, dtype=torch.float64, device=device)
     lengths = documents.lengths + alone.lengths
     for part in data.micro_batches(np.arange(D), lengths, world_size, micro_tokens)[rank]:
         pairs = np.concatenate([part, D + part])  # each document, then each answer alone
-        _, losses = model(*(torch.from_numpy(a).to(device) for a in both.flat(pairs)))
+        _, losses = model(*(torch.from_numpy(a).to(device) for a in both.pack(pairs)))
         if len(part):
             n = torch.from_numpy(np.tile(counts[part], 2)).to(device)
             owner = torch.arange(len(n), device=device).repeat_interleave(n)
@@ -248,7 +247,7 @@ def measure_ifd(
     if world_size > 1:
         dist.all_reduce(scores)
     scores = scores.float().cpu()
-    scores[torch.from_numpy(~scorable(documents))] = math.nan
+    scores[torch.from_numpy(~has_prompt_and_answer(documents))] = math.nan
     scores[~scores.isfinite()] = math.nan
     return scores
 
@@ -257,15 +256,17 @@ CHUNK = 64  # documents a rank scores before they are kept
 
 
 def ifd_command(args: argparse.Namespace) -> None:
-    refuse_overwriting([args.out], [args.input, *args.model.glob("*")])
+    check_output_paths([args.out], [args.input, *args.model.glob("*")])
     rows = list(each_row(args.input))  # also those that have no usable answer
-    refuse([f"{where}: {problem}" for where, raw, _, problem in rows if not isinstance(raw, dict)], "lines are no rows")
+    raise_if_any(
+        [f"{where}: {problem}" for where, raw, _, problem in rows if not isinstance(raw, dict)], "lines are no rows"
+    )
     args.template, notes = data.choose_template(args.model, load_tokenizer(args.model), args.template)
     documents = data.tokenize_files([args.input], args.model, args.template, args.max_len, shown=is_first_rank())
     if is_first_rank():
         print("\n".join(notes))
-        data.print_lossy([documents])
-    with join_ranks() as ranks:
+        data.print_unencodable([documents])
+    with init_distributed() as ranks:
         started = time.monotonic()
         model = load_model(args.model, compute_dtype(args.dtype), ranks.device)
         data.check_vocabulary(int(documents.tokens.max(initial=0)), model.config.vocab_size, args.model)
@@ -278,7 +279,7 @@ def ifd_command(args: argparse.Namespace) -> None:
         with progress(len(todo), "ifd", "row", shown=ranks.rank == 0) as bar:
             for a in range(0, len(todo), CHUNK * ranks.world_size):
                 chosen = todo[a : a + CHUNK * ranks.world_size]
-                chunk = data.take(documents, chosen)
+                chunk = data.subset(documents, chosen)
                 found = measure_ifd(model, chunk, args.micro_tokens, ranks.rank, ranks.world_size)
                 tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
                 for d, score in zip(chosen, found.tolist()):
@@ -289,7 +290,7 @@ def ifd_command(args: argparse.Namespace) -> None:
             return
         store.close()
     took = time.monotonic() - started
-    scores = {where: store.of(key)[-1]["ifd"] for where, key in zip(documents.where, keys)}
+    scores = {where: store.of(key)[-1]["ifd"] for where, key in zip(documents.source, keys)}
     lines, without = [], []
     for where, raw, _, problem in rows:
         line = raw | {"ifd": scores.get(where)}
@@ -302,7 +303,7 @@ def ifd_command(args: argparse.Namespace) -> None:
             without.append(f"{where}: {line['ifd_reason']}")
         lines.append(line)
     values = np.array([s for s in scores.values() if s is not None])
-    print_listed("rows have no score", without)
+    print_list("rows have no score", without)
     if not len(values):
         raise InputError(f"{args.input}: none of {len(lines):,} rows has an IFD; {args.out} is not written")
     write_lines(args.out, lines)
@@ -318,8 +319,8 @@ def ifd_command(args: argparse.Namespace) -> None:
 
 def content_key(about: bytes, documents: Documents, d: int) -> str:
     """What a score belongs to: the model and how rows are rendered (`about`), and the tokens of document `d`."""
-    row = slice(documents.starts[d], documents.starts[d + 1])
-    content = documents.tokens[row].tobytes() + documents.supervised[row].tobytes()
+    row = slice(documents.offsets[d], documents.offsets[d + 1])
+    content = documents.tokens[row].tobytes() + documents.loss_mask[row].tobytes()
     return hashlib.sha256(about + content).hexdigest()[:32]
 
 
@@ -349,34 +350,34 @@ class Selection:
     scored: int = 0  # … of which so many have been
 
 
-def count_of(ratio: float, rows: int) -> int:
+def rows_to_choose(ratio: float, rows: int) -> int:
     """How many rows a ratio below 1 (a share of them) or from 1 on (a count) asks for."""
     return max(1, round(ratio * rows)) if ratio < 1 else min(rows, int(ratio))
 
 
-def given_ifd(scored: dict[Path, Documents]) -> dict[str, float]:
+def read_precomputed_ifd(scored: dict[Path, Documents]) -> dict[str, float]:
     """The IFD that files of `score.py ifd` hold, by the content of their tokenised rows; NaN where they hold none.
     Raises InputError for one that is negative or not finite."""
     given = {}
     for path, documents in scored.items():
-        ifd = {where: score_of(raw, "ifd", where) for where, raw, row, _ in each_row(path) if row}
+        ifd = {where: read_score(raw, "ifd", where) for where, raw, row, _ in each_row(path) if row}
         negative = [f"{where}: ifd {value:g}" for where, value in ifd.items() if value is not None and value < 0]
-        refuse(negative, "rows of --scores have a negative ifd, which is none")
-        for d, where in enumerate(documents.where):
+        raise_if_any(negative, "rows of --scores have a negative ifd, which is none")
+        for d, where in enumerate(documents.source):
             given[content_key(b"", documents, d)] = math.nan if ifd[where] is None else ifd[where]
     return given
 
 
-def matching_ifd(documents: Documents, given: dict[str, float], source: str) -> list[float]:
+def match_precomputed_ifd(documents: Documents, given: dict[str, float], source: str) -> list[float]:
     """The given IFD of each document; NaN where it can have none, whatever is given. Raises InputError where one is
     missing."""
     keys = [content_key(b"", documents, d) for d in range(len(documents))]
-    missing = [where for where, key in zip(documents.where, keys) if key not in given]
-    refuse(missing, f"of {len(documents)} rows of {source} are not in --scores")
-    return [given[key] if possible else math.nan for key, possible in zip(keys, scorable(documents))]
+    missing = [where for where, key in zip(documents.source, keys) if key not in given]
+    raise_if_any(missing, f"of {len(documents)} rows of {source} are not in --scores")
+    return [given[key] if possible else math.nan for key, possible in zip(keys, has_prompt_and_answer(documents))]
 
 
-def choose(ifd: np.ndarray, answers: list[str] | None, count: int, decay: float = 0.1) -> np.ndarray:
+def choose_rows(ifd: np.ndarray, answers: list[str] | None, count: int, decay: float = 0.1) -> np.ndarray:
     """IterIT's choice of at most `count` rows, best first (int64): by IFD (N,) times diversity of the `answers`, or
     without answers by IFD alone.
 
@@ -391,7 +392,7 @@ def choose(ifd: np.ndarray, answers: list[str] | None, count: int, decay: float 
     return np.concatenate([good[best], hard[np.argsort(ifd[hard], kind="stable")]])[:count].astype(np.int64)
 
 
-def renew(
+def select_epoch_rows(
     selection: Selection,
     options: SelectionOptions,
     model: Transformer,
@@ -399,7 +400,7 @@ def renew(
     tokenizer,
     epoch: int,
     count: int,
-    ranks: Ranks,
+    ranks: DistributedEnv,
     micro_tokens: int,
 ) -> Iterator[tuple[int, int]]:
     """Choose the `count` documents that `epoch` trains on (IterIT, section 3): `selection.chosen`.
@@ -410,9 +411,9 @@ def renew(
     may be saved, and the work left and taken up again. Every rank must exhaust it.
     """
     if selection.scoring != epoch:
-        candidates = np.flatnonzero(scorable(documents))
+        candidates = np.flatnonzero(has_prompt_and_answer(documents))
         if epoch > 0:
-            by_ifd = choose(np.array(selection.ifd, np.float32), None, len(documents))
+            by_ifd = choose_rows(np.array(selection.ifd, np.float32), None, len(documents))
             ranked = list(dict.fromkeys([*selection.chosen, *by_ifd.tolist()]))
             candidates = np.array(ranked[: round(options.update_ratio * count)])
         selection.scoring, selection.candidates = epoch, candidates.tolist()
@@ -421,7 +422,7 @@ def renew(
         selection.ifd = [math.nan] * len(documents)
     while selection.scored < len(selection.candidates):
         chunk = np.array(selection.candidates[selection.scored :][: CHUNK * ranks.world_size])
-        found = measure_ifd(model, data.take(documents, chunk), micro_tokens, ranks.rank, ranks.world_size)
+        found = measure_ifd(model, data.subset(documents, chunk), micro_tokens, ranks.rank, ranks.world_size)
         for d, value in zip(chunk.tolist(), found.tolist()):
             selection.ifd[d] = math.inf if math.isnan(value) else value  # too large for a number: worst of all
         selection.scored += len(chunk)
@@ -429,12 +430,12 @@ def renew(
     candidates, best = np.array(selection.candidates), None
     if ranks.rank == 0:
         answers = [decode_answer(documents, d, tokenizer) for d in candidates] if options.score_type == "both" else None
-        best = choose(np.array(selection.ifd, np.float32)[candidates], answers, count, options.diversity_decay)
+        best = choose_rows(np.array(selection.ifd, np.float32)[candidates], answers, count, options.diversity_decay)
     selection.chosen = candidates[broadcast(best)].tolist()
     selection.epoch = epoch
 
 
-def describe_choice(selection: Selection) -> str:
+def describe_selection(selection: Selection) -> str:
     """In words: how many of how many were chosen, and their IFD."""
     ifd = np.array(selection.ifd)[selection.chosen]
     hard = int((ifd >= 1).sum())
@@ -443,40 +444,40 @@ def describe_choice(selection: Selection) -> str:
 
 
 def decode_answer(documents: Documents, d: int, tokenizer) -> str:
-    row = slice(documents.starts[d], documents.starts[d + 1])
-    return tokenizer.decode(documents.tokens[row][documents.supervised[row]].tolist())
+    row = slice(documents.offsets[d], documents.offsets[d + 1])
+    return tokenizer.decode(documents.tokens[row][documents.loss_mask[row]].tolist())
 
 
 def write_selection(path: Path, documents: Documents, selection: Selection) -> None:
     """A line for each scored document: those chosen first, best first, then the others by IFD."""
     chosen, candidates = set(selection.chosen), np.array(selection.candidates)
-    by_ifd = candidates[choose(np.array(selection.ifd, np.float32)[candidates], None, len(candidates))].tolist()
+    by_ifd = candidates[choose_rows(np.array(selection.ifd, np.float32)[candidates], None, len(candidates))].tolist()
     lines = []
     for rank, d in enumerate(dict.fromkeys([*selection.chosen, *by_ifd]), 1):
         ifd = selection.ifd[d] if math.isfinite(selection.ifd[d]) else None
-        line = {"id": documents.ids[d], "where": documents.where[d], "ifd": ifd, "rank": rank, "chosen": d in chosen}
+        line = {"id": documents.ids[d], "where": documents.source[d], "ifd": ifd, "rank": rank, "chosen": d in chosen}
         lines.append(line)
     write_lines(path, lines)
 
 
 def select_command(args: argparse.Namespace) -> None:
-    refuse_overwriting([args.out], [args.scored])
+    check_output_paths([args.out], [args.scored])
     rows = read_good_rows(args.scored, args.skip_bad_rows)
-    answers = [answer_of(row) for row in rows]
-    count, started, note = count_of(args.ratio, len(rows)), time.monotonic(), ""
+    answers = [answer_text(row) for row in rows]
+    count, started, note = rows_to_choose(args.ratio, len(rows)), time.monotonic(), ""
     if args.by == "random":
         chosen = np.random.default_rng(args.seed).permutation(len(rows))[:count]
     elif args.by == "length":
         chosen = np.argsort([-len(a) for a in answers], kind="stable")[:count]
     else:
         args.score_key = args.score_key or choose_score_key(rows, "ifd")
-        found = [score_of(row.raw, args.score_key, row.where) for row in rows]
+        found = [read_score(row.raw, args.score_key, row.source) for row in rows]
         scores = np.array([math.nan if s is None else s for s in found])
         if (scores < 0).any():
-            raise InputError(f"{rows[int(np.argmax(scores < 0))].where}: {args.score_key} is negative")
+            raise InputError(f"{rows[int(np.argmax(scores < 0))].source}: {args.score_key} is negative")
         note = f" {int(np.isnan(scores).sum()):,} without {args.score_key} left out;"
         if args.score_key == "ifd":
-            chosen = choose(scores, answers if args.by == "diversity" else None, count, args.diversity_decay)
+            chosen = choose_rows(scores, answers if args.by == "diversity" else None, count, args.diversity_decay)
             hard = int((scores[chosen] >= 1).sum())
             note += f" {hard:,} taken at IFD 1 or above, since no better were left;" if hard else ""
         elif args.by == "score":
@@ -501,7 +502,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Difficulty of instructions; stages and selections made from it.", epilog=EXIT_CODES
     )
-    from parts.api import add_api_arguments  # here, so that training needs no httpx
+    from parts.api.ask import add_api_arguments  # here, so that training needs no httpx
 
     commands = parser.add_subparsers(dest="command", required=True)
     make = partial(commands.add_parser, formatter_class=HelpFormatter)
@@ -513,10 +514,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--prompt-file", type=Path, metavar="F", help="instead of the built-in prompt: {instruction} and {answer}"
     )
-    p.add_argument("--votes", type=positive, default=1, metavar="N", help="average N replies (at temperature 1)")
+    p.add_argument("--votes", type=positive_int, default=1, metavar="N", help="average N replies (at temperature 1)")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
     add_api_arguments(p)
-    p.set_defaults(work=difficulty)
+    p.set_defaults(work=difficulty_command)
 
     p = make("ifd", help="how little the prompt helps a local model to the answer")
     p.add_argument("input", type=Path, metavar="IN")
@@ -524,8 +525,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the rows as they are, and ifd")
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
     p.add_argument("--template", choices=data.TEMPLATES, help=template_help)
-    p.add_argument("--max-len", type=positive, default=2048, help="tokens; longer rows are cut at the end")
-    p.add_argument("--micro-tokens", type=positive, default=4096, help="tokens that go through the model at once")
+    p.add_argument("--max-len", type=positive_int, default=2048, help="tokens; longer rows are cut at the end")
+    p.add_argument("--micro-tokens", type=positive_int, default=4096, help="tokens that go through the model at once")
     p.add_argument(
         "--dtype",
         choices=["auto", "fp32", "bf16"],
@@ -545,7 +546,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="X",
         help="a stage ends below each bound (the defaults are Alpaca's)",
     )
-    p.add_argument("--equal", type=positive, metavar="K", help="instead: K stages of nearly equal size")
+    p.add_argument("--equal", type=positive_int, metavar="K", help="instead: K stages of nearly equal size")
     p.add_argument("--random", action="store_true", help="the same sizes, rows at random (the paper's control)")
     p.add_argument("--reverse", action="store_true", help="the hardest first")
     p.add_argument("--seed", type=int, default=0, help="of --random")
@@ -555,12 +556,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--allow-empty", action="store_true", help="leave empty stages out instead of stopping")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
     p.add_argument("--plots", action="store_true", help="also draw scores.png (needs matplotlib)")
-    p.set_defaults(work=stages)
+    p.set_defaults(work=stages_command)
 
     p = make("select", help="the best few per cent by score and diversity")
     p.add_argument("scored", type=Path, metavar="SCORED")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the chosen rows, best first")
-    p.add_argument("--ratio", type=share_or_count, default=0.05, help="a share of the rows below 1, from 1 on a count")
+    p.add_argument(
+        "--ratio", type=fraction_or_count, default=0.05, help="a share of the rows below 1, from 1 on a count"
+    )
     p.add_argument(
         "--by",
         choices=["diversity", "score", "length", "random"],
@@ -590,4 +593,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

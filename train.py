@@ -2,8 +2,8 @@
 
     torchrun train.py --stages s1 s2 s3
 
-Without arguments it trains the bundled demo. `phased_training` is the algorithm, `batch_gradients` its step,
-parts/saver.py what survives a kill. Above them stand the arguments, the data and the model; below them the start.
+Without arguments it trains the bundled demo. `phased_training` is the algorithm, `batch_gradients` its step;
+parts/checkpoints/saver.py saves. Above them: arguments, data and model; below them: the start of a run.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from parts.program import begin_process
+from parts.cli import handle_signals_and_parent
 
 if __name__ == "__main__":
-    begin_process()  # before torch, whose import takes seconds
+    handle_signals_and_parent()  # before torch, whose import takes seconds
 
 import numpy as np
 import torch
@@ -34,59 +34,69 @@ import generate
 import score
 from data import TEMPLATES, Documents
 from model import (
-    HEAD_KEPT,
+    UNTIED_HEAD_NOTE,
     Config,
     Transformer,
-    find_weights,
+    find_weight_files,
     hf_name,
     load_weights,
     read_config,
     save_model,
     weights_dtype,
 )
-from parts import cost, options
+from parts import memory_plan, options
 from parts.adamw import StochasticAdamW, random_key
+from parts.checkpoints.lock import Lock, lock_folder
+from parts.checkpoints.run_log import (
+    RunLog,
+    check_foreign_files,
+    check_same_run,
+    describe_run,
+    print_stages,
+    write_eval_matrix,
+)
+from parts.checkpoints.saver import Saver
+from parts.checkpoints.state import check_optimizer, newest_state, read_state, restore_state
+from parts.checkpoints.weights import check_weights
+from parts.cli import (
+    InputError,
+    StopRequest,
+    WorkError,
+    dataclass_from_args,
+    exit_process,
+    format_list,
+    print_list,
+    progress,
+    run_program,
+    strip_control_chars,
+)
 from parts.distributed import (
-    Ranks,
+    DistributedEnv,
     broadcast,
     check_shared,
     compute_dtype,
+    first_rank_works,
     gradient_norm,
+    init_distributed,
     is_first_rank,
-    join_ranks,
-    meet_ranks,
-    others_wait,
+    local_part,
+    rendezvous,
     reshard,
-    wait_for_first,
+    wait_for_first_rank,
 )
-from parts.lock import Lock, lock_folder
-from parts.memory import free_memory, memory_in_use
-from parts.options import Computation, Optimization, Output, Weights
-from parts.program import (
-    InputError,
-    Stop,
-    WorkError,
-    aside,
-    from_arguments,
-    leave,
-    listed,
-    print_listed,
-    printable,
-    progress,
+from parts.files import (
+    atomic_write,
+    fsync_path,
     read_json_object,
     recover_folder,
-    remove,
+    remove_path,
     replace_folder,
-    run_program,
     sha256,
-    sync,
-    write_file,
+    temporary_path,
 )
-from parts.record import RunLog, check_same_run, describe_run, print_stages, refuse_foreign, write_forgetting
-from parts.saver import Saver
-from parts.state import check_optimizer, newest_state, read_state, restore_state
-from parts.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
-from parts.weights import check_weights, local_part
+from parts.memory import free_memory, memory_in_use
+from parts.options import Computation, Optimization, Output, Weights
+from parts.text.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
 from score import Selection, SelectionOptions
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -133,21 +143,21 @@ def read_data(args: argparse.Namespace, first: bool) -> tuple[list[Stage], dict[
         names, folders, args.model, args.template, args.max_len, cache, keep=not args.dry_run, shown=first
     )
     used = {name: documents[name] for name in [*args.stages, *args.eval]}
-    data.refuse_bad_rows(used, args.skip_bad_rows)
-    given = score.given_ifd({Path(name): documents[name] for name in args.scores})
+    data.check_bad_rows(used, args.skip_bad_rows)
+    given = score.read_precomputed_ifd({Path(name): documents[name] for name in args.scores})
     stages = []
     for k, name in enumerate(args.stages):
         rng = np.random.default_rng([args.seed, k])
         earlier = [documents[n] for n in args.stages[:k] if args.replay]
-        replay = [data.take(d, rng.permutation(len(d))[: round(args.replay * len(d))]) for d in earlier]
-        source, all_rows = min(name, os.path.relpath(name), key=len), data.join([documents[name], *replay])
+        replay = [data.subset(d, rng.permutation(len(d))[: round(args.replay * len(d))]) for d in earlier]
+        source, all_rows = min(name, os.path.relpath(name), key=len), data.concat([documents[name], *replay])
         rows, ifd = len(all_rows), []
         if args.select != "none":
-            ifd = score.matching_ifd(all_rows, given, source) if args.scores else []
-            usable = ~np.isnan(ifd) if ifd else score.scorable(all_rows)
+            ifd = score.match_precomputed_ifd(all_rows, given, source) if args.scores else []
+            usable = ~np.isnan(ifd) if ifd else score.has_prompt_and_answer(all_rows)
             if not usable.any():
                 raise InputError(f"{source}: nothing to choose from, no row has both a prompt and an answer")
-            rows = min(score.count_of(args.ratio, rows), int(usable.sum()))
+            rows = min(score.rows_to_choose(args.ratio, rows), int(usable.sum()))
         replayed = sum(map(len, replay))
         stage = (f"stage{k + 1}", source, all_rows, replayed, args.epochs[k], args.lr[k], args.batch_size[k], rows, ifd)
         stages.append(Stage(*stage))
@@ -160,36 +170,38 @@ def read_data(args: argparse.Namespace, first: bool) -> tuple[list[Stage], dict[
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def outline(config: Config, weights: Weights, dtype: torch.dtype) -> Transformer:
+def build_meta_model(config: Config, weights: Weights, dtype: torch.dtype) -> Transformer:
     """The model as it is trained, on meta: without memory. `dtype` is that of the computation; beside adapters (LoRA)
     the frozen weights have it, too."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype if weights.lora else DTYPES[weights.weights])
         if weights.lora:
-            model.add_adapters(weights.lora, weights.lora_alpha, weights.lora_targets)
+            model.add_lora(weights.lora, weights.lora_alpha, weights.lora_targets)
     model.compute_dtype = dtype
     return model
 
 
-def build_model(folder: Path, config: Config, weights: Weights, computation: Computation, ranks: Ranks) -> Transformer:
+def build_model(
+    folder: Path, config: Config, weights: Weights, computation: Computation, ranks: DistributedEnv
+) -> Transformer:
     """The model of an HF folder, sharded over the ranks (FSDP2). Each rank reads its part."""
     dtype = compute_dtype(computation.dtype)
-    model = outline(config, weights, dtype)
-    files = find_weights(model, folder)
+    model = build_meta_model(config, weights, dtype)
+    files = find_weight_files(model, folder)
     for block in model.layers:
-        block.checkpointed = computation.checkpoint_activations
+        block.activation_checkpointing = computation.checkpoint_activations
         if computation.compile:
             block.compute = torch.compile(block.compute, dynamic=True)
     if ranks.world_size > 1:  # a rank alone would only make copies
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in [*model.layers, model]:
             fully_shard(part, mesh=ranks.mesh, mp_policy=policy)
-        register_fsdp_forward_method(model, "next_logits")  # for --sample
+        register_fsdp_forward_method(model, "logits_at")  # for --sample
     elif ranks.device.type == "cpu":
         model.embed.sparse = True  # its gradient only at the words that occur
     model.to_empty(device=ranks.device)
     load_weights(model, files)
-    model.init_adapters(weights.seed)
+    model.init_lora(weights.seed)
     return model
 
 
@@ -200,7 +212,7 @@ def trained_parameters(model: Transformer) -> dict[str, nn.Parameter]:
     To freeze some, leave them out of `chosen` (or freeze them before): what is not trained gets no gradient.
     """
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if model.adapted():
+    if model.lora_modules():
         chosen = {name: p for name, p in chosen.items() if "lora" in name}
     for name, p in model.named_parameters():
         p.requires_grad_(name in chosen)
@@ -226,12 +238,14 @@ def stage_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization
     return optimizer
 
 
-def check_reached(model: Transformer, trained: dict[str, nn.Parameter], documents: Documents, ranks: Ranks) -> None:
+def check_gradients(
+    model: Transformer, trained: dict[str, nn.Parameter], documents: Documents, ranks: DistributedEnv
+) -> None:
     """Raise ValueError where the loss does not depend on a trained parameter, which then would never move. Two tokens
     show it: the first that is supervised, and the one before it."""
-    at = int(documents.supervised[1:].argmax())
+    at = int(documents.loss_mask[1:].argmax())
     two = Documents(documents.tokens[at : at + 2], np.array([False, True]), np.array([0, 2]), [""], [""], [])
-    loss, _ = model(*(torch.from_numpy(a).to(ranks.device) for a in two.flat(np.array([0]))))
+    loss, _ = model(*(torch.from_numpy(a).to(ranks.device) for a in two.pack(np.array([0]))))
     loss.backward()
     missing = [name for name, p in trained.items() if p.grad is None]
     for p in trained.values():
@@ -249,7 +263,7 @@ def batch_gradients(
     documents: Documents,
     batch: np.ndarray,
     micro_tokens: int,
-    ranks: Ranks,
+    ranks: DistributedEnv,
     between: Callable[[], None],
 ) -> float:
     """Leaves in every `p.grad` the gradient of the mean loss over the supervised tokens of the whole batch (sharded, if
@@ -263,14 +277,14 @@ def batch_gradients(
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     for part in data.micro_batches(batch, documents.lengths, ranks.world_size, micro_tokens)[ranks.rank]:
         between()
-        loss, _ = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.flat(part)))  # summed over tokens
+        loss, _ = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.pack(part)))  # summed over tokens
         (loss * (ranks.world_size / supervised)).backward()  # FSDP takes the mean over ranks
         total += loss.detach()
     dist.all_reduce(total)
     return total.item() / supervised
 
 
-def clip_gradients(trained: dict[str, nn.Parameter], most: float, ranks: Ranks) -> float:
+def clip_gradients(trained: dict[str, nn.Parameter], most: float, ranks: DistributedEnv) -> float:
     """Shorten the gradient to a norm of `most` (0: leave it); returns the norm that it had."""
     gradients = [local_part(p.grad)[0] for p in trained.values()]
     norm = gradient_norm(gradients, ranks)
@@ -290,7 +304,12 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_rati
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer, documents: Documents, micro_tokens: int, ranks: Ranks, between: Callable[[], None], name: str
+    model: Transformer,
+    documents: Documents,
+    micro_tokens: int,
+    ranks: DistributedEnv,
+    between: Callable[[], None],
+    name: str,
 ) -> float:
     """Mean loss over all supervised tokens; `between` as in `batch_gradients`, `name` is shown with the progress."""
     total = torch.zeros((), device=ranks.device, dtype=torch.float64)
@@ -299,7 +318,7 @@ def held_out_loss(
     with progress(len(parts), f"held-out loss, {name}", "micro-batch", shown=ranks.rank == 0) as bar:
         for part in parts:
             between()
-            _, losses = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.flat(part)))
+            _, losses = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.pack(part)))
             total += losses.double().sum()
             bar.update()
     reshard(model)
@@ -319,7 +338,7 @@ class Progress:
     step: int = 0  # of the stage
     global_step: int = 0
     skipped: int = 0  # steps left out because they were not finite
-    evaluated: int = -1  # the global step at which the held-out loss was measured last
+    last_eval_step: int = -1  # the global step at which the held-out loss was measured last
     metrics_size: int = 0  # of metrics.jsonl, in bytes
     order_size: int = 0  # of order.jsonl
     selection: Selection = field(default_factory=Selection)  # of this stage
@@ -330,14 +349,14 @@ class Run:
     """What the functions below work with; every rank has one. `saver` has the Progress and the optimizer."""
 
     output: Output
-    ranks: Ranks
+    ranks: DistributedEnv
     model: Transformer
     trained: dict[str, nn.Parameter]
     held_out: dict[str, Documents]
     micro_tokens: int
     log: RunLog
     saver: Saver
-    flops: cost.Flops  # of training
+    flops: memory_plan.Flops  # of training
     peak_flops: float | None  # of all ranks, a second
 
 
@@ -386,7 +405,7 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
     if selection.scoring < 0:
         selection.ifd = list(stage.ifd)
     given, tokenizer = epoch == 0 and bool(stage.ifd), load_tokenizer(run.output.model)
-    scoring = score.renew(
+    scoring = score.select_epoch_rows(
         selection, options, run.model, stage.documents, tokenizer, epoch, stage.rows, run.ranks, run.micro_tokens
     )
     with progress(0, f"{stage.name} IFD", "row", shown=run.ranks.rank == 0) as bar:
@@ -400,14 +419,14 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
         file = run.output.out / stage.name / f"selection-epoch{epoch}.jsonl"
         score.write_selection(file, stage.documents, selection)
     at = f"{stage.name}, epoch {epoch + 1}: {scored:,} rows scored in {seconds:.1f} s"
-    run.log.say(f"{at}, {score.describe_choice(selection)}")
+    run.log.info(f"{at}, {score.describe_selection(selection)}")
     return np.array(selection.chosen)
 
 
 def evaluate(run: Run, label: str) -> str:
     """Log the held-out losses, unless they are known for this step. Returns them in words."""
     done = run.saver.done
-    if done.evaluated == done.global_step:
+    if done.last_eval_step == done.global_step:
         return ""
     losses = {
         name: held_out_loss(run.model, documents, run.micro_tokens, run.ranks, run.saver.safe_point, name)
@@ -416,25 +435,29 @@ def evaluate(run: Run, label: str) -> str:
     for name, loss in losses.items():
         run.log.write({"stage": label, "global_step": done.global_step, "eval": name, "eval_loss": loss})
         if label == "start":
-            run.log.say(f"start: held-out loss {loss:.4f} ({name})")
-    done.evaluated = done.global_step
+            run.log.info(f"start: held-out loss {loss:.4f} ({name})")
+    done.last_eval_step = done.global_step
     return "".join(f", held-out loss {loss:.4f} ({name})" for name, loss in losses.items())
 
 
 def skip_step(run: Run, stage: Stage, batch: np.ndarray, loss: float, norm: float, most: int) -> None:
     """Leave out a step that is not finite and name its rows, or save and raise WorkError when `most` have been."""
-    done, rows = run.saver.done, [f"{stage.documents.ids[d]} ({stage.documents.where[d]})" for d in batch]
+    done, rows = run.saver.done, [f"{stage.documents.ids[d]} ({stage.documents.source[d]})" for d in batch]
     what = f"{stage.name}, step {done.step + 1}: the loss is {loss}, the gradient's norm {norm}"
     if done.skipped < most:
         done.skipped += 1
-        run.log.say(printable(listed(f"{what}: skipped ({done.skipped} of {most}). The rows of this batch:", rows, 10)))
+        run.log.info(
+            strip_control_chars(
+                format_list(f"{what}: skipped ({done.skipped} of {most}). The rows of this batch:", rows, 10)
+            )
+        )
         return
     run.saver.save()
     if run.ranks.rank > 0:
         raise WorkError("")  # the first rank says it
     raise WorkError(
         f"{what}. The weights before this step are kept in {run.output.out / 'resume'}. "
-        + listed("The rows of this batch:", rows)
+        + format_list("The rows of this batch:", rows)
         + "\nLook at these rows and at the learning rate; --skip-nonfinite N goes on, skipping up to N such steps."
     )
 
@@ -471,27 +494,29 @@ def finish_stage(run: Run, stage: Stage, last: bool) -> None:
     export(folder, run.model, run.output, run.ranks, samples)
     done = run.saver.done
     done.stage, done.step, done.selection = done.stage + 1, 0, Selection()
-    run.log.say(f"{stage.name} ({stage.source}): {stage.steps} steps, {run.log.end()}{held_out} -> {folder}")
+    run.log.info(f"{stage.name} ({stage.source}): {stage.steps} steps, {run.log.end()}{held_out} -> {folder}")
     for row in (samples or [])[:5]:
-        run.log.say(f"  {printable(row['instruction'])[:100]!r} -> {printable(row['output'])[:160]!r}")
+        run.log.info(
+            f"  {strip_control_chars(row['instruction'])[:100]!r} -> {strip_control_chars(row['output'])[:160]!r}"
+        )
     if last:
         if done.skipped:
-            run.log.say(
+            run.log.info(
                 f"{done.skipped} of {done.global_step} steps were skipped: their loss or gradient is not finite."
             )
         if run.held_out and run.ranks.rank == 0:
-            write_forgetting(run.output.out)
+            write_eval_matrix(run.output.out)
         run.saver.optimizer.state.clear()
         run.saver.save()
 
 
-def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, samples: list[dict] | None) -> None:
+def export(folder: Path, model: Transformer, output: Output, ranks: DistributedEnv, samples: list[dict] | None) -> None:
     """Write a stage's HF folder: weights, config, tokenizer, generation settings, template, samples. All or nothing:
     it is on disk before it takes the place of an older one, as `replace_folder` does it."""
-    new = aside(folder)
+    new = temporary_path(folder)
     try:
         if ranks.rank == 0:
-            remove(new)
+            remove_path(new)
         dist.barrier()
         save_model(model, new, DTYPES.get(output.save_dtype) or weights_dtype(model, output.model), output.model)
         if ranks.rank == 0:
@@ -499,17 +524,17 @@ def export(folder: Path, model: Transformer, output: Output, ranks: Ranks, sampl
             tokenizer = load_tokenizer(output.model)
             stop_ids = data.stop_ids(template, tokenizer)
             copy_tokenizer(output.model, new, data.chat_template(template, tokenizer), stop_ids)
-            write_file(new / "template.json", json.dumps({"template": output.template}))
+            atomic_write(new / "template.json", json.dumps({"template": output.template}))
             if samples is not None:
-                write_file(new / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False))
+                atomic_write(new / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False))
             for path in folder.glob("selection-epoch*.jsonl"):
                 shutil.copyfile(path, new / path.name)
-            sync(new, inside=True)
+            fsync_path(new, inside=True)
             replace_folder(folder)
     except (OSError, WorkError) as e:
         if ranks.rank == 0:
             with suppress(OSError):
-                remove(new)
+                remove_path(new)
         raise WorkError(f"{folder} could not be written ({e}): make room and give the same command again") from None
     dist.barrier()
 
@@ -521,24 +546,24 @@ def check_folder(args: argparse.Namespace) -> None:
     """Refuse an --out that is not this run's to write."""
     inputs = [args.model, *map(Path, [*args.stages, *args.eval, *args.scores]), *([args.sample] if args.sample else [])]
     written = [f"stage{k + 1}" for k in range(len(args.stages))]
-    refuse_foreign(args.out, [*written, "resume", "metrics.jsonl", "order.jsonl", "held_out.json"], inputs)
+    check_foreign_files(args.out, [*written, "resume", "metrics.jsonl", "order.jsonl", "held_out.json"], inputs)
 
 
 def print_plan(args: argparse.Namespace, config: Config, stages: list[Stage], worlds: list[int]) -> None:
     """The memory that a rank needs, for each number of ranks: as asked, and with other weights."""
     cuda, planned = args.plan_gpu is not None or torch.cuda.is_available(), {}
     dtype = compute_dtype("bf16" if args.plan_gpu is not None and args.dtype == "auto" else args.dtype)
-    for way, weights in options.other_ways(from_arguments(Weights, args)).items():
-        model = outline(config, weights, dtype)
+    for way, weights in options.unsupported_combinations(dataclass_from_args(Weights, args)).items():
+        model = build_meta_model(config, weights, dtype)
         trained, planned[way] = set(trained_parameters(model)), {}
         for world in worlds:
             found = [data.largest_micro_batch(s.documents, s.batch_size, world, args.micro_tokens) for s in stages]
             most = (max(numbers) for numbers in zip(*found))  # tokens, supervised
             how = (world // args.replicas, dtype, *most, args.checkpoint_activations, cuda, args.replicas)
-            planned[way][world] = cost.memory_plan(model, trained, *how)
+            planned[way][world] = memory_plan.memory_plan(model, trained, *how)
     free = args.plan_gpu * 2**30 if args.plan_gpu is not None else free_memory(torch.device("cuda" if cuda else "cpu"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks that share a CPU's memory; `free` is the share of one
-    cost.print_memory(planned, {w: free * (1 if cuda else here / w) for w in worlds})
+    memory_plan.print_memory_plan(planned, {w: free * (1 if cuda else here / w) for w in worlds})
 
 
 def check_everything(
@@ -547,7 +572,7 @@ def check_everything(
     """What can be wrong is found before the first weight is read; the plan is printed, run.json written. A dry run
     writes nothing."""
     print("\n".join(template_notes))
-    model = outline(config, from_arguments(Weights, args), compute_dtype(args.dtype))
+    model = build_meta_model(config, dataclass_from_args(Weights, args), compute_dtype(args.dtype))
     stages, held_out, hashes = read_data(args, first=True)
     everything = [*(s.documents for s in stages), *held_out.values()]
     highest = max(int(d.tokens.max()) for d in everything)
@@ -561,7 +586,7 @@ def check_everything(
     description = describe_run(vars(args), {"torch": torch.__version__, "numpy": np.__version__}, hashes)
     description["skipped_rows"] = [line for documents in everything for line in documents.bad]
     defaults = vars(parse_args(["--stages", *args.stages, "--lr", "5e-4"]))
-    before = check_same_run(args.out / "run.json", description, options.FREE, defaults)
+    before = check_same_run(args.out / "run.json", description, options.RESUMABLE_ARGS, defaults)
     worlds = options.world_sizes(args)
     print_stages(stages, chosen=args.select != "none")
     longest = max(int(d.lengths.max()) for d in everything)
@@ -571,35 +596,35 @@ def check_everything(
             f"longest row has {longest:,} tokens",
             file=sys.stderr,
         )
-    print_listed("rows that cannot be used are left out (run.json lists them all)", description["skipped_rows"])
-    data.print_lossy(everything)
+    print_list("rows that cannot be used are left out (run.json lists them all)", description["skipped_rows"])
+    data.print_unencodable(everything)
     total, trained = sum(p.numel() for p in model.parameters()), trained_parameters(model)
     learned = sum(p.numel() for p in trained.values())
     of = "" if learned == total else f", {learned:,} of them trained"
     name, dtype = min(str(args.model), os.path.relpath(args.model), key=len), compute_dtype(args.dtype)
     print(f"{name}: {total:,} parameters{of}, {dtype} computation.")
-    if config.head_kept:
-        print(HEAD_KEPT)
+    if config.untied_head:
+        print(UNTIED_HEAD_NOTE)
     if not args.dry_run or list(args.model.glob("*.safetensors")):  # a plan needs no weights
-        find_weights(model, args.model)
+        find_weight_files(model, args.model)
     if args.dry_run:
         print_plan(args, config, stages, worlds)
     else:
         description["weights"] = before.get("weights")
-        write_file(args.out / "run.json", json.dumps(description, indent=1))
+        atomic_write(args.out / "run.json", json.dumps(description, indent=1))
     return stages, held_out
 
 
 def resume_run(
     args: argparse.Namespace,
-    ranks: Ranks,
+    ranks: DistributedEnv,
     model: Transformer,
     held_out: dict[str, Documents],
-    stop: Stop,
+    stop: StopRequest,
     lock: Lock | None,
 ) -> Run:
     """A run that goes on from the newest whole state in --out, or begins. What killed processes left is put right."""
-    output, optimization, found = from_arguments(Output, args), from_arguments(Optimization, args), None
+    output, optimization, found = dataclass_from_args(Output, args), dataclass_from_args(Optimization, args), None
     stop.deferred = True
     if ranks.rank == 0:
         for k in range(len(args.stages)):
@@ -616,9 +641,12 @@ def resume_run(
     log = RunLog(args.out if ranks.rank == 0 else None, done.metrics_size, done.order_size)
     if found:
         at = f"stage {done.stage + 1}, step {done.step}" if done.stage < len(args.stages) else "all stages done"
-        log.say(f"Going on from {found}: {at}.")
+        log.info(f"Going on from {found}: {at}.")
     how = (args.save_every, ranks, model, trained, optimizer, done, log, stop, lock)
-    flops, peak = cost.training_flops(model, set(trained)), cost.peak_flops(ranks.device, model.compute_dtype)
+    flops, peak = (
+        memory_plan.training_flops(model, set(trained)),
+        memory_plan.peak_flops(ranks.device, model.compute_dtype),
+    )
     peak = peak * ranks.world_size if peak else None
     saver = Saver(args.out / "resume", *how)
     return Run(output, ranks, model, trained, held_out, args.micro_tokens, log, saver, flops, peak)
@@ -628,20 +656,26 @@ def train(
     args: argparse.Namespace,
     stages: list[Stage],
     held_out: dict[str, Documents],
-    ranks: Ranks,
-    stop: Stop,
+    ranks: DistributedEnv,
+    stop: StopRequest,
     lock: Lock | None,
 ) -> None:
     """On every rank: build the model, go on from where the run is, train."""
     try:
         model = build_model(
-            args.model, read_config(args.model), from_arguments(Weights, args), from_arguments(Computation, args), ranks
+            args.model,
+            read_config(args.model),
+            dataclass_from_args(Weights, args),
+            dataclass_from_args(Computation, args),
+            ranks,
         )
         check_weights({hf_name(name): p for name, p in model.named_parameters()}, args.model, args.out)
-        check_reached(model, trained_parameters(model), stages[0].documents, ranks)
+        check_gradients(model, trained_parameters(model), stages[0].documents, ranks)
         run = resume_run(args, ranks, model, held_out, stop, lock)
         with closing(run.log):
-            phased_training(stages, from_arguments(Optimization, args), from_arguments(SelectionOptions, args), run)
+            phased_training(
+                stages, dataclass_from_args(Optimization, args), dataclass_from_args(SelectionOptions, args), run
+            )
     except torch.OutOfMemoryError as e:
         ways = f"--micro-tokens {args.micro_tokens // 2}, --checkpoint-activations, --weights bf16 or --lora 16"
         raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None
@@ -659,7 +693,7 @@ def choose_template(args: argparse.Namespace) -> list[str]:
 
 
 def start(args: argparse.Namespace) -> None:
-    stop, config, lock = begin_process(), read_config(args.model), None
+    stop, config, lock = handle_signals_and_parent(), read_config(args.model), None
     template_notes = choose_template(args)
     if args.dry_run:
         if is_first_rank():
@@ -669,16 +703,16 @@ def start(args: argparse.Namespace) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    store = meet_ranks()
+    store = rendezvous()
     with ExitStack() as stack:
         if is_first_rank():
-            with others_wait(store):
+            with first_rank_works(store):
                 check_folder(args)
                 lock = stack.enter_context(lock_folder(args.out))
                 stages, held_out = check_everything(args, config, template_notes)
         else:
-            wait_for_first(store)
-        with join_ranks(args.replicas, store) as ranks:
+            wait_for_first_rank(store)
+        with init_distributed(args.replicas, store) as ranks:
             check_shared(args.out / "lock")
             if ranks.rank > 0:  # from what the first has cached
                 stages, held_out, _ = read_data(args, first=False)
@@ -692,4 +726,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

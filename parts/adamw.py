@@ -9,13 +9,13 @@ import hashlib
 import torch
 from torch import Tensor
 
-from parts.weights import local_part
+from parts.distributed import local_part
 
-AT_ONCE = {"cpu": 2**18, "cuda": 2**23}  # numbers; on a CPU what its caches hold, and enough for several cores
+CHUNK = {"cpu": 2**18, "cuda": 2**23}  # numbers; on a CPU what its caches hold, and enough for several cores
 LARGEST = torch.finfo(torch.float32).max
 
 
-def round_(x: Tensor, bits: Tensor) -> Tensor:
+def stochastic_round_(x: Tensor, bits: Tensor) -> Tensor:
     """fp32 numbers, in place, to one of their two neighbours in bf16: away from zero with the probability of the part
     cut off, in steps of 2^-16. `bits` (int32) are random from 0 to 65535. What bf16 holds, inf and NaN stay."""
     endless = x.clamp(-LARGEST, LARGEST)
@@ -48,7 +48,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             group["step"] += 1
         parameters = [(group, p) for group in self.param_groups for p in group["params"]]
         device, now = parameters[0][1].device, (self.seed, self.param_groups[0]["step"])
-        length = AT_ONCE[device.type]
+        length = CHUNK[device.type]
         generator = torch.Generator(device).manual_seed(random_key(*now))
         table = torch.randint(2**16, (2, 2 * length), dtype=torch.int32, device=device, generator=generator)
         for number, (group, p) in enumerate(parameters):
@@ -75,6 +75,6 @@ class StochasticAdamW(torch.optim.Optimizer):
         root = torch.sqrt(v, out=g).mul_((1 - beta2**step) ** -0.5).add_(group["eps"])
         w.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**step))
         weight, _, exp_avg, exp_avg_sq = held
-        weight.copy_(round_(w, bits[0]))
-        exp_avg.copy_(round_(m, bits[1]))
-        exp_avg_sq.copy_(round_(v, bits[1]))
+        weight.copy_(stochastic_round_(w, bits[0]))
+        exp_avg.copy_(stochastic_round_(m, bits[1]))
+        exp_avg_sq.copy_(stochastic_round_(v, bits[1]))

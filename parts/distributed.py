@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from parts.program import InputError, WorkError, die_with_parent
+from parts.cli import InputError, WorkError, set_parent_death_signal
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedEnv:
     """`rank` of `world_size` processes, each with its own device; `mesh` is how a model is sharded over them."""
 
     rank: int
@@ -41,21 +43,31 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-MEETING = 600  # seconds in which all ranks must have come; they start together
-ANSWER = 10  # seconds in which torchrun, which runs already, must answer; else it has been killed
-LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in torch's messages
+RENDEZVOUS_SECONDS = 600  # seconds in which all ranks must have come; they start together
+TORCHRUN_REPLY_SECONDS = 10  # seconds in which torchrun, which runs already, must answer; else it has been killed
+PEER_LOST_MESSAGES = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)  # in torch's messages
 
 
-def meet_ranks() -> dist.Store:
+def rendezvous() -> dist.Store:
     """The store through which the ranks of torchrun find each other, once all have come; alone, one of its own. Raises
-    WorkError where they have not within MEETING seconds."""
+    WorkError where they have not within RENDEZVOUS_SECONDS."""
     if "RANK" not in os.environ:
         return dist.HashStore()
-    rank, world_size, end = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), time.monotonic() + MEETING
+    rank, world_size, end = (
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+        time.monotonic() + RENDEZVOUS_SECONDS,
+    )
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; else by the first rank
     store, serves = None, rank == 0 and not served
-    answer = time.monotonic() + (ANSWER if served else MEETING)
+    answer = time.monotonic() + (TORCHRUN_REPLY_SECONDS if served else RENDEZVOUS_SECONDS)
     while store is None:
         try:
             # In C++ no signal is answered, so it waits for a few seconds at a time.
@@ -66,17 +78,17 @@ def meet_ranks() -> dist.Store:
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     store.set(f"rank {rank} came", "")
     for other in range(world_size):
-        wait_for(store, f"rank {other} came", end)
+        wait_for_key(store, f"rank {other} came", end)
     return store
 
 
-def wait_for(store: dist.Store, key: str, end: float = math.inf) -> bytes:
+def wait_for_key(store: dist.Store, key: str, end: float = math.inf) -> bytes:
     """What another rank sets under `key`; signals are answered meanwhile. Raises WorkError when the store is gone, or
     at the time `end` (of time.monotonic)."""
     try:
         while not store.check([key]):
             if time.monotonic() > end:
-                raise WorkError(f"{key!r} has not happened in {MEETING} s: the ranks did not all start")
+                raise WorkError(f"{key!r} has not happened in {RENDEZVOUS_SECONDS} s: the ranks did not all start")
             time.sleep(0.02)
         return store.get(key)
     except dist.DistError:
@@ -84,8 +96,8 @@ def wait_for(store: dist.Store, key: str, end: float = math.inf) -> bytes:
 
 
 @contextmanager
-def others_wait(store: dist.Store) -> Iterator[None]:
-    """On the first rank: work that the others are waiting for in `wait_for_first`."""
+def first_rank_works(store: dist.Store) -> Iterator[None]:
+    """On the first rank: work that the others are waiting for in `wait_for_first_rank`."""
     try:
         yield
     except BaseException:
@@ -95,27 +107,27 @@ def others_wait(store: dist.Store) -> Iterator[None]:
     store.set("first rank", "done")
 
 
-def wait_for_first(store: dist.Store) -> None:
-    """Until the block of `others_wait` has ended on the first rank. Raises InputError, which that rank explains, where
-    it failed."""
-    if wait_for(store, "first rank") == b"failed":
+def wait_for_first_rank(store: dist.Store) -> None:
+    """Wait until the block of `first_rank_works` has ended on the first rank. Raises InputError, which that rank
+    explains, where it failed."""
+    if wait_for_key(store, "first rank") == b"failed":
         raise InputError("")
 
 
 @contextmanager
-def join_ranks(replicas: int = 1, store: dist.Store | None = None) -> Iterator[Ranks]:
-    """Join torchrun's process group, or be a group of one; leave it at the end. `store`: of `meet_ranks`.
+def init_distributed(replicas: int = 1, store: dist.Store | None = None) -> Iterator[DistributedEnv]:
+    """Join torchrun's process group, or be a group of one; leave it at the end. `store`: of `rendezvous`.
 
     Raises InputError, and WorkError in place of what torch raises when another rank has ended."""
-    keep_memory()
+    tune_malloc()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        die_with_parent(signal.SIGTERM)  # when torchrun itself is killed
+        set_parent_death_signal(signal.SIGTERM)  # when torchrun itself is killed
     place = {"rank": int(os.environ.get("RANK", 0)), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
-    store = dist.PrefixStore("group", store or meet_ranks())
+    store = dist.PrefixStore("group", store or rendezvous())
     # The first rank writes a large model while the others wait.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), store=store, **place)
     try:
@@ -126,11 +138,11 @@ def join_ranks(replicas: int = 1, store: dist.Store | None = None) -> Iterator[R
         if replicas > 1:
             shape, names = (replicas, world_size // replicas), ("replicate", "shard")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        yield Ranks(dist.get_rank(), world_size, device, mesh)
+        yield DistributedEnv(dist.get_rank(), world_size, device, mesh)
     except WorkError:
         raise
     except RuntimeError as e:
-        if isinstance(e, dist.DistError) or any(word in str(e) for word in LOST):
+        if isinstance(e, dist.DistError) or any(word in str(e) for word in PEER_LOST_MESSAGES):
             raise WorkError(f"rank {place['rank']}: another rank has ended; the same command goes on") from e
         raise
     finally:
@@ -153,7 +165,7 @@ def all_reduce(numbers: list[float]) -> list[float]:
     return total.tolist()
 
 
-def gradient_norm(gradients: list[Tensor], ranks: Ranks) -> float:
+def gradient_norm(gradients: list[Tensor], ranks: DistributedEnv) -> float:
     """The norm over all these gradients (this rank's parts of them) and all ranks. In pieces and fp64: torch's own norm
     of a large fp32 tensor on a CPU is wrong in the third digit, and differs with the number of ranks."""
     square = torch.zeros((), device=ranks.device, dtype=torch.float64)
@@ -165,6 +177,20 @@ def gradient_norm(gradients: list[Tensor], ranks: Ranks) -> float:
     return square.sqrt().item()
 
 
+def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The part of a tensor that this rank owns, and its offset in the whole; all of a plain tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.dim()
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), tuple(offset)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor, plain or sharded; of a sharded one every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
 def check_shared(file: Path) -> None:
     """Raise InputError, on every rank, where some rank does not see the `file` that rank 0 has written."""
 
@@ -192,7 +218,7 @@ def compute_dtype(choice: str) -> torch.dtype:
     return torch.bfloat16 if choice == "bf16" else torch.float32
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Tell glibc to keep freed memory for the next step: mapping it again costs a CPU run a third of its time."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         try:

@@ -14,7 +14,7 @@ import numpy as np
 class SparseRows:
     """A sparse matrix of TF-IDF weights, row after row: row r's are `weights[starts[r]:starts[r + 1]]` of `terms`."""
 
-    starts: np.ndarray  # (N+1,) int64
+    offsets: np.ndarray  # (N+1,) int64
     terms: np.ndarray  # (M,) int32, each at most once in a row
     weights: np.ndarray  # (M,) float64, of unit length in a row
     n_terms: int
@@ -67,8 +67,8 @@ def pick_diverse(scores: np.ndarray, matrix: SparseRows, count: int, decay: floa
     fresh value still tops a heap of old ones is the best. The same choice as summing every row again at every pick.
     """
     factors = np.ones(matrix.n_terms)
-    pieces = [slice(a, b) for a, b in zip(matrix.starts[:-1], matrix.starts[1:])]
-    sums = np.add.reduceat(np.append(matrix.weights, 0.0), matrix.starts)[:-1] * (np.diff(matrix.starts) > 0)
+    pieces = [slice(a, b) for a, b in zip(matrix.offsets[:-1], matrix.offsets[1:])]
+    sums = np.add.reduceat(np.append(matrix.weights, 0.0), matrix.offsets)[:-1] * (np.diff(matrix.offsets) > 0)
     heap = [(-float(scores[r] * sums[r]), r, 0) for r in range(len(scores)) if not math.isnan(scores[r])]
     heapq.heapify(heap)
     chosen: list[int] = []

@@ -36,7 +36,7 @@ class NoGradient:
     mark_non_differentiable = save_for_backward
 
 
-def apply(function: type[torch.autograd.Function], *inputs):
+def apply_function(function: type[torch.autograd.Function], *inputs):
     """function.apply(*inputs). Without gradients its forward alone: a Function costs more than the products of one
     token of a small model."""
     return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NoGradient(), *inputs)
@@ -54,7 +54,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (T, C) over the root of its mean square, times weight (C,); in the dtype of x."""
     if on_cuda(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return apply(RMSNorm, x, weight, eps)  # the CPU has no such kernel, and of the plain one autograd keeps six copies
+    return apply_function(
+        RMSNorm, x, weight, eps
+    )  # the CPU has no such kernel, and of the plain one autograd keeps six copies
 
 
 class RMSNorm(torch.autograd.Function):
@@ -91,7 +93,7 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, heads, hd), its dimension i paired with i + hd/2 as Hugging Face's weights expect, turned by the angles
     whose (cos, cos) and (-sin, sin) are `cos` and `sin` (T, 1, hd)."""
-    return apply(Rotate, x, cos, sin)
+    return apply_function(Rotate, x, cos, sin)
 
 
 class Rotate(torch.autograd.Function):
@@ -120,11 +122,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # ---------------------------------------------------------------- attention
 
 
-def plain_attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+def plain_varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sliding_window: int | None) -> Tensor:
     T, device = len(q), q.device
     document = torch.arange(len(cu_seqlens) - 1, device=device).repeat_interleave(cu_seqlens.diff())  # (T,)
     back = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)  # (T, T): how far behind a key lies
-    seen = (document[:, None] == document) & (back >= 0) & (back < (window or T + 1))
+    seen = (document[:, None] == document) & (back >= 0) & (back < (sliding_window or T + 1))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (T, H, hd)
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
     p = scores.masked_fill(~seen, -math.inf).softmax(-1, dtype=at_least_fp32(q)).to(q.dtype)
@@ -135,19 +137,21 @@ VARLEN_OPTIONS = signature(varlen_attn).parameters  # torch 2.10 has no window_s
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # FlashAttention's
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int | None) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, sliding_window: int | None
+) -> Tensor:
     """Causal attention inside each document: q (T, H, hd), k and v (T, G, hd) -> (T, H, hd), in the dtype of q.
 
-    `cu_seqlens` (D+1,) int32: where documents begin and end; `longest`: tokens of the longest; `window`: a token sees
-    itself and the window - 1 before it. On CUDA by varlen_attn wherever that can; it wants heads of at most 256
-    dimensions, a multiple of 8.
+    `cu_seqlens` (D+1,) int32: where documents begin and end; `longest`: tokens of the longest; `sliding_window`: a
+    token sees itself and the sliding_window - 1 tokens before it. On CUDA by varlen_attn where possible: it needs
+    heads of at most 256 dimensions, a multiple of 8.
     """
     heads_fit = q.shape[2] <= 256 and q.shape[2] % 8 == 0
-    windows_fit = window is None or "window_size" in VARLEN_OPTIONS
+    windows_fit = sliding_window is None or "window_size" in VARLEN_OPTIONS
     if not (on_cuda(q) and q.dtype in VARLEN_DTYPES and heads_fit and windows_fit):
-        return attend_each(q, k, v, cu_seqlens, window)
+        return looped_attention(q, k, v, cu_seqlens, sliding_window)
     if "window_size" in VARLEN_OPTIONS:
-        options = {"window_size": (-1 if window is None else window - 1, 0)}
+        options = {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
     else:
         options = {"is_causal": True}
     if "enable_gqa" in VARLEN_OPTIONS:
@@ -157,33 +161,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, wi
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
-LONG = 384  # tokens of a document from which on torch's own kernel is the faster one on a CPU
+SDPA_MIN_TOKENS = 384  # tokens of a document from which on torch's own kernel is the faster one on a CPU
 
 
 @torch.compiler.disable  # a Python loop whose length changes with every batch: left out of compiled graphs
-def attend_each(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-    """`attend` where varlen_attn does not run: a long document by scaled_dot_product_attention, which has no windows,
-    the short ones between two long ones by `Attention`."""
+def looped_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sliding_window: int | None) -> Tensor:
+    """`varlen_attention` where varlen_attn does not run: a long document by scaled_dot_product_attention, which has no
+    windows, the short ones between two long ones by `Attention`."""
     runs: list[list[int]] = [[]]  # lengths of documents that go together
     for n in cu_seqlens.diff().tolist():
-        if n >= LONG and (window is None or n <= window):
+        if n >= SDPA_MIN_TOKENS and (sliding_window is None or n <= sliding_window):
             runs += [[n], []]
         else:
             runs[-1].append(n)
     out = []
     for i, (lengths, *inputs) in enumerate(zip(runs, *(x.split(list(map(sum, runs))) for x in (q, k, v)))):
-        out.append(attend_causally(*inputs) if i % 2 else apply(Attention, *inputs, lengths, window))
+        out.append(causal_attention(*inputs) if i % 2 else apply_function(Attention, *inputs, lengths, sliding_window))
     return torch.cat(out)
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one document."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, n, hd)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
 
 
-BLOCK = 512  # queries at a time: memory grows with a document's length, not with its square
+QUERY_BLOCK = 512  # queries at a time: memory grows with a document's length, not with its square
 
 
 class Attention(torch.autograd.Function):
@@ -191,13 +195,13 @@ class Attention(torch.autograd.Function):
     of up to a few hundred tokens, dense products are faster on a CPU than scaled_dot_product_attention."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], sliding_window: int | None) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.lengths, ctx.window = lengths, window
+        ctx.lengths, ctx.sliding_window = lengths, sliding_window
         out = torch.empty_like(q)
-        for queries, keys in attention_blocks(lengths, window):
-            o = probabilities(q[queries], k[keys], window) @ v[keys].transpose(0, 1)  # (G, R n, hd)
-            out[queries] = from_groups(o, q[queries])
+        for queries, keys in attention_blocks(lengths, sliding_window):
+            o = attention_weights(q[queries], k[keys], sliding_window) @ v[keys].transpose(0, 1)  # (G, R n, hd)
+            out[queries] = ungroup_query_heads(o, q[queries])
         return out
 
     @staticmethod
@@ -207,8 +211,8 @@ class Attention(torch.autograd.Function):
         G, scale, needed = k.shape[1], q.shape[2] ** -0.5, ctx.needs_input_grad
         dq = torch.empty_like(q) if needed[0] else None
         dk, dv = (torch.zeros_like(x) if need else None for x, need in ((k, needed[1]), (v, needed[2])))
-        for queries, keys in attention_blocks(ctx.lengths, ctx.window):
-            p, do = probabilities(q[queries], k[keys], ctx.window), to_groups(grad[queries], G)
+        for queries, keys in attention_blocks(ctx.lengths, ctx.sliding_window):
+            p, do = attention_weights(q[queries], k[keys], ctx.sliding_window), group_query_heads(grad[queries], G)
             if dv is not None:
                 dv[keys] += (p.mT @ do).transpose(0, 1)
             if dq is None and dk is None:
@@ -216,38 +220,42 @@ class Attention(torch.autograd.Function):
             dp = do @ v[keys].permute(1, 2, 0)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p * (dp - sum(p * dp))
             if dq is not None:
-                dq[queries] = from_groups(ds @ k[keys].transpose(0, 1), q[queries])
+                dq[queries] = ungroup_query_heads(ds @ k[keys].transpose(0, 1), q[queries])
             if dk is not None:
-                dk[keys] += (ds.mT @ to_groups(q[queries], G)).transpose(0, 1)
+                dk[keys] += (ds.mT @ group_query_heads(q[queries], G)).transpose(0, 1)
         return dq, dk, dv, None, None
 
 
-def attention_blocks(lengths: list[int], window: int | None) -> Iterator[tuple[slice, slice]]:
+def attention_blocks(lengths: list[int], sliding_window: int | None) -> Iterator[tuple[slice, slice]]:
     """(queries, keys) as slices of the flat run: blocks of each document's queries, and the keys that they may see."""
     start = 0
     for n in lengths:
-        for a in range(0, n, BLOCK):
-            b, first = min(a + BLOCK, n), 0 if window is None else max(0, a - window + 1)
+        for a in range(0, n, QUERY_BLOCK):
+            b, first = min(a + QUERY_BLOCK, n), 0 if sliding_window is None else max(0, a - sliding_window + 1)
             yield slice(start + a, start + b), slice(start + first, start + b)
         start += n
 
 
-def to_groups(x: Tensor, groups: int) -> Tensor:
+def group_query_heads(x: Tensor, groups: int) -> Tensor:
     """(n, H, hd) -> (G, R n, hd): the R query heads of a key/value head one below the other: no key is repeated."""
     return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
-def from_groups(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `to_groups`; `like` has the shape (n, H, hd) of the result."""
+def ungroup_query_heads(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `group_query_heads`; `like` has the shape (n, H, hd) of the result."""
     return x.unflatten(1, (-1, len(like))).permute(2, 0, 1, 3).reshape(like.shape)
 
 
-def probabilities(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, sliding_window: int | None) -> Tensor:
     """What the queries q (n, H, hd), the last n of the keys k (m, G, hd), attend to: (G, R n, m), rows sum to 1."""
     n, m, G = len(q), len(k), k.shape[1]
-    scores = (to_groups(q, G) * q.shape[2] ** -0.5) @ k.permute(1, 2, 0)
+    scores = (group_query_heads(q, G) * q.shape[2] ** -0.5) @ k.permute(1, 2, 0)
     hidden = torch.full((n, m), -math.inf, dtype=q.dtype, device=q.device)
-    hidden = hidden.triu(m - n + 1) if window is None else hidden.triu(m - n + 1) + hidden.tril(m - n - window)
+    hidden = (
+        hidden.triu(m - n + 1)
+        if sliding_window is None
+        else hidden.triu(m - n + 1) + hidden.tril(m - n - sliding_window)
+    )
     scores.view(G, -1, n, m).add_(hidden)
     return scores.softmax(-1, dtype=at_least_fp32(q)).to(q.dtype)
 
@@ -266,10 +274,10 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, T
 
     Returns its sum, differentiable, and each token's (N,), for measuring only; both fp32.
     """
-    return apply(CrossEntropy, x, weight, targets)
+    return apply_function(CrossEntropy, x, weight, targets)
 
 
-LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in fp32, whatever the vocabulary
+MAX_LOGITS = 2**24  # numbers; 64 MiB in fp32, whatever the vocabulary
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -277,7 +285,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        head, chunk = weight.to(x.dtype), max(1, LOGITS_AT_ONCE // len(weight))
+        head, chunk = weight.to(x.dtype), max(1, MAX_LOGITS // len(weight))
         losses = x.new_empty(len(x), dtype=at_least_fp32(x))
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=at_least_fp32(x)) if ctx.needs_input_grad[1] else None

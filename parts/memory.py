@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from parts.program import WorkError
+from parts.cli import WorkError
 
 
 def free_memory(device: torch.device) -> int:
@@ -83,7 +83,7 @@ def memory_in_use(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def ran_out(e: BaseException) -> str:
+def oom_message(e: BaseException) -> str:
     """What a MemoryError or RuntimeError says if it is about memory that is not there (CPUs have no class of their own
     for it), else ""."""
     if isinstance(e, WorkError):  # says all already

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.program import EXIT_CODES, HelpFormatter, InputError, amount, fraction, natural, positive, share_or_count
+from parts.cli import (
+    EXIT_CODES,
+    HelpFormatter,
+    InputError,
+    fraction,
+    fraction_or_count,
+    nonneg_float,
+    nonneg_int,
+    positive_int,
+)
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -26,7 +35,7 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add("--eval", nargs="+", default=[], metavar="F", help="held-out data: the loss on it is measured")
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
     add("--template", choices=templates, help=template_help)
-    add("--max-len", type=positive, default=2048, help="tokens; longer rows are cut at the end")
+    add("--max-len", type=positive_int, default=2048, help="tokens; longer rows are cut at the end")
     replay_help = "share of every earlier stage's rows mixed into a stage (default: 0; in the demo 0.1)"
     add("--replay", type=fraction, metavar="X", help=replay_help)
     add("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
@@ -41,26 +50,32 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
 
     title = "optimization (one value, or one per stage for --epochs --lr --batch-size)"
     add = parser.add_argument_group(title).add_argument
-    add("--epochs", nargs="+", type=positive, default=[1], metavar="N", help="passes over the stage")
-    add("--lr", nargs="+", type=amount, metavar="X", help="peak learning rate of AdamW (needed; for the demo 5e-4)")
+    add("--epochs", nargs="+", type=positive_int, default=[1], metavar="N", help="passes over the stage")
+    add(
+        "--lr",
+        nargs="+",
+        type=nonneg_float,
+        metavar="X",
+        help="peak learning rate of AdamW (needed; for the demo 5e-4)",
+    )
     batch_help = "documents in an optimizer step, over all ranks"
-    add("--batch-size", nargs="+", type=positive, default=[16], metavar="N", help=batch_help)
+    add("--batch-size", nargs="+", type=positive_int, default=[16], metavar="N", help=batch_help)
     add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
     add("--warmup-ratio", type=fraction, default=0.1, help="share of the steps in which the rate rises")
-    add("--weight-decay", type=amount, default=0.1, help="on matrices, not on norms and biases")
+    add("--weight-decay", type=nonneg_float, default=0.1, help="on matrices, not on norms and biases")
     add("--betas", nargs=2, type=fraction, default=[0.9, 0.95], metavar="B", help="of AdamW")
-    add("--clip", type=amount, default=1.0, help="largest gradient norm")
+    add("--clip", type=nonneg_float, default=1.0, help="largest gradient norm")
     state_help = "at a new stage: fresh optimizer and schedule (the paper), or one of each over all stages"
     add("--optimizer-state", choices=["reset", "keep"], default="reset", help=state_help)
-    add("--seed", type=natural, default=0, help="of the order of the rows, of adapters and of rounding")
+    add("--seed", type=nonneg_int, default=0, help="of the order of the rows, of adapters and of rounding")
 
     title = "weights: all in fp32 (16 bytes a parameter in training), all in bf16 (8), or small adapters alone (LoRA)"
     add = parser.add_argument_group(title).add_argument
     weights_help = "of weights, gradients and AdamW's moments; bf16 is rounded stochastically after every step"
     add("--weights", choices=["fp32", "bf16"], default="fp32", help=weights_help)
     lora_help = "freeze the weights and train adapters of rank R beside them; stageN/ is merged, stageN/adapter/ is not"
-    add("--lora", type=positive, metavar="R", help=lora_help)
-    add("--lora-alpha", type=amount, metavar="X", help="adapters count X / R times (default: 2 R)")
+    add("--lora", type=positive_int, metavar="R", help=lora_help)
+    add("--lora-alpha", type=nonneg_float, metavar="X", help="adapters count X / R times (default: 2 R)")
     targets_help = "the matrices that get adapters"
     add("--lora-targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="NAME", help=targets_help)
 
@@ -69,7 +84,10 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     select_help = "iterit: score rows with the model as it is and choose anew before every epoch; static: choose once"
     add("--select", choices=["none", "iterit", "static"], default="none", help=select_help)
     add(
-        "--ratio", type=share_or_count, default=0.05, help="rows an epoch trains on: a share below 1, from 1 on a count"
+        "--ratio",
+        type=fraction_or_count,
+        default=0.05,
+        help="rows an epoch trains on: a share below 1, from 1 on a count",
     )
     update_help = "before a later epoch the best X times as many rows are scored again"
     add("--update-ratio", type=float, default=3.0, metavar="X", help=update_help)
@@ -83,25 +101,25 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add = parser.add_argument_group(title).add_argument
     dtype_help = "of the computation; auto: bf16 where the device has it"
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=dtype_help)
-    add("--micro-tokens", type=positive, default=2048, help="tokens that go through the model at once")
+    add("--micro-tokens", type=positive_int, default=2048, help="tokens that go through the model at once")
     add("--checkpoint-activations", action="store_true", help="less memory for a third more computation")
     add("--compile", action="store_true", help="torch.compile the blocks")
     replicas_help = "HSDP: shard inside each of this many groups of ranks (say, nodes), replicate across them"
-    add("--replicas", type=positive, default=1, help=replicas_help)
+    add("--replicas", type=positive_int, default=1, help=replicas_help)
     add("--deterministic", action="store_true", help="bit-identical runs on CUDA too; slower")
 
     add = parser.add_argument_group("running").add_argument
     save_help = "steps between saved states (default: 10 minutes); a stage's end is always saved"
-    add("--save-every", type=positive, metavar="N", help=save_help)
-    add("--eval-every", type=positive, metavar="N", help="steps between measurements on --eval")
+    add("--save-every", type=positive_int, metavar="N", help=save_help)
+    add("--eval-every", type=positive_int, metavar="N", help="steps between measurements on --eval")
     sample_help = "prompts that every stage's model answers: stageN/samples.json, the first few printed"
     add("--sample", type=Path, metavar="F", help=sample_help)
     skip_help = "skip up to N steps whose loss or gradient is not finite, instead of stopping at the first"
-    add("--skip-nonfinite", type=natural, default=0, metavar="N", help=skip_help)
+    add("--skip-nonfinite", type=nonneg_int, default=0, metavar="N", help=skip_help)
     add("--dry-run", action="store_true", help="read data and config, print the plan and stop")
-    add("--plan-world-size", type=positive, metavar="N", help="with --dry-run: memory on N ranks as well")
+    add("--plan-world-size", type=positive_int, metavar="N", help="with --dry-run: memory on N ranks as well")
     gpu_help = "with --dry-run: plan for GPUs with X GiB free, wherever this is run"
-    add("--plan-gpu", type=amount, metavar="X", help=gpu_help)
+    add("--plan-gpu", type=nonneg_float, metavar="X", help=gpu_help)
     add("--debug", action="store_true", help="show tracebacks")
 
     return parser
@@ -158,7 +176,7 @@ def world_sizes(args: argparse.Namespace) -> list[int]:
 
 
 # Arguments which do not change what is computed: a run may go on with others.
-FREE = {
+RESUMABLE_ARGS = {
     "out",
     "save_every",
     "sample",
@@ -168,7 +186,7 @@ FREE = {
     "compile",
     "replicas",
 }
-FREE |= {"dry_run", "plan_world_size", "plan_gpu", "debug"}
+RESUMABLE_ARGS |= {"dry_run", "plan_world_size", "plan_gpu", "debug"}
 
 
 @dataclass(frozen=True)
@@ -194,7 +212,7 @@ class Weights:
     seed: int = 0  # of the adapters
 
 
-def other_ways(chosen: Weights) -> dict[str, Weights]:
+def unsupported_combinations(chosen: Weights) -> dict[str, Weights]:
     """The ways to hold and train weights, by their flags: the chosen one, then from the most memory to the least."""
     lora = chosen if chosen.lora else Weights(lora=16, lora_alpha=32.0)
     ways = {"--weights fp32": Weights(), "--weights bf16": Weights("bf16"), f"--lora {lora.lora}": lora}

@@ -13,8 +13,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts.program import InputError, from_arguments, print_table, read_json_object, refuse, run_program
-from parts.verdicts import about_questions
+from parts.cli import InputError, dataclass_from_args, print_table, raise_if_any, run_program
+from parts.files import read_json_object
+from parts.report.win_rates import describe_questions
 
 ORDERS = ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1")
 NAMES = {"phased": "phased (1-2-3)", "random": "random stages", "stage3": "stage 3 only"}
@@ -22,7 +23,7 @@ TEST_SETS = "vicuna 80, koala 180, self-instruct 252, wizardlm 218, oasst 188, a
 
 
 @dataclass(frozen=True)
-class Usual:
+class Recipe:
     """Of a model: what fits on GPUs of 80 GB (never run on them by us), and the paper's average win rates - 50 %."""
 
     name: str
@@ -34,19 +35,21 @@ def paper(*orders: str, **others: str) -> dict[str, str]:
     return dict(zip(ORDERS, orders)) | {"random": "below 0"} | others
 
 
-USUAL = {  # by hidden size, intermediate size, layers, vocabulary; the paper's numbers as far as it gives them
-    (4096, 11008, 32, 32000): Usual(
+RECIPES = {  # by hidden size, intermediate size, layers, vocabulary; the paper's numbers as far as it gives them
+    (4096, 11008, 32, 32000): Recipe(
         "Llama-2 7B", 16384, paper("+7.26", "+4.59", "+2.14", "+2.26", "below 0", "below 0", stage3="+4.44")
     ),
-    (5120, 13824, 40, 32000): Usual("Llama-2 13B", 8192, paper("+7.35", "+5.57", "+3.53", "+2.71", "–", "-7.09")),
-    (8192, 28672, 80, 32000): Usual("Llama-2 70B", 4096, paper("+2.82")),
-    (4096, 14336, 32, 128256): Usual("Llama-3 8B", 16384, paper("+7.64", "+3.02", "+1.40", "+2.32", "-13.57", "-8.26")),
-    (8192, 28672, 80, 128256): Usual("Llama-3 70B", 4096, paper("over +5")),
-    (4096, 14336, 32, 32000): Usual("Mistral 7B", 16384, paper("+6.30")),
+    (5120, 13824, 40, 32000): Recipe("Llama-2 13B", 8192, paper("+7.35", "+5.57", "+3.53", "+2.71", "–", "-7.09")),
+    (8192, 28672, 80, 32000): Recipe("Llama-2 70B", 4096, paper("+2.82")),
+    (4096, 14336, 32, 128256): Recipe(
+        "Llama-3 8B", 16384, paper("+7.64", "+3.02", "+1.40", "+2.32", "-13.57", "-8.26")
+    ),
+    (8192, 28672, 80, 128256): Recipe("Llama-3 70B", 4096, paper("over +5")),
+    (4096, 14336, 32, 32000): Recipe("Mistral 7B", 16384, paper("+6.30")),
 }
 
 
-def usual_of(folder: Path) -> tuple[Usual, bool]:
+def recipe_of(folder: Path) -> tuple[Recipe, bool]:
     """For the model of an HF folder, and whether it is large."""
     raw = read_json_object(folder / "config.json")
     try:
@@ -56,11 +59,11 @@ def usual_of(folder: Path) -> tuple[Usual, bool]:
         raise InputError(f"{folder / 'config.json'}: no config of a Llama or Mistral model") from None
     parameters = 12 * layers * dim**2
     micro_tokens = 2**14 if parameters <= 10e9 else 2**13 if parameters <= 20e9 else 2**12
-    return USUAL.get(key) or Usual(folder.name, micro_tokens), parameters > 1e9
+    return RECIPES.get(key) or Recipe(folder.name, micro_tokens), parameters > 1e9
 
 
-def usual(args: argparse.Namespace) -> None:
-    found, large = usual_of(args.model)
+def print_flags(args: argparse.Namespace) -> None:
+    found, large = recipe_of(args.model)
     print(f"--micro-tokens {found.micro_tokens}" + " --checkpoint-activations" * large)
 
 
@@ -79,14 +82,14 @@ def plan(args: argparse.Namespace) -> None:
     import score
     import train
     from model import read_config
-    from parts import cost
-    from parts.api import api_options
+    from parts import memory_plan
+    from parts.api.ask import api_options
+    from parts.api.prompts import difficulty_prompt, judge_prompt
+    from parts.api.questions import fence, fill, tokens_in
     from parts.options import Weights
-    from parts.prompts import difficulty_prompt, judge_prompt
-    from parts.questions import fence, fill, tokens_in
-    from parts.rows import read_good_rows
-    from parts.testsets import read_prompts
-    from parts.tokenizers import load_tokenizer
+    from parts.text.rows import read_good_rows
+    from parts.text.testsets import read_prompts
+    from parts.text.tokenizers import load_tokenizer
 
     training = train.parse_args(["--stages", str(args.alpaca), *args.training])
     files = ["--prompts", *map(str, args.prompts), "--out", "answers.json"]
@@ -95,12 +98,12 @@ def plan(args: argparse.Namespace) -> None:
     prompts = [p for path in args.prompts for p in read_prompts(path)]
     places: dict[tuple[str, str], list[str]] = {}
     for p in prompts:
-        places.setdefault((p.dataset, p.id), []).append(p.where)
-    refuse([" and ".join(w) for w in places.values() if len(w) > 1], "prompts have the same data set and id")
+        places.setdefault((p.dataset, p.id), []).append(p.source)
+    raise_if_any([" and ".join(w) for w in places.values() if len(w) > 1], "prompts have the same data set and id")
     rows = read_good_rows(args.alpaca, skip_bad=True)
     template, _ = data.choose_template(training.model, load_tokenizer(training.model), training.template)
     documents = data.tokenize_files([args.alpaca], training.model, template, training.max_len, shown=True)
-    model = train.outline(read_config(training.model), from_arguments(Weights, training), torch.bfloat16)
+    model = train.build_meta_model(read_config(training.model), dataclass_from_args(Weights, training), torch.bfloat16)
     learned = train.trained_parameters(model)
     trained = set(learned)
     parameters = sum(p.numel() for p in model.parameters())
@@ -117,11 +120,11 @@ def plan(args: argparse.Namespace) -> None:
 
     sent = 0
     for row in rows:
-        asked, answered = ("\n\n".join(score.conversation(row)[k::2]) for k in (0, 1))
+        asked, answered = ("\n\n".join(score.format_conversation(row)[k::2]) for k in (0, 1))
         sent += question(difficulty_prompt(None, False), {"instruction": asked, "answer": answered})
     table = [("difficulty", len(rows), sent, dollars(sent, len(rows)), 0.0, 0.0)]
-    flops = cost.training_flops(model, trained).of_batch(documents.lengths, int(documents.target_counts.sum()))
-    speed = cost.PEAK_FLOPS[args.gpu] * UTILIZATION / (4 / 3 if training.checkpoint_activations else 1)
+    flops = memory_plan.training_flops(model, trained).of_batch(documents.lengths, int(documents.target_counts.sum()))
+    speed = memory_plan.PEAK_FLOPS[args.gpu] * UTILIZATION / (4 / 3 if training.checkpoint_activations else 1)
     for arm in args.arms:
         share, tokens_share = STAGE_3 if arm == "stage3" else (1.0, 1.0)
         epochs = training.epochs[0]
@@ -153,10 +156,10 @@ def plan(args: argparse.Namespace) -> None:
     print_table(("from the beginning, estimated", "rows", "tokens", "dollars", "GPU hours", "disk, GB"), lines)
     micro = training.micro_tokens
     shape = (torch.bfloat16, micro, micro, training.checkpoint_activations, True)
-    memory = sum(cost.memory_plan(model, trained, args.gpus, *shape).values())
+    memory = sum(memory_plan.memory_plan(model, trained, args.gpus, *shape).values())
     where = f"{args.gpus} {args.gpu}"
     print(
-        f"{usual_of(training.model)[0].name}, {parameters:,} parameters, on {where}: about "
+        f"{recipe_of(training.model)[0].name}, {parameters:,} parameters, on {where}: about "
         f"{memory / 2**30:,.1f} GiB each while it trains. Hours are for {UTILIZATION:.0%} of their peak in training, "
         f"{BANDWIDTH / 1e12:g} TB/s\nin answering: guesses. Answers count as {longest} tokens. Stage 3 is taken as "
         f"{STAGE_3[0]:.0%} of the rows and {STAGE_3[1]:.0%} of the tokens, as in the paper's data."
@@ -170,7 +173,7 @@ def plan(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """A line for each arm that we or the paper have: win rate - 50 %, by test set and over all questions."""
-    found = usual_of(args.model)[0]
+    found = recipe_of(args.model)[0]
     ours = {(r["model"], r["dataset"], r["total"]): r for r in json.loads(args.report.read_text(encoding="utf-8"))}
     sets = list(dict.fromkeys(dataset for _, dataset, total in ours if not total))
     totals = {model: r for (model, _, total), r in ours.items() if total}
@@ -186,7 +189,7 @@ def table(args: argparse.Namespace) -> None:
     judge = ", ".join(dict.fromkeys(r["judge"] for r in ours.values()))
     print(f"{found.name}: win rate against one-off - 50 %, by {judge}; the paper's by gpt-4-0613")
     print_table(("", *sets, "all", "n", "95 %", "paper"), lines)
-    for line in about_questions(list(ours.values())):
+    for line in describe_questions(list(ours.values())):
         print(line)
 
 
@@ -202,7 +205,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("usual", help="flags of train.py that are usual for a model")
     p.add_argument("model", type=Path, metavar="MODEL", help="HF folder")
-    p.set_defaults(work=usual)
+    p.set_defaults(work=print_flags)
     p = commands.add_parser("plan", help="what the whole of it costs")
     p.add_argument("--alpaca", type=Path, required=True, metavar="F")
     p.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="F")

@@ -23,9 +23,9 @@ say "the first $count rows of $rows, and ten prompts"
 PYTHONPATH=$root "$python" - "$rows" "$count" "$out/rows.jsonl" "$prompts" "$out/prompts.jsonl" << 'PYTHON'
 import sys
 from pathlib import Path
-from parts.program import InputError, write_lines
-from parts.rows import messages_of, read_rows
-from parts.testsets import read_prompts
+from parts.cli import InputError, write_lines
+from parts.text.rows import messages_of, read_rows
+from parts.text.testsets import read_prompts
 
 try:
     rows, bad = read_rows(sys.argv[1])
@@ -57,7 +57,7 @@ done
 PYTHONPATH=$root "$python" - "$out/model.json" "$out/stage3.json" << 'PYTHON'
 import json
 import sys
-from parts.program import printable
+from parts.cli import printable
 
 before, after = (json.load(open(path, encoding="utf-8")) for path in sys.argv[1:])
 for a, b in zip(before, after):

@@ -58,17 +58,20 @@ def build(folder: Path, dtype: str, ranks, more: list[str]):
     """train.py's documents, model, trained parameters and optimizer, at a rate of 1e-4; `more` flags."""
     import train
     from model import read_config
-    from parts.program import from_arguments
+    from parts.cli import dataclass_from_args
 
     where = ["--model", str(folder), "--stages", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
     args = train.parse_args([*where, "--skip-bad-rows", "--dtype", dtype, "--lr", "1e-4", *more])
     documents = train.read_data(args, first=False)[0][0].documents
     base = peak_memory()
     model = train.build_model(
-        folder, read_config(folder), *(from_arguments(kind, args) for kind in (train.Weights, train.Computation)), ranks
+        folder,
+        read_config(folder),
+        *(dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation)),
+        ranks,
     )
     trained = train.trained_parameters(model)
-    optimizer = train.make_optimizer(trained, from_arguments(train.Optimization, args))
+    optimizer = train.make_optimizer(trained, dataclass_from_args(train.Optimization, args))
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     return documents, model, trained, optimizer, base
@@ -79,10 +82,10 @@ def ours(folder: Path, dtype: str, steps: int, more: list[str]) -> dict:
 
     import train
     from data import epoch_batches, micro_batches
-    from parts.cost import training_flops
-    from parts.distributed import join_ranks
+    from parts.distributed import init_distributed
+    from parts.memory_plan import training_flops
 
-    with join_ranks() as ranks:
+    with init_distributed() as ranks:
         documents, model, trained, optimizer, base = build(folder, dtype, ranks, more)
         of = training_flops(model, set(trained))
         seconds, supervised, tokens, flops = [], 0, 0, 0.0
@@ -140,8 +143,8 @@ def theirs(folder: Path, dtype: str, steps: int, way: str) -> dict:
     import transformers
 
     from data import TEMPLATES, epoch_batches, render
-    from parts.rows import read_rows
-    from parts.tokenizers import load_tokenizer
+    from parts.text.rows import read_rows
+    from parts.text.tokenizers import load_tokenizer
 
     rows, _ = read_rows(folder / "rows.jsonl")
     tokenizer = load_tokenizer(folder)
@@ -150,7 +153,7 @@ def theirs(folder: Path, dtype: str, steps: int, way: str) -> dict:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    seconds, supervised = [], 0
+    seconds, loss_mask = [], 0
     batches = epoch_batches(None, np.arange(len(rows)), BATCH, 0, 0, 0)
     for batch in batches[: steps + (way != "fixed")]:
         documents = [(rendered[d][0][:2048], rendered[d][1][:2048]) for d in batch]
@@ -185,8 +188,8 @@ def theirs(folder: Path, dtype: str, steps: int, way: str) -> dict:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         if way == "fixed" or len(seconds) > 1:
-            supervised += count
-    return {"supervised_per_second": supervised / sum(seconds[way != "fixed" :]), "memory": peak_memory() - base}
+            loss_mask += count
+    return {"supervised_per_second": loss_mask / sum(seconds[way != "fixed" :]), "memory": peak_memory() - base}
 
 
 # ---------------------------------------------------------------- all of them
@@ -325,10 +328,10 @@ def linear(folder: Path) -> None:
     import numpy as np
 
     import train
-    from parts.distributed import join_ranks
+    from parts.distributed import init_distributed
 
     per_token = {}
-    with join_ranks() as ranks:
+    with init_distributed() as ranks:
         documents, model, trained, _, _ = build(folder, "auto", ranks, [])
         for size in (16, 64, 256):
             times = []
@@ -433,12 +436,12 @@ def bench_ifd(folder: Path) -> None:
 
     from data import TEMPLATES, render, tokenize_files
     from model import load_model
-    from parts.distributed import compute_dtype, keep_memory
-    from parts.rows import read_rows
-    from parts.tokenizers import load_tokenizer
+    from parts.distributed import compute_dtype, tune_malloc
+    from parts.text.rows import read_rows
+    from parts.text.tokenizers import load_tokenizer
     from score import measure_ifd
 
-    keep_memory()
+    tune_malloc()
 
     lines = (SHARED / "alpaca_scored_stage3.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "ifd.jsonl").write_bytes(b"".join([x for x in lines if json.loads(x)["data"][1].strip()][:500]))
@@ -447,8 +450,8 @@ def bench_ifd(folder: Path) -> None:
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     pairs = []
     for row in read_rows(folder / "ifd.jsonl")[0]:
-        tokens, supervised = render(row.turns, TEMPLATES["phased"], tokenizer)
-        answer = [t for t, s in zip(tokens, supervised) if s]
+        tokens, loss_mask = render(row.turns, TEMPLATES["phased"], tokenizer)
+        answer = [t for t, s in zip(tokens, loss_mask) if s]
         pairs.append(((tokens, len(tokens) - len(answer)), ([tokenizer.bos_id, *answer], 1)))
 
     @torch.no_grad()
@@ -470,14 +473,14 @@ def bench_ifd(folder: Path) -> None:
             out += [math.exp(x - y) for x, y in zip(means[:half], means[half:])]
         return out
 
-    usual = load_model(folder, compute_dtype("auto"))
+    defaults = load_model(folder, compute_dtype("auto"))
     ours, default, theirs = [], [], []
     for _ in range(3):
         start = time.perf_counter()
         mine = measure_ifd(model, documents)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
-        measure_ifd(usual, documents)
+        measure_ifd(defaults, documents)
         default.append(time.perf_counter() - start)
         start = time.perf_counter()
         reference = padded()
@@ -501,10 +504,10 @@ def bench_iterit(folder: Path) -> None:
     import data
     import score
     from model import load_model
-    from parts.distributed import compute_dtype, keep_memory
-    from parts.tokenizers import load_tokenizer
+    from parts.distributed import compute_dtype, tune_malloc
+    from parts.text.tokenizers import load_tokenizer
 
-    keep_memory()
+    tune_malloc()
     lines = (SHARED / "alpaca_scored_stage3.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "rows.jsonl").write_bytes(b"".join([x for x in lines if json.loads(x)["data"][1].strip()][:2000]))
     ratios = []
@@ -538,32 +541,32 @@ def bench_iterit(folder: Path) -> None:
             ratios.append(chose / sum(r["seconds"] for r in rows if r["epoch"] == epoch and "loss" in r))
     where = [folder], folder, "phased", 2048, folder / "iterit0" / "cache"
     documents = data.read_documents(["rows.jsonl"], *where, keep=False)[0]["rows.jsonl"]
-    documents = data.take(documents, np.arange(768))
+    documents = data.subset(documents, np.arange(768))
     answers = [
-        documents.tokens[a:b][documents.supervised[a:b]] for a, b in zip(documents.starts[:-1], documents.starts[1:])
+        documents.tokens[a:b][documents.loss_mask[a:b]] for a, b in zip(documents.offsets[:-1], documents.offsets[1:])
     ]
     alone = data.Documents(
         np.concatenate([np.append(np.int32(1), a) for a in answers]),
         np.concatenate([np.arange(len(a) + 1) > 0 for a in answers]),
         np.cumsum([0, *(len(a) + 1 for a in answers)]),
         documents.ids,
-        documents.where,
+        documents.source,
         [],
     )
-    both, model = data.join([documents, alone]), load_model(folder, compute_dtype("auto"))
+    both, model = data.concat([documents, alone]), load_model(folder, compute_dtype("auto"))
 
     @torch.no_grad()
     def bare() -> None:
         for part in data.micro_batches(np.arange(len(both)), both.lengths, 1, 2048)[0]:
-            model(*(torch.from_numpy(x) for x in both.flat(part)))
+            model(*(torch.from_numpy(x) for x in both.pack(part)))
 
     def ours() -> None:
         found = [
-            score.measure_ifd(model, data.take(documents, np.arange(a, min(a + 256, len(documents)))), 2048)
+            score.measure_ifd(model, data.subset(documents, np.arange(a, min(a + 256, len(documents)))), 2048)
             for a in range(0, len(documents), 256)
         ]
         tokenizer = load_tokenizer(folder)
-        score.choose(torch.cat(found).numpy(), [tokenizer.decode(a.tolist()) for a in answers], 100)
+        score.choose_rows(torch.cat(found).numpy(), [tokenizer.decode(a.tolist()) for a in answers], 100)
 
     times = {bare: [], ours: []}
     for _ in range(3):
@@ -649,8 +652,8 @@ def bench_generate(folder: Path) -> None:
     from data import TEMPLATES, render
     from generate import Options, decode
     from model import load_model
-    from parts.rows import read_rows
-    from parts.tokenizers import load_tokenizer
+    from parts.text.rows import read_rows
+    from parts.text.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     rows = [

@@ -18,10 +18,10 @@ import data
 import generate
 import train
 from model import Transformer, parse_config
-from parts import cost
-from parts.distributed import join_ranks
+from parts import memory_plan
+from parts.cli import dataclass_from_args, print_table
+from parts.distributed import init_distributed
 from parts.memory import memory_in_use
-from parts.program import from_arguments, print_table
 
 RAW = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=4096,
            intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=4096,
@@ -56,11 +56,11 @@ def training(folder: Path, flags: list[str]) -> dict:
     train.find_weights, train.load_weights = lambda *a: {}, fill
     documents = train.read_data(args, first=False)[0][0].documents
     config = train.read_config(folder)
-    kinds = (from_arguments(kind, args) for kind in (train.Weights, train.Computation))
-    with join_ranks() as ranks:
+    kinds = (dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
+    with init_distributed() as ranks:
         model = train.build_model(folder, config, *kinds, ranks)
         trained = train.trained_parameters(model)
-        optimizer = train.make_optimizer(trained, from_arguments(train.Optimization, args))
+        optimizer = train.make_optimizer(trained, dataclass_from_args(train.Optimization, args))
         for group in optimizer.param_groups:
             group["lr"] = 1e-5
 
@@ -70,10 +70,10 @@ def training(folder: Path, flags: list[str]) -> dict:
             optimizer.step()
 
         seconds = timed(step, documents, ranks.device)
-        flops = cost.training_flops(model, set(trained))
+        flops = memory_plan.training_flops(model, set(trained))
         most = data.largest_micro_batch(documents, BATCH, 1, MICRO)
         cuda = ranks.device.type == "cuda"
-        plan = cost.memory_plan(model, set(trained), 1, torch.bfloat16, *most, args.checkpoint_activations, cuda)
+        plan = memory_plan.memory_plan(model, set(trained), 1, torch.bfloat16, *most, args.checkpoint_activations, cuda)
         return measured(documents, seconds, flops, ranks.device) | {"plan": sum(plan.values())}
 
 
@@ -93,13 +93,13 @@ def timed(step, documents: data.Documents, device: torch.device) -> list[float]:
     return seconds[2:]
 
 
-def measured(documents: data.Documents, seconds: list[float], flops: cost.Flops, device: torch.device) -> dict:
+def measured(documents: data.Documents, seconds: list[float], flops: memory_plan.Flops, device: torch.device) -> dict:
     tokens = rates = 0.0
     for batch in batches(documents)[2:]:
         lengths = documents.lengths[batch]
         tokens += lengths.sum()
         rates += flops.of_batch(lengths, int(documents.target_counts[batch].sum()))
-    peak = cost.peak_flops(device, torch.bfloat16)
+    peak = memory_plan.peak_flops(device, torch.bfloat16)
     found = {"tokens_per_second": tokens / sum(seconds), "peak_memory": memory_in_use(device)}
     return found | {"mfu": rates / sum(seconds) / peak if peak else None}
 
@@ -123,7 +123,7 @@ def theirs(folder: Path, flags: list[str]) -> dict:
     def step(batch: np.ndarray) -> None:
         supervised = int(documents.target_counts[batch].sum())
         for part in data.micro_batches(batch, documents.lengths, 1, MICRO)[0]:
-            tokens, positions, _, targets = (torch.from_numpy(a).to(device) for a in documents.flat(part))
+            tokens, positions, _, targets = (torch.from_numpy(a).to(device) for a in documents.pack(part))
             logits = model(tokens[None], position_ids=positions[None], use_cache=False).logits[0]
             loss = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
             (loss / supervised).backward()
@@ -133,7 +133,7 @@ def theirs(folder: Path, flags: list[str]) -> dict:
 
     with torch.device("meta"):
         ours = Transformer(parse_config(json.loads((folder / "config.json").read_text())))
-    flops = cost.training_flops(ours, {name for name, _ in ours.named_parameters()})
+    flops = memory_plan.training_flops(ours, {name for name, _ in ours.named_parameters()})
     return measured(documents, timed(step, documents, device), flops, device)
 
 

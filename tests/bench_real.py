@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from data import Documents, tokenize_files
 from generate import Options, decode
 from model import Linear, load_model
-from parts.distributed import compute_dtype, keep_memory
-from parts.kernels import attend
+from parts.distributed import compute_dtype, tune_malloc
+from parts.kernels import varlen_attention
 from score import measure_ifd
 
 REPEATS = 5
@@ -60,7 +60,7 @@ def real_rows(shared: Path, folder: Path, model_folder: Path, count: int) -> Doc
 def bench_decode(model, theirs, documents: Documents, batch_size: int) -> None:
     """Greedy answers of NEW_TOKENS tokens to prompts of equal length, the least favourable case for slots."""
     width = 48
-    starts = documents.starts[:-1][documents.lengths >= width][:batch_size]
+    starts = documents.offsets[:-1][documents.lengths >= width][:batch_size]
     prompts = [documents.tokens[a : a + width].tolist() for a in starts]
     options = Options(max_new_tokens=NEW_TOKENS, batch_size=batch_size)
     weights = [m.weight for m in model.modules() if isinstance(m, Linear)] + [model.head_weight]
@@ -91,17 +91,17 @@ def padded(documents: Documents, chosen: np.ndarray) -> tuple[torch.Tensor, torc
     width = int(documents.lengths[chosen].max())
     ids, mask, labels = (torch.full((len(chosen), width), fill) for fill in (0, 0, -100))
     for row, d in enumerate(chosen):
-        at, n = slice(documents.starts[d], documents.starts[d + 1]), int(documents.lengths[d])
+        at, n = slice(documents.offsets[d], documents.offsets[d + 1]), int(documents.lengths[d])
         tokens = torch.from_numpy(documents.tokens[at].astype(np.int64))
         ids[row, :n], mask[row, :n] = tokens, 1
-        labels[row, :n] = torch.where(torch.from_numpy(documents.supervised[at]), tokens, -100)
+        labels[row, :n] = torch.where(torch.from_numpy(documents.loss_mask[at]), tokens, -100)
     return ids, mask, labels
 
 
 def bench_train(model, theirs, documents: Documents, dtype: torch.dtype) -> None:
     """Forward and backward of one batch of real rows; fp32 weights, computed in `dtype`."""
     chosen = np.arange(ROWS)
-    flat = [torch.from_numpy(x) for x in documents.flat(chosen)]
+    flat = [torch.from_numpy(x) for x in documents.pack(chosen)]
     ids, mask, labels = padded(documents, chosen)
 
     def transformers_step() -> None:
@@ -168,7 +168,7 @@ def bench_attention(lengths: list[int], heads: int, groups: int, head_dim: int, 
                 x @ key.mT, x @ key.mT, p @ key, p @ key, p.mT @ x, p.mT @ x
 
         def ours(q=q, k=k, v=v, cu_seqlens=cu_seqlens, grad=grad, n=n) -> None:
-            attend(q, k, v, cu_seqlens, n, None).backward(grad)
+            varlen_attention(q, k, v, cu_seqlens, n, None).backward(grad)
 
         found = alternate({"ours": ours, "the bare products": products}, 3 if n < 16384 else 1)
         report(f"attention, {n:,} tokens", "tokens/s", n, found)
@@ -177,7 +177,7 @@ def bench_attention(lengths: list[int], heads: int, groups: int, head_dim: int, 
 def bench_real(model_folder: Path, shared: Path, folder: Path) -> None:
     import transformers
 
-    keep_memory()
+    tune_malloc()
     dtype = compute_dtype("auto")
     documents = real_rows(shared, folder, model_folder, 16)
     print(f"\nSmolLM2-135M, {dtype}, {torch.get_num_threads()} threads, transformers {transformers.__version__}\n")
@@ -186,7 +186,7 @@ def bench_real(model_folder: Path, shared: Path, folder: Path) -> None:
     model = load_model(model_folder, dtype).requires_grad_(False)
     for batch_size in (1, 4, 16):
         bench_decode(model, theirs, documents, batch_size)
-    tokens = documents.tokens[documents.starts[0]]
+    tokens = documents.tokens[documents.offsets[0]]
     bench_ifd(model, theirs, documents, int(tokens))
     del model, theirs
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).train()

@@ -19,9 +19,9 @@ import torch
 import data
 import train
 from model import read_config, save_model
-from parts.adamw import StochasticAdamW, round_
-from parts.distributed import join_ranks
-from parts.program import from_arguments
+from parts.adamw import StochasticAdamW, stochastic_round_
+from parts.cli import dataclass_from_args
+from parts.distributed import init_distributed
 
 RATES, STEPS, BATCH, LONGEST, HELD_OUT = (2e-4, 5e-6), 300, 4, 128, 100
 
@@ -40,7 +40,7 @@ class Alternative(torch.optim.Optimizer):
     def rounded(self, x: torch.Tensor, rounding: str) -> torch.Tensor:
         if rounding == "nearest":
             return x
-        return round_(x, torch.randint(2**16, x.shape, dtype=torch.int32, generator=self.generator))
+        return stochastic_round_(x, torch.randint(2**16, x.shape, dtype=torch.int32, generator=self.generator))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -86,7 +86,7 @@ def read_halves(folder: Path, rows: Path) -> tuple[data.Documents, data.Document
         np.arange(half, len(documents) - HELD_OUT),
         np.arange(len(documents) - HELD_OUT, len(documents)),
     )
-    return tuple(data.take(documents, part) for part in parts)
+    return tuple(data.subset(documents, part) for part in parts)
 
 
 def one_run(
@@ -96,10 +96,10 @@ def one_run(
     where = ["--model", str(folder), "--stages", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
     kind = ["--weights", "fp32" if way == "fp32 weights" else "bf16", "--seed", str(seed)]
     args = train.parse_args([*where, *kind, "--dtype", "bf16", "--lr", str(rate)])
-    with join_ranks() as ranks:
-        options = (from_arguments(kind, args) for kind in (train.Weights, train.Computation))
+    with init_distributed() as ranks:
+        options = (dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
         model = train.build_model(folder, read_config(folder), *options, ranks)
-        trained, optimization = train.trained_parameters(model), from_arguments(train.Optimization, args)
+        trained, optimization = train.trained_parameters(model), dataclass_from_args(train.Optimization, args)
         optimizer, chosen = train.make_optimizer(trained, optimization), WAYS[way][1]
         assert isinstance(optimizer, StochasticAdamW) == way.startswith("bf16")
         if chosen:

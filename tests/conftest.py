@@ -288,8 +288,8 @@ def bench(tmp_path_factory):
 
 def training(out, *more, stages=("s1", "s2", "s3")) -> list[str]:
     """Arguments of train.py, given in the folder of `bench`."""
-    usual = ["--out", str(out), "--dtype", "fp32", "--batch-size", "8", "--lr", "5e-4"]
-    return ["--model", "m", "--stages", *stages, *usual, *more]
+    defaults = ["--out", str(out), "--dtype", "fp32", "--batch-size", "8", "--lr", "5e-4"]
+    return ["--model", "m", "--stages", *stages, *defaults, *more]
 
 
 def torchrun(ranks: int) -> list:

@@ -39,8 +39,9 @@ import data
 import model as model_file
 import train
 from model import Config, Transformer, parse_config
-from parts import adamw, cost, kernels, weights
-from parts.distributed import Ranks
+from parts import adamw, kernels, memory_plan
+from parts.checkpoints import weights
+from parts.distributed import DistributedEnv
 from parts.options import Computation, Optimization, Weights
 
 aten = torch.ops.aten
@@ -115,13 +116,13 @@ class Contents(TorchDispatchMode):
 
     def __init__(self, tokens: int, supervised: int):
         super().__init__()
-        self.tokens, self.supervised = tokens, supervised
+        self.tokens, self.loss_mask = tokens, supervised
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else LENGTH
         if func is aten.nonzero.default:
-            return args[0].new_empty((self.supervised, 1), dtype=torch.int64)
+            return args[0].new_empty((self.loss_mask, 1), dtype=torch.int64)
         if func is aten.repeat_interleave.Tensor:
             return args[0].new_empty((self.tokens,))
         return func(*args, **(kwargs or {}))
@@ -141,8 +142,8 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
-def fake_model(config: Config, chosen: Weights, dtype: torch.dtype, outline=train.outline) -> Transformer:
-    """`outline`, its parameters fake tensors instead of meta ones."""
+def fake_model(config: Config, chosen: Weights, dtype: torch.dtype, outline=train.build_meta_model) -> Transformer:
+    """`build_meta_model`, its parameters fake tensors instead of meta ones."""
     with unset_fake_temporarily():
         model = outline(config, chosen, dtype)
     for module in model.modules():
@@ -163,16 +164,16 @@ def patch_modules(tracker_of: dict) -> None:
     kernels.F = SimpleNamespace(
         **{**vars(torch.nn.functional), "rms_norm": lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)}
     )
-    adamw.AT_ONCE = {"cpu": adamw.AT_ONCE["cuda"]}
+    adamw.CHUNK = {"cpu": adamw.CHUNK["cuda"]}
     generator = torch.Generator
     torch.Generator = lambda device=None: generator()
     torch.Tensor.__int__ = lambda self: self.item()
     adamw.local_part = weights.local_part = local_part
-    train.outline = fake_model
+    train.build_meta_model = fake_model
     train.find_weights = lambda model, folder: {}
     train.load_weights = lambda model, files: None
     Transformer.to_empty = lambda self, device: self
-    Transformer.init_adapters = lambda self, seed: None
+    Transformer.init_lora = lambda self, seed: None
     for module in (model_file, weights):
         module.write_tensors = module.write_file = lambda *args: None
     resize = torch.UntypedStorage.resize_
@@ -195,7 +196,7 @@ def documents(count: int) -> data.Documents:
 
 
 def tracked_peak(
-    config: Config, chosen: Weights, computation: Computation, ranks: Ranks, tracker: StorageTracker
+    config: Config, chosen: Weights, computation: Computation, ranks: DistributedEnv, tracker: StorageTracker
 ) -> int:
     """Bytes at the peak of an optimizer step, the gradients of the next batch and the export."""
     tokens = computation.micro_tokens
@@ -220,26 +221,31 @@ def tracked_peak(
 def run_case(case: str, tracker_of: dict) -> tuple[int, dict[str, float]]:
     """The peak that was tracked and the plan's parts, bytes on each rank."""
     name, layers, world, replicas, way, ckpt, *more = case.split("/")
-    world, replicas, tokens, checkpointed = int(world), int(replicas), int(more[0]) if more else 4096, ckpt == "ckpt"
+    world, replicas, tokens, activation_checkpointing = (
+        int(world),
+        int(replicas),
+        int(more[0]) if more else 4096,
+        ckpt == "ckpt",
+    )
     config = parse_config({"model_type": "llama", "num_hidden_layers": int(layers), **MODELS[name]})
     shape, names = (world,), ("shard",)
     if replicas > 1:
         shape, names = (replicas, world // replicas), ("replicate", "shard")
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        ranks = Ranks(0, world, torch.device("cpu"), init_device_mesh("cpu", shape, mesh_dim_names=names))
+        ranks = DistributedEnv(0, world, torch.device("cpu"), init_device_mesh("cpu", shape, mesh_dim_names=names))
         tracker_of["now"] = tracker = StorageTracker()
-        computation = Computation("bf16", tokens, checkpointed, False)
+        computation = Computation("bf16", tokens, activation_checkpointing, False)
         peak = tracked_peak(config, WAYS[way], computation, ranks, tracker)
     finally:
         dist.destroy_process_group()
     model = OUTLINE(config, WAYS[way], torch.bfloat16)
     trained = set(train.trained_parameters(model))
-    how = (torch.bfloat16, tokens, tokens // 2, checkpointed, True)
-    return peak, cost.memory_plan(model, trained, world // replicas, *how, replicas)
+    how = (torch.bfloat16, tokens, tokens // 2, activation_checkpointing, True)
+    return peak, memory_plan.memory_plan(model, trained, world // replicas, *how, replicas)
 
 
-OUTLINE = train.outline
+OUTLINE = train.build_meta_model
 
 
 def main(cases: list[str]) -> None:

@@ -11,8 +11,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
 from model import parse_config
-from parts import adamw, cost
-from parts.adamw import StochasticAdamW, round_
+from parts import adamw, memory_plan
+from parts.adamw import StochasticAdamW, stochastic_round_
 from parts.options import Weights
 
 EVERY_DRAW = torch.arange(2**16, dtype=torch.int32)
@@ -38,7 +38,7 @@ def patterns(*numbers):
 def test_rounding_is_unbiased_and_gives_a_neighbour(pattern):
     """Of any fp32 number, denormal ones too, over all draws there are."""
     x = patterns(pattern)
-    found = round_(x.expand(2**16).clone(), EVERY_DRAW)
+    found = stochastic_round_(x.expand(2**16).clone(), EVERY_DRAW)
     assert torch.equal(found.bfloat16().float().nan_to_num(7), found.nan_to_num(7))  # bf16 holds them all
     if not x.isfinite():
         assert torch.equal(found.isnan(), x.isnan().expand(2**16)) and (x.isnan() or (found == x).all())
@@ -56,7 +56,7 @@ def test_rounding_is_unbiased_and_gives_a_neighbour(pattern):
 )
 def test_the_odd_numbers(pattern):
     x = patterns(pattern)
-    found = round_(x.expand(2**16).clone(), EVERY_DRAW)
+    found = stochastic_round_(x.expand(2**16).clone(), EVERY_DRAW)
     if x.isfinite():
         assert found.double().mean().item() == x.double().item()
     else:
@@ -87,7 +87,7 @@ def test_a_step_is_that_of_torchs_adamw_rounded(seed, size, at_once, lr):
     exact = torch.optim.AdamW([reference], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     ours = StochasticAdamW([{"params": [p], "weight_decay": 0.1}], (0.9, 0.95), 1e-8, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(adamw.AT_ONCE, "cpu", at_once)
+        patch.setitem(adamw.CHUNK, "cpu", at_once)
         for grad in grads:
             p.grad, reference.grad = grad, grad.float()
             ours.param_groups[0]["lr"] = lr
@@ -111,7 +111,7 @@ def test_updates_far_below_half_a_step_count_on_average():
     assert moved == pytest.approx(20 * 1e-5, abs=4 * deviation) and deviation < 2e-6
     p = torch.nn.Parameter(torch.full((400_000,), 0.75).bfloat16())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adamw, "round_", lambda x, bits: x)
+        patch.setattr(adamw, "stochastic_round_", lambda x, bits: x)
         stepped(p, [torch.ones_like(p)] * 20, lr=1e-5, decay=0.0)
     assert (p == 0.75).all()  # rounded to the nearest nothing ever moves
 
@@ -124,7 +124,7 @@ def test_draws_depend_on_seed_step_parameter_and_place_and_on_nothing_else():
 
     one = moved()
     assert torch.equal(one, moved()) and 0.2 < one.double().mean() < 0.3
-    n = adamw.AT_ONCE["cpu"]
+    n = adamw.CHUNK["cpu"]
     for other in (moved(seed=1), moved(first_step=1), torch.cat((one[n:], one[:n])), torch.cat((one[1:], one[:1]))):
         together, alone = (one & other).double().mean(), one.double().mean() * other.double().mean()
         assert together.item() == pytest.approx(alone.item(), rel=0.05)
@@ -134,7 +134,7 @@ def sharded_step(out):
     """A step on two ranks, saved whole by the first."""
 
     def main(argv):
-        adamw.AT_ONCE["cpu"] = 64
+        adamw.CHUNK["cpu"] = 64
         with train.join_ranks() as ranks:
             torch.manual_seed(0)
             whole, grad = torch.randn(37, 5).bfloat16(), torch.randn(37, 5).bfloat16()
@@ -151,7 +151,7 @@ def sharded_step(out):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sharded_it_draws_as_if_whole(ranks, tmp_path, monkeypatch):
     run_forked(sharded_step(tmp_path / "p"), ranks=ranks)
-    monkeypatch.setitem(adamw.AT_ONCE, "cpu", 64)
+    monkeypatch.setitem(adamw.CHUNK, "cpu", 64)
     torch.manual_seed(0)
     p, grad = torch.nn.Parameter(torch.randn(37, 5).bfloat16()), torch.randn(37, 5).bfloat16()
     stepped(p, [grad] * 3)
@@ -238,9 +238,9 @@ def test_the_plan_of_7_b_fits_an_80_gb_gpu_with_room():
     config = parse_config(raw | dict(num_attention_heads=32))
     needs = {}
     for way in ("fp32", "bf16"):
-        model = train.outline(config, Weights(way), torch.bfloat16)
+        model = train.build_meta_model(config, Weights(way), torch.bfloat16)
         trained = set(train.trained_parameters(model))
-        needs[way] = cost.memory_plan(model, trained, 1, torch.bfloat16, 4096, 4096, True, True)
+        needs[way] = memory_plan.memory_plan(model, trained, 1, torch.bfloat16, 4096, 4096, True, True)
     gib = {way: sum(plan.values()) / 2**30 for way, plan in needs.items()}
     assert 8 * 6_738_415_616 / 2**30 < gib["bf16"] <= 66 and gib["fp32"] > 100, needs
 

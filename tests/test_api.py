@@ -1,4 +1,4 @@
-"""parts/api.py by way of score.py difficulty and judge.py: the client against a real server that misbehaves."""
+"""parts/api/ask.py by way of score.py difficulty and judge.py: the client against a real server that misbehaves."""
 
 import ast
 import json
@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 import data
 import score
-from parts.program import WorkError
-from parts.prompts import DIFFICULTY_PROMPT, INSTRUCTION_PROMPT
-from parts.questions import fence
-from parts.replies import parse_difficulty, retry_after, seconds
-from parts.store import Store
+from parts.api.prompts import DIFFICULTY_PROMPT, INSTRUCTION_PROMPT
+from parts.api.questions import fence
+from parts.api.replies import parse_difficulty, parse_seconds, retry_after
+from parts.api.store import Store
+from parts.cli import WorkError
 
 
 def difficulty(env, folder, *more, source="in.jsonl", out="o.jsonl", expect=0):
@@ -64,14 +64,32 @@ def test_training_needs_no_http_client_and_judging_no_torch():
             if name not in seen and path.exists():
                 todo += imports(path, top_level_only=True)
             seen.add(name)
-        assert "numpy" in seen and "parts.program" in seen and unwanted not in seen, (program, unwanted)
+        assert "numpy" in seen and "parts.cli" in seen and unwanted not in seen, (program, unwanted)
 
 
-def test_parts_import_no_file_above_them():
+# Of the folders of parts/: which others each may import, besides the files at the top of parts/.
+FOLDERS = {"text": set(), "checkpoints": set(), "api": {"text"}, "report": set()}
+
+
+def test_parts_import_no_file_above_them_and_folders_depend_one_way():
     above = {path.stem for path in ROOT.glob("*.py")}
     assert {"data", "score", "judge"} <= above
-    for path in (ROOT / "parts").glob("*.py"):
-        assert not imports(path, top_level_only=False) & above, path
+    assert set(FOLDERS) == {path.name for path in (ROOT / "parts").iterdir() if path.is_dir() and path.name[0] != "_"}
+    for path in (ROOT / "parts").rglob("*.py"):
+        found = imports(path, top_level_only=False)
+        assert not found & above, path
+        own = path.parent.name
+        folders = {name.split(".")[1] for name in found if name.startswith("parts.")} & set(FOLDERS)
+        if path.name != "memory_plan.py":  # it counts what an export and a saved state hold in memory
+            assert folders <= FOLDERS.get(own, set()) | {own}, path
+
+
+def test_no_file_of_parts_imports_itself_by_way_of_others():
+    files = {str(p.relative_to(ROOT).with_suffix("")).replace("/", "."): p for p in (ROOT / "parts").rglob("*.py")}
+    waits = {name: imports(path, top_level_only=False) & set(files) for name, path in files.items()}
+    while free := {name for name, others in waits.items() if not others & set(waits)}:
+        waits = {name: others for name, others in waits.items() if name not in free}
+    assert not waits
 
 
 # ---------------------------------------------------------------- what is asked, what is understood
@@ -151,12 +169,12 @@ def wait_said_by(**headers):
 
 
 def test_durations_and_waits_of_headers():
-    assert [seconds(t) for t in ("1s", "6m0s", "250ms", "1h2m3.5s", "17")] == [1, 360, 0.25, 3723.5, 17]
+    assert [parse_seconds(t) for t in ("1s", "6m0s", "250ms", "1h2m3.5s", "17")] == [1, 360, 0.25, 3723.5, 17]
     assert wait_said_by(retry_after="2") == 2 and wait_said_by(retry_after_ms="1500", retry_after="9") == 1.5
     assert wait_said_by(retry_after="119") == 119 and wait_said_by(retry_after="-1") is None
     for text in ("2026-01-01T00:00:00Z", "", "1 s", "-1s", "soon", "1.2.3s"):
         with pytest.raises(ValueError):
-            seconds(text)
+            parse_seconds(text)
     assert wait_said_by() is None and wait_said_by(retry_after="soon") is None
     then = datetime.now(timezone.utc) + timedelta(seconds=30)
     assert 25 < wait_said_by(retry_after=format_datetime(then, usegmt=True)) <= 30

@@ -9,8 +9,8 @@ from test_judge import compare, write_answers
 from test_report import made_up
 
 import judge
-from parts import verdicts
-from parts.program import write_lines
+from parts.files import write_lines
+from parts.report import win_rates
 
 
 def audit(env, folder, *files):
@@ -32,7 +32,7 @@ def test_an_honest_judge_gets_every_canary_right_and_the_figures_are_as_without(
     done, env = compare(api(judge=0), *files, "--canaries", out="v.jsonl"), api(judge=0)
     rows = lines(tmp_path / "v.jsonl")
     found = [r for r in rows if "canary" in r]
-    assert len(rows) == 42 and sorted({r["canary"] for r in found}) == sorted(verdicts.CANARIES)
+    assert len(rows) == 42 and sorted({r["canary"] for r in found}) == sorted(win_rates.CANARIES)
     assert {r["verdict"] for r in found} == {"loss"} and {r["model"] for r in found} == {"canary"}
     assert "gpt-4-0613 got 12 of 12 pairs" in done.stdout and "WARNING" not in done.stdout
     compare(env, *files, out="w.jsonl")
@@ -80,7 +80,7 @@ def test_repeats_are_asked_with_other_seeds_and_counted_once(api, tmp_path):
     assert len(rows) == 30 and all(len(r["repeats"]) == 2 for r in rows)
     assert sum(paid(tmp_path).values()) == 180
     assert {r["request"]["seed"] for r in lines(tmp_path / "server.log")} == {0, 1, 2}
-    assert verdicts.summarize(rows)[-1]["n"] == 30
+    assert win_rates.summarize(rows)[-1]["n"] == 30
     said = [[r["verdict"], *(x["verdict"] for x in r["repeats"])] for r in rows]
     same = np.mean([[a == b, a == c, b == c] for a, b, c in said])
     printed, found = audit(env, tmp_path, tmp_path / "v.jsonl")
@@ -96,9 +96,9 @@ def test_kappa_is_that_of_scikit_learn(seed):
     from sklearn.metrics import cohen_kappa_score
 
     rng = np.random.default_rng(seed)
-    one = rng.choice(list(verdicts.POINTS), 200, p=[0.5, 0.2, 0.3])
-    two = np.where(rng.random(200) < 0.6, one, rng.choice(list(verdicts.POINTS), 200))
-    found = verdicts.agreement([(i, a, b) for i, (a, b) in enumerate(zip(one, two))], 2000, 0)
+    one = rng.choice(list(win_rates.POINTS), 200, p=[0.5, 0.2, 0.3])
+    two = np.where(rng.random(200) < 0.6, one, rng.choice(list(win_rates.POINTS), 200))
+    found = win_rates.agreement([(i, a, b) for i, (a, b) in enumerate(zip(one, two))], 2000, 0)
     assert found["kappa"] == pytest.approx(cohen_kappa_score(one, two))
     slow = [cohen_kappa_score(one[d], two[d]) for d in rng.integers(0, 200, (1000, 200))]
     assert found["kappa_low"] == pytest.approx(np.quantile(slow, 0.025), abs=0.03)
@@ -106,12 +106,12 @@ def test_kappa_is_that_of_scikit_learn(seed):
 
 
 def test_agreement_of_all_is_not_taken_for_certainty():
-    found = verdicts.agreement([(i, v, v) for i, v in enumerate(["win", "loss"] * 5)], 500, 0)
+    found = win_rates.agreement([(i, v, v) for i, v in enumerate(["win", "loss"] * 5)], 500, 0)
     assert found["agreement"] == found["kappa"] == 1 and 0.6 < found["agreement_low"] < 0.8
     assert found["kappa_low"] < 0.6
-    found = verdicts.agreement([(i, "win", "win") for i in range(10)], 500, 0)
+    found = win_rates.agreement([(i, "win", "win") for i in range(10)], 500, 0)
     assert found["kappa"] is None and found["agreement"] == 1  # chance explains all of it
-    assert verdicts.agreement([(0, "win", "unparsed")], 500, 0) == {"n": 0}
+    assert win_rates.agreement([(0, "win", "unparsed")], 500, 0) == {"n": 0}
 
 
 def test_two_judges_are_compared_on_the_same_answers_only(tmp_path):
@@ -150,7 +150,7 @@ def test_identical_answers_are_a_tie_for_which_nobody_is_asked(api, tmp_path):
     done = compare(api(judge=0), a, b)
     assert sum(paid(tmp_path).values()) == 40 and "60 questions" not in done.stdout
     found = lines(tmp_path / "v.jsonl")
-    assert [r["verdict"] for r in found[:10]] == ["tie"] * 10 and verdicts.summarize(found)[-1]["identical"] == 10
+    assert [r["verdict"] for r in found[:10]] == ["tie"] * 10 and win_rates.summarize(found)[-1]["identical"] == 10
 
 
 def test_repeats_and_canaries_are_for_judges_that_can_err(tmp_path, capsys):

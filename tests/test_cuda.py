@@ -17,30 +17,30 @@ import pytest
 import torch
 from conftest import ROOT, close, hf_model, metrics, same, training, weights
 
-from parts.kernels import VARLEN_DTYPES, attend
+from parts.kernels import VARLEN_DTYPES, varlen_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 # ---------------------------------------------------------------- attention
 
 
-def reference(q, k, v, lengths, window):
+def reference(q, k, v, lengths, sliding_window):
     """(T, H, hd) in fp64, by an explicit mask a document."""
     group, out = q.shape[1] // k.shape[1], []
     q, k, v = (x.double() for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
     for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
         at = torch.arange(len(a), device=q.device)
         back = at[:, None] - at
-        hidden = (back < 0) | (back >= (window or len(a)))
+        hidden = (back < 0) | (back >= (sliding_window or len(a)))
         scores = torch.einsum("qhd,khd->hqk", a, b) / a.shape[2] ** 0.5
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), c))
     return torch.cat(out)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("window", [None, 1, 7, 64])
+@pytest.mark.parametrize("sliding_window", [None, 1, 7, 64])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 64), (8, 2, 128), (6, 1, 32)])
-def test_attention_is_the_reference_forward_and_backward(dtype, window, heads, kv_heads, head_dim):
+def test_attention_is_the_reference_forward_and_backward(dtype, sliding_window, heads, kv_heads, head_dim):
     lengths = [1, 37, 2, 129, 64, 301]
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -50,8 +50,8 @@ def test_attention_is_the_reference_forward_and_backward(dtype, window, heads, k
 
     q, k, v, up = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads).detach()
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32)
-    ours = attend(q, k, v, cu_seqlens, max(lengths), window)
-    theirs = reference(q, k, v, lengths, window)
+    ours = varlen_attention(q, k, v, cu_seqlens, max(lengths), sliding_window)
+    theirs = reference(q, k, v, lengths, sliding_window)
     tolerance, least = 2e-2 if dtype == torch.bfloat16 else 1e-5, 0.1  # with a window of 1 no key changes anything
     assert ours.dtype == dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
     ours = torch.autograd.grad(ours, (q, k, v), up)
@@ -185,9 +185,11 @@ def test_torchrun_on_one_gpu(runs, bench, tmp_path):
 
 @pytest.mark.parametrize("dtype, within", [("fp32", 1e-4), ("bf16", 5e-2)])
 def test_ifd_is_the_cpus(dtype, within, bench, tmp_path):
-    usual, kinds = ("score", "ifd", "s3.jsonl", "--model", "m"), (("cuda", dtype, False), ("cpu", "fp32", True))
+    defaults, kinds = ("score", "ifd", "s3.jsonl", "--model", "m"), (("cuda", dtype, False), ("cpu", "fp32", True))
     outs = [tmp_path / f"{name}.jsonl" for name in ("cuda", "cpu")]
-    at_once(*(partial(program, *usual, "--out", o, "--dtype", k[1], cwd=bench, cpu=k[2]) for o, k in zip(outs, kinds)))
+    at_once(
+        *(partial(program, *defaults, "--out", o, "--dtype", k[1], cwd=bench, cpu=k[2]) for o, k in zip(outs, kinds))
+    )
     found = [[json.loads(line)["ifd"] for line in out.read_text().splitlines()] for out in outs]
     assert found[0] == pytest.approx(found[1], rel=within)
 
@@ -196,11 +198,11 @@ def test_ifd_is_the_cpus(dtype, within, bench, tmp_path):
 def test_greedy_answers_are_the_cpus(more, bench, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"Say {'abcdefghij'[: 1 + i % 10]} and {i}.\n" for i in range(40)))
-    usual = ("generate", "--model", "wild", "--prompts", prompts, "--dtype", "fp32")
-    usual, outs = (*usual, "--max-new-tokens", "30"), [tmp_path / "cuda.json", tmp_path / "cpu.json"]
+    defaults = ("generate", "--model", "wild", "--prompts", prompts, "--dtype", "fp32")
+    defaults, outs = (*defaults, "--max-new-tokens", "30"), [tmp_path / "cuda.json", tmp_path / "cpu.json"]
     at_once(
-        partial(program, *usual, "--out", outs[0], *more, cwd=bench),
-        partial(program, *usual, "--out", outs[1], cwd=bench, cpu=True),
+        partial(program, *defaults, "--out", outs[0], *more, cwd=bench),
+        partial(program, *defaults, "--out", outs[1], cwd=bench, cpu=True),
     )
     answers = [[row["output"] for row in json.loads(out.read_text())] for out in outs]
     assert answers[0] == answers[1] and len(set(answers[0])) > 5

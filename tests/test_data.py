@@ -17,12 +17,13 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 import data
 from data import TEMPLATES, render
-from parts import bpe
-from parts.bpe import BPETokenizer, read_tiktoken
-from parts.patterns import LLAMA3_PATTERN, compile_pattern
-from parts.program import InputError, sha256
-from parts.rows import Turn, read_rows
-from parts.tokenizers import SentencePieceTokenizer, load_tokenizer
+from parts.cli import InputError
+from parts.files import sha256
+from parts.text import bpe
+from parts.text.bpe import BPETokenizer, read_tiktoken
+from parts.text.pre_tokenization import LLAMA3_PATTERN, compile_pattern
+from parts.text.rows import Turn, read_rows
+from parts.text.tokenizers import SentencePieceTokenizer, load_tokenizer
 
 relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 UGLY = [
@@ -401,13 +402,13 @@ def spell(tokenizer, ids):
 @pytest.mark.parametrize("system", [[], [Turn("system", "Be brief.")]])
 def test_a_prompt_is_the_prefix_of_the_document_it_was_trained_in(name, system, byte_tokenizer):
     turns = system + TURNS
-    document, supervised = render(turns, TEMPLATES[name], byte_tokenizer)
+    document, loss_mask = render(turns, TEMPLATES[name], byte_tokenizer)
     for end in range(len(system) + 1, len(turns), 2):
         prompt, _ = render(turns[:end], TEMPLATES[name], byte_tokenizer)
         assert document[: len(prompt)] == prompt
-        assert supervised[len(prompt)] and not supervised[len(prompt) - 1]
+        assert loss_mask[len(prompt)] and not loss_mask[len(prompt) - 1]
     answers = [text for role, text, _ in turns if role == "assistant"]
-    learnt = spell(byte_tokenizer, [t for t, s in zip(document, supervised) if s])
+    learnt = spell(byte_tokenizer, [t for t, s in zip(document, loss_mask) if s])
     end_of_turn = TEMPLATES[name].answer[-1].strip("‹›").replace("eos", "</s>")
     pad = " " if name == "llama2" else ""
     assert learnt == "".join(a + pad + end_of_turn for a in answers)
@@ -433,16 +434,16 @@ def test_the_exported_chat_template_renders_what_we_render(name, turns, byte_tok
 
 def test_phased_template_is_the_papers_token_for_token(piece_pair):
     ours, theirs = piece_pair
-    tokens, supervised = render([Turn("user", "Hi there"), Turn("assistant", "Hello!")], TEMPLATES["phased"], ours)
+    tokens, loss_mask = render([Turn("user", "Hi there"), Turn("assistant", "Hello!")], TEMPLATES["phased"], ours)
     pieces = [[1], theirs.encode("User: Hi there"), [2], theirs.encode("\nAssistant: "), theirs.encode("Hello!"), [2]]
     assert tokens == [t for piece in pieces for t in piece]
-    assert supervised == [False] * (len(tokens) - len(pieces[4]) - 1) + [True] * (len(pieces[4]) + 1)
+    assert loss_mask == [False] * (len(tokens) - len(pieces[4]) - 1) + [True] * (len(pieces[4]) + 1)
 
 
 def test_plain_text_is_supervised_from_its_first_token(piece_pair):
     ours, theirs = piece_pair
-    tokens, supervised = render([Turn("text", "Once upon")], TEMPLATES["phased"], ours)
-    assert tokens == [1, *theirs.encode("Once upon"), 2] and supervised == [False] + [True] * (len(tokens) - 1)
+    tokens, loss_mask = render([Turn("text", "Once upon")], TEMPLATES["phased"], ours)
+    assert tokens == [1, *theirs.encode("Once upon"), 2] and loss_mask == [False] + [True] * (len(tokens) - 1)
 
 
 def test_a_template_whose_token_is_missing_says_so(piece_pair):
@@ -471,7 +472,7 @@ def test_every_row_format_becomes_the_same_turns(form, as_array, tmp_path):
     assert got[0].score == (3.5 if form == "phased" else None) and got[0].raw == rows[0]
     lines = text.split("\n")
     for row in got:
-        line = int(row.where.rsplit(":", 1)[1])
+        line = int(row.source.rsplit(":", 1)[1])
         assert lines[line - 1].strip().startswith("{")
 
 
@@ -594,19 +595,19 @@ def test_documents_of_many_rows_are_those_of_each_row(folder, shared):
     rows, _ = read_rows(path)
     assert len(documents) == len(rows) == 3995 and len(documents.bad) == 5 and "white space" in documents.bad[0]
     for d in range(0, len(rows), 97):
-        tokens, supervised = render(rows[d].turns, TEMPLATES["phased"], tokenizer)
-        span = slice(documents.starts[d], documents.starts[d + 1])
-        assert documents.tokens[span].tolist() == tokens and documents.supervised[span].tolist() == supervised
-        assert documents.ids[d] == rows[d].id and documents.where[d] == rows[d].where
+        tokens, loss_mask = render(rows[d].turns, TEMPLATES["phased"], tokenizer)
+        span = slice(documents.offsets[d], documents.offsets[d + 1])
+        assert documents.tokens[span].tolist() == tokens and documents.loss_mask[span].tolist() == loss_mask
+        assert documents.ids[d] == rows[d].id and documents.source[d] == rows[d].source
 
 
 def test_long_rows_are_cut_at_the_end_and_counted(folder):
     write_rows(folder.parent / "r.jsonl", ["short", "one two three four five " * 30, "x"])
     whole, cut = load(folder.parent / "r.jsonl", folder, 2048), load(folder.parent / "r.jsonl", folder, 40)
-    assert cut.truncated == 1 and cut.lost_tokens == whole.lengths[1] - 40 and cut.lengths[1] == 40
+    assert cut.truncated == 1 and cut.truncated_tokens == whole.lengths[1] - 40 and cut.lengths[1] == 40
     assert (
-        cut.tokens[cut.starts[1] : cut.starts[2]].tolist()
-        == whole.tokens[whole.starts[1] : whole.starts[1] + 40].tolist()
+        cut.tokens[cut.offsets[1] : cut.offsets[2]].tolist()
+        == whole.tokens[whole.offsets[1] : whole.offsets[1] + 40].tolist()
     )
     nothing = load(folder.parent / "r.jsonl", folder, 5)
     assert len(nothing) == 0 and len(nothing.bad) == 3 and "r.jsonl:1: nothing supervised" in nothing.bad[0]
@@ -620,7 +621,7 @@ def test_a_second_start_does_not_tokenize_again_unless_something_changed(folder,
     write_rows(path, ["one", "two", " "])
     first, second = load(path, folder), load(path, folder)
     assert len(done) == 1 and list(second.ids) == list(first.ids) == ["r0", "r1"] and second.bad == first.bad != []
-    assert np.array_equal(first.tokens, second.tokens) and np.array_equal(first.starts, second.starts)
+    assert np.array_equal(first.tokens, second.tokens) and np.array_equal(first.offsets, second.offsets)
     load(path, folder, max_len=20)
     write_rows(path, ["one", "three"])
     load(path, folder)
@@ -651,18 +652,18 @@ def some_documents(draw):
 @given(documents=some_documents(), seed=st.integers(0, 9))
 def test_targets_are_the_next_supervised_token_of_the_same_document(documents, seed):
     chosen = np.random.default_rng(seed).permutation(len(documents))[:7]
-    tokens, positions, cu_seqlens, targets = documents.flat(chosen)
+    tokens, positions, cu_seqlens, targets = documents.pack(chosen)
     expected = []
     for d in chosen:
         t, s = (
-            a[documents.starts[d] : documents.starts[d + 1]].tolist() for a in (documents.tokens, documents.supervised)
+            a[documents.offsets[d] : documents.offsets[d + 1]].tolist() for a in (documents.tokens, documents.loss_mask)
         )
         expected += [(t[i], t[i + 1] if i + 1 < len(t) and s[i + 1] else -100, i) for i in range(len(t))]
     assert list(zip(tokens.tolist(), targets.tolist(), positions.tolist())) == expected
     assert cu_seqlens.tolist() == [0, *np.cumsum(documents.lengths[chosen])] and cu_seqlens.dtype == np.int32
     assert int(documents.target_counts[chosen].sum()) == (targets != -100).sum()
-    again = data.join([data.take(documents, chosen), documents])
-    assert again.flat(np.arange(len(chosen)))[3].tolist() == targets.tolist() and len(again) == len(chosen) + len(
+    again = data.concat([data.subset(documents, chosen), documents])
+    assert again.pack(np.arange(len(chosen)))[3].tolist() == targets.tolist() and len(again) == len(chosen) + len(
         documents
     )
     assert again.ids[: len(chosen)] == [f"r{d}" for d in chosen]

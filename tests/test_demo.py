@@ -5,14 +5,14 @@ import re
 import subprocess
 from collections import Counter
 
-import measure
 import numpy as np
 import pytest
 from conftest import ROOT, run_forked
 
 import train
 from model import load_model
-from parts.testsets import read_prompts
+from parts.text.testsets import read_prompts
+from recipes.study import measure
 
 DEMO = ROOT / "demo"
 

@@ -9,15 +9,14 @@ import json
 import re
 import shlex
 
-import measure
 import pytest
-import study
 from conftest import ROOT, run_forked
 
 import generate
 import judge
 import score
 import train
+from recipes.study import measure, study
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
@@ -139,7 +138,7 @@ def help_of(module, *command):
 @pytest.fixture(scope="module")
 def flags():
     found = {"train.py": help_of(train), "generate.py": help_of(generate)}
-    found["demo/study.py"], found["demo/measure.py"] = help_of(study), help_of(measure)
+    found["recipes/study/study.py"], found["recipes/study/measure.py"] = help_of(study), help_of(measure)
     found |= {f"score.py {c}": help_of(score, c) for c in ("difficulty", "ifd", "stages", "select")}
     return found | {f"judge.py {c}": help_of(judge, c) for c in ("compare", "report", "audit")}
 

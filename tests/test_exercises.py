@@ -17,10 +17,10 @@ import train
 from data import TEMPLATES, Template, render, tokenize_files
 from model import load_model
 from parts import options
-from parts.distributed import Ranks, join_ranks
+from parts.distributed import DistributedEnv, init_distributed
 from parts.kernels import cross_entropy
-from parts.rows import Turn
-from parts.tokenizers import load_tokenizer
+from parts.text.rows import Turn
+from parts.text.tokenizers import load_tokenizer
 
 
 @contextmanager
@@ -45,11 +45,11 @@ def test_a_new_template_trains_and_its_prompts_begin_its_documents(bench, tmp_pa
     monkeypatch.setitem(TEMPLATES, "vicuna", VICUNA)
     tokenizer = load_tokenizer(bench / "m")
     turns = [Turn("user", "hi"), Turn("assistant", "ho"), Turn("user", "hu"), Turn("assistant", "ha")]
-    tokens, supervised = render(turns, VICUNA, tokenizer)
+    tokens, loss_mask = render(turns, VICUNA, tokenizer)
     for end in (1, 3):
         prompt, _ = render(turns[:end], VICUNA, tokenizer)
-        assert tokens[: len(prompt)] == prompt and not supervised[len(prompt) - 1]
-    learned = [t for t, learn in zip(tokens, supervised) if learn]
+        assert tokens[: len(prompt)] == prompt and not loss_mask[len(prompt) - 1]
+    learned = [t for t, learn in zip(tokens, loss_mask) if learn]
     eos = tokenizer.eos_ids[0]
     assert learned.count(eos) == tokens.count(eos) == 2
     assert tokenizer.decode([t for t in learned if t != eos]).replace(" ", "") == "hoha"
@@ -71,15 +71,15 @@ def test_a_z_loss_changes_the_gradient_and_no_measured_loss(bench):
     llama = load_model(bench / "m")
     documents = tokenize_files([bench / "s1.jsonl"], bench / "m", "phased", 2048, shown=False)
     batch, trained = np.arange(8), dict(llama.named_parameters())
-    inputs = [torch.from_numpy(a) for a in documents.flat(batch)]
+    inputs = [torch.from_numpy(a) for a in documents.pack(batch)]
     logits, targets = llama(*inputs[:3]), inputs[3]
     logits, targets = logits[targets != -100], targets[targets != -100]
     wanted = F.cross_entropy(logits, targets) + 1e-4 * logits.logsumexp(1).square().mean()
     wanted_gradients = torch.autograd.grad(wanted, list(trained.values()))
 
     measured, ifd = llama(*inputs)[1], score.measure_ifd(llama, documents)
-    alone = Ranks(0, 1, torch.device("cpu"), None)
-    with replaced(model, "cross_entropy", with_z_loss), join_ranks():
+    alone = DistributedEnv(0, 1, torch.device("cpu"), None)
+    with replaced(model, "cross_entropy", with_z_loss), init_distributed():
         assert torch.equal(llama(*inputs)[1], measured)
         assert torch.equal(score.measure_ifd(llama, documents), ifd)
         for micro_tokens in (4096, 64):
@@ -150,7 +150,7 @@ def improbability(llama, documents, micro_tokens=4096, rank=0, world_size=1):
     """1 - 1/p of each document, (D,) fp32: p is the perplexity of its supervised tokens. Below 1, high where hard."""
     found = torch.zeros(len(documents))
     for part in data.micro_batches(np.arange(len(documents)), documents.lengths, 1, micro_tokens)[0]:
-        _, losses = llama(*(torch.from_numpy(a) for a in documents.flat(part)))
+        _, losses = llama(*(torch.from_numpy(a) for a in documents.pack(part)))
         for d, of_document in zip(part, losses.split(documents.target_counts[part].tolist())):
             found[d] = 1 - math.exp(-of_document.double().mean())
     return found
@@ -165,7 +165,7 @@ def test_a_new_score_selects_the_rows_with_the_highest_perplexity(bench, tmp_pat
     documents = tokenize_files([bench / "s1.jsonl"], bench / "m", "phased", 2048, shown=False)
     losses = {}
     for d in range(len(documents)):
-        tokens, positions, cu_seqlens, targets = (torch.from_numpy(a) for a in documents.flat(np.array([d])))
+        tokens, positions, cu_seqlens, targets = (torch.from_numpy(a) for a in documents.pack(np.array([d])))
         losses[documents.ids[d]] = F.cross_entropy(llama(tokens, positions, cu_seqlens), targets).item()
     hardest = sorted(losses, key=losses.get, reverse=True)[:6]
     assert set(chosen) == set(hardest)

@@ -17,11 +17,11 @@ import data
 import generate
 from generate import Options
 from model import load_model
-from parts.program import InputError, printable
-from parts.rows import Turn, read_rows, row_turns
-from parts.store import Store
-from parts.testsets import prompt_of, read_prompts
-from parts.tokenizers import SentencePieceTokenizer
+from parts.api.store import Store
+from parts.cli import InputError, strip_control_chars
+from parts.text.rows import Turn, read_rows, row_turns
+from parts.text.testsets import parse_prompt, read_prompts
+from parts.text.tokenizers import SentencePieceTokenizer
 
 KINDS = {
     "llama": dict(),
@@ -90,7 +90,7 @@ def test_greedy_answers_are_those_of_transformers_at_any_batch_size(kind, shared
 def test_prompts_longer_than_the_trained_context_keep_dynamic_rope(tmp_path):
     hf, model = make(tmp_path, "dynamic")
     tokens = torch.randint(1, 32000, (90,), generator=torch.Generator().manual_seed(0))
-    cache = generate.Cache(model.config, 1, 100, torch.float32, torch.device("cpu"))
+    cache = generate.KVCache(model.config, 1, 100, torch.float32, torch.device("cpu"))
     with torch.inference_mode():
         ours = generate.prefill(model, cache, [tokens.tolist()], [0])
     with torch.no_grad():
@@ -188,15 +188,15 @@ def test_the_test_sets_are_read_in_their_own_formats(name, count, first, shared)
     ],
 )
 def test_every_row_format_is_a_prompt(row, turns):
-    assert prompt_of(row, "f:1", "f", 0).turns == turns
+    assert parse_prompt(row, "f:1", "f", 0).turns == turns
 
 
 def test_a_prompt_is_token_for_token_what_training_rendered(shared):
     tokenizer = SentencePieceTokenizer(shared / "tokenizers" / "llama2.model", {})
     row = {"instruction": "Translate.", "input": "  bonjour \n", "output": "hello"}
-    trained, supervised = data.render(row_turns(row, "alpaca"), data.TEMPLATES["phased"], tokenizer)
-    asked = data.render(prompt_of(row, "f:1", "f", 0).turns, data.TEMPLATES["phased"], tokenizer)[0]
-    assert asked == trained[: supervised.index(True)]
+    trained, loss_mask = data.render(row_turns(row, "alpaca"), data.TEMPLATES["phased"], tokenizer)
+    asked = data.render(parse_prompt(row, "f:1", "f", 0).turns, data.TEMPLATES["phased"], tokenizer)[0]
+    assert asked == trained[: loss_mask.index(True)]
 
 
 def test_bad_prompts_are_listed_with_their_place(tmp_path):
@@ -274,7 +274,7 @@ def test_one_prompt_and_a_chat_in_the_terminal(tmp_path):
 
     done = run_forked(typed, "--model", DEMO, "--chat", "--max-new-tokens", "5")
     assert done.stdout.count("> ") == 3
-    assert printable("a\x1b[31mb\nc\u202e") == "a[31mb\nc"
+    assert strip_control_chars("a\x1b[31mb\nc\u202e") == "a[31mb\nc"
     assert "needs --out" in run("--prompts", "x", expect=2).stderr
     assert "x: " in run("--prompts", "x", "--out", tmp_path / "o", expect=2).stderr
 
@@ -295,17 +295,17 @@ def test_a_recorded_step_gives_the_same_answers(kind, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 32000, n).tolist() for n in (5, 30, 90, 12, 60)]
     given = {"limits": [40, 20, 60, 50, 30], "batch_size": 3, "temperature": 0.8}
-    expected, made = collect(model, prompts, **given), []
+    expected, new_tokens = collect(model, prompts, **given), []
     record = generate.RecordedLogits.record
 
     def watched(self, model, inputs):
-        made.append(record(self, model, inputs))
-        return made[-1]
+        new_tokens.append(record(self, model, inputs))
+        return new_tokens[-1]
 
     monkeypatch.setattr(generate.RecordedLogits, "record", watched)
     monkeypatch.setattr(generate.RecordedLogits, "FROM_STEP", 5)
     assert collect(model.requires_grad_(False), prompts, **given) == expected
-    assert [type(m) for m in made] == [torch.jit.ScriptFunction] * 2  # with and without a mask
+    assert [type(m) for m in new_tokens] == [torch.jit.ScriptFunction] * 2  # with and without a mask
 
 
 def test_a_model_that_asks_for_values_is_not_recorded(tmp_path, monkeypatch):

@@ -19,9 +19,9 @@ from test_score import reference_choice
 import data
 import score
 import train
-from parts.rows import Turn
-from parts.state import read_about
-from parts.tokenizers import load_tokenizer
+from parts.checkpoints.state import read_manifest
+from parts.text.rows import Turn
+from parts.text.tokenizers import load_tokenizer
 
 
 def chosen(out, epoch, stage="stage1"):
@@ -70,10 +70,10 @@ def test_the_choice_of_every_epoch_is_that_of_transformers_and_scikit_learn(shar
     tokenizer = load_tokenizer(tmp_path / "m")
     documents = []
     for row in rows:
-        tokens, supervised = data.render(
+        tokens, loss_mask = data.render(
             [Turn("user", row["data"][0]), Turn("assistant", row["data"][1])], data.TEMPLATES["phased"], tokenizer
         )
-        documents.append((torch.tensor(tokens[:140]), torch.tensor(supervised[:140])))
+        documents.append((torch.tensor(tokens[:140]), torch.tensor(loss_mask[:140])))
     answers = [tokenizer.decode(t[s].tolist()) for t, s in documents]
 
     def losses(tokens, supervised):
@@ -130,7 +130,7 @@ def test_the_choice_of_every_epoch_is_that_of_transformers_and_scikit_learn(shar
 )
 def test_rows_at_1_or_above_come_only_when_the_better_ones_are_used_up(values, budget, diverse):
     ifd = np.array(values, np.float32)
-    picks = score.choose(ifd, [f"word{i} again" for i in range(len(ifd))] if diverse else None, budget)
+    picks = score.choose_rows(ifd, [f"word{i} again" for i in range(len(ifd))] if diverse else None, budget)
     assert len(set(picks.tolist())) == len(picks) == min(budget, int((~np.isnan(ifd)).sum()))
     good = ifd[picks] < 1
     assert good.sum() == min(budget, (ifd < 1).sum()) and (np.diff(good.astype(int)) <= 0).all()
@@ -213,7 +213,7 @@ def test_a_signal_inside_the_scoring_keeps_what_is_scored(bench, tmp_path):
         return train.main(argv)
 
     go(bench, tmp_path / "o", *more, stages=stages, code=130, main=told_to_stop_in_the_second_chunk)
-    state = read_about(tmp_path / "o" / "resume" / "000-00000000")["progress"]["progress"]
+    state = read_manifest(tmp_path / "o" / "resume" / "000-00000000")["progress"]["progress"]
     assert state["selection"]["scored"] == 2 * score.CHUNK and state["step"] == 0
     assert "Going on" in go(bench, tmp_path / "o", *more, stages=stages).stdout
     assert chosen(tmp_path / "o", 0) == chosen(tmp_path / "straight", 0)

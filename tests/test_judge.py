@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import judge
-from parts import verdicts
-from parts.replies import parse_scores
+from parts.api.replies import parse_scores
+from parts.report import win_rates
 
 
 def write_answers(path, qualities, generator, expected=None):
@@ -96,7 +96,7 @@ def test_the_verdict_is_the_papers_rule():
     }
     lead = {"b": 2.0, "e": 0.0, "w": -0.5}
     for orders in itertools.product("bew", repeat=2):
-        assert verdicts.verdict([lead[o] for o in orders]) == rule[orders]
+        assert win_rates.verdict([lead[o] for o in orders]) == rule[orders]
 
 
 def test_replayed_judgements_give_exactly_their_win_rate(api, tmp_path):
@@ -111,13 +111,13 @@ def test_replayed_judgements_give_exactly_their_win_rate(api, tmp_path):
     rows = lines(tmp_path / "v.jsonl")
     for row, x, y in zip(rows, base, better):
         assert row["scores"] == [[y + 1, x], [y, x + 1]] and row["answer"].endswith(f"quality={y}")
-        assert row["verdict"] == verdicts.verdict([y + 1 - x, y - x - 1])
+        assert row["verdict"] == win_rates.verdict([y + 1 - x, y - x - 1])
     wins, ties = (sum(r["verdict"] == v for r in rows) for v in ("win", "tie"))
     assert f"{100 * ((wins + ties / 2) / 60 - 0.5):+.1f}" in done.stdout
     assert set(paid(tmp_path).values()) == {1} and len(paid(tmp_path)) == 120  # each pair once in each order
     compare(env, a, b, out="v.jsonl")
     assert len(paid(tmp_path)) == 120
-    summary = verdicts.summarize(rows)
+    summary = win_rates.summarize(rows)
     assert [r["dataset"] for r in summary] == ["even", "odd", "all"] and summary[2]["n"] == 60
     assert summary[2]["front"] > 0.5 and summary[2]["win"] == summary[0]["win"] + summary[1]["win"]
 
@@ -189,7 +189,7 @@ def test_unparsed_and_refused_pairs_are_apart_from_the_rate(api, tmp_path):
     assert {r["verdict"] for r in lines(tmp_path / "u.jsonl")} == {"unparsed"} and sum(paid(tmp_path).values()) == 16
     compare(api(judge=0, refuse="answer 2 by"), a, b, out="v.jsonl", expect=1)
     assert [r["verdict"] for r in lines(tmp_path / "v.jsonl")] == ["win", "win", "refused", "win"]
-    summary = verdicts.summarize(lines(tmp_path / "v.jsonl"))[-1]
+    summary = win_rates.summarize(lines(tmp_path / "v.jsonl"))[-1]
     assert summary["n"] == 3 and summary["refused"] == 1 and summary["win_rate"] == 1
     assert "4" in done.stdout
 
@@ -227,7 +227,7 @@ def test_the_exact_judge_needs_no_server(tmp_path):
 def test_the_sign_test_is_the_binomial_of_wins_and_losses(wins, losses):
     n = wins + losses
     reference = min(1.0, 2 * sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n)
-    assert verdicts.sign_test(wins, losses) == pytest.approx(reference)
+    assert win_rates.sign_test(wins, losses) == pytest.approx(reference)
 
 
 def test_compare_and_report_print_the_same_interval_and_never_one_of_width_zero(tmp_path):

@@ -77,7 +77,7 @@ def test_a_turned_vector_is_the_product_with_a_complex_number():
 
 @relaxed
 @given(st.data())
-def test_attend(data):
+def test_varlen_attention(data):
     draw = data.draw
     lengths = draw(st.lists(st.integers(1, 20), max_size=5))
     groups, repeat, hd, dtype = (
@@ -86,16 +86,24 @@ def test_attend(data):
         draw(st.sampled_from([2, 5, 8])),
         draw(dtypes),
     )
-    window, T = draw(st.one_of(st.none(), st.integers(1, 25))), sum(lengths)
+    sliding_window, T = draw(st.one_of(st.none(), st.integers(1, 25))), sum(lengths)
     inputs = tensors(draw, dtype, (T, groups * repeat, hd), (T, groups, hd), (T, groups, hd))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    before = kernels.BLOCK, kernels.LONG
-    kernels.BLOCK, kernels.LONG = draw(st.sampled_from([3, 8, 512])), draw(st.sampled_from([2, 6, 384]))
+    before = kernels.QUERY_BLOCK, kernels.SDPA_MIN_TOKENS
+    kernels.QUERY_BLOCK, kernels.SDPA_MIN_TOKENS = (
+        draw(st.sampled_from([3, 8, 512])),
+        draw(st.sampled_from([2, 6, 384])),
+    )
     try:
-        check(lambda q, k, v: kernels.attend(q, k, v, cu_seqlens, max(lengths, default=0), window),
-              lambda q, k, v: kernels.plain_attend(q, k, v, cu_seqlens, window), inputs, draw(some(3)))  # fmt: skip
+        longest = max(lengths, default=0)
+        check(
+            lambda q, k, v: kernels.varlen_attention(q, k, v, cu_seqlens, longest, sliding_window),
+            lambda q, k, v: kernels.plain_varlen_attention(q, k, v, cu_seqlens, sliding_window),
+            inputs,
+            draw(some(3)),
+        )
     finally:
-        kernels.BLOCK, kernels.LONG = before
+        kernels.QUERY_BLOCK, kernels.SDPA_MIN_TOKENS = before
 
 
 @relaxed
@@ -104,13 +112,13 @@ def test_cross_entropy(data):
     N, C, V, dtype = (data.draw(s) for s in (st.integers(0, 9), st.integers(1, 17), st.integers(1, 33), dtypes))
     x, weight = tensors(data.draw, dtype, (N, C), (V, C))
     targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0))
-    most, kernels.LOGITS_AT_ONCE = kernels.LOGITS_AT_ONCE, data.draw(st.sampled_from([1, 3 * V, 2**24]))
+    most, kernels.MAX_LOGITS = kernels.MAX_LOGITS, data.draw(st.sampled_from([1, 3 * V, 2**24]))
     try:
         ours, plain = (partial(f, targets=targets) for f in (kernels.cross_entropy, kernels.plain_cross_entropy))
         check(ours, plain, [x, weight], data.draw(some(2)))
         _, losses = kernels.cross_entropy(x, weight, targets)
     finally:
-        kernels.LOGITS_AT_ONCE = most
+        kernels.MAX_LOGITS = most
     expected = F.cross_entropy((x @ weight.T).double(), targets, reduction="none")
     torch.testing.assert_close(losses.double(), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=1e-3)
 
@@ -138,7 +146,7 @@ def test_less_is_kept_for_the_backward_pass():
     cu_seqlens, targets = torch.tensor([0, 64], dtype=torch.int32), torch.arange(64) % 32
     for name, inputs in {
         "rms_norm": (x, weight, 1e-5), "cross_entropy": (x, down, targets),
-        "attend": (q, q, q, cu_seqlens),
+        "varlen_attention": (q, q, q, cu_seqlens),
     }.items():  # fmt: skip
         for version in (name, "plain_" + name):
             seen = {}
@@ -147,7 +155,7 @@ def test_less_is_kept_for_the_backward_pass():
                 seen[t.data_ptr()] = t.numel()
                 return t
 
-            more = ((64, None) if version == "attend" else (None,)) if name == "attend" else ()
+            more = ((64, None) if version == "varlen_attention" else (None,)) if name == "varlen_attention" else ()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 getattr(kernels, version)(*inputs, *more)
             kept[version] = sum(seen.values())

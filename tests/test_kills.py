@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import Forked, go, metrics, same, training, weights
 
-import parts.record
-import parts.weights
+import parts.checkpoints.run_log
+import parts.checkpoints.weights
 import train
 
 SELECT = ["--select", "iterit", "--ratio", "4", "--update-ratio", "1.5", "--epochs", "2", "--batch-size", "4"]
@@ -46,7 +46,7 @@ def watched(out, before, rank="0"):
 
     def main(argv):
         calls, busy, real_fsync = [], [], os.fsync
-        real_save, real_line = parts.weights.save_file, parts.record.GrowingFile.write
+        real_save, real_line = parts.checkpoints.weights.save_file, parts.checkpoints.run_log.AppendLog.write
 
         def called(what):
             if os.environ.get("RANK", "0") == rank and not busy:
@@ -78,8 +78,8 @@ def watched(out, before, rank="0"):
             log.file.truncate(size)
             real_line(log, row)
 
-        os.fsync, parts.weights.save_file, Path.write_bytes = fsync, save_file, write_bytes
-        parts.record.GrowingFile.write = write_line
+        os.fsync, parts.checkpoints.weights.save_file, Path.write_bytes = fsync, save_file, write_bytes
+        parts.checkpoints.run_log.AppendLog.write = write_line
         sys.addaudithook(lambda event, args: changes(event, args, out) and called(f"{event} {args[0]}"))
         return train.main(argv)
 

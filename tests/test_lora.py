@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import train
 from model import Transformer, init_weights, load_model, parse_config, save_model
-from parts import cost
+from parts import memory_plan
 from parts.options import TARGETS, Weights
-from parts.rows import read_rows
-from parts.tokenizers import load_tokenizer
+from parts.text.rows import read_rows
+from parts.text.tokenizers import load_tokenizer
 
 LORA = ["--lora", "4", "--eval", "s2"]
 SWITCHES = {
@@ -41,7 +41,7 @@ def straight(bench):
 
 def outlined(rank=4, targets=TARGETS, dtype=torch.float32, **changes):
     raw = hf_model(**changes).config.to_dict()
-    return train.outline(parse_config(raw), Weights("fp32", rank, 2.0 * (rank or 0), targets), dtype)
+    return train.build_meta_model(parse_config(raw), Weights("fp32", rank, 2.0 * (rank or 0), targets), dtype)
 
 
 # ---------------------------------------------------------------- against peft
@@ -80,9 +80,9 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
     for loss_of_ours, batch in zip(ours, batches, strict=True):
         losses = []
         for d in batch:
-            tokens, supervised = (torch.tensor(x) for x in rendered[d])
+            tokens, loss_mask = (torch.tensor(x) for x in rendered[d])
             logits = theirs(tokens[None]).logits[0, :-1]
-            losses.append(F.cross_entropy(logits[supervised[1:]], tokens[1:][supervised[1:]], reduction="none"))
+            losses.append(F.cross_entropy(logits[loss_mask[1:]], tokens[1:][loss_mask[1:]], reduction="none"))
         loss = torch.cat(losses).mean()
         assert loss_of_ours == pytest.approx(loss.item(), abs=1e-5)
         loss.backward()
@@ -103,7 +103,7 @@ def test_adapters_begin_as_pefts_do():
     peft = pytest.importorskip("peft", reason="the oracle is peft, which is not installed")
     theirs = peft.get_peft_model(hf_model(), peft.LoraConfig(r=4, target_modules=TARGETS))
     ours = outlined().to_empty(device="cpu")
-    ours.init_adapters(0)
+    ours.init_lora(0)
     for name, p in theirs.named_parameters():
         if "lora" in name:
             mine = next(q for n, q in ours.named_parameters() if train.hf_name(n) in name)
@@ -242,7 +242,7 @@ def test_flops_are_those_that_torch_counts(targets):
     with FlopCounterMode(display=False) as counter:
         model(tokens, torch.zeros(40, dtype=torch.int64), cu_seqlens, targets_of)[0].backward()
     assert all((p.grad is not None) == (name in trained) for name, p in model.named_parameters())
-    expected = cost.training_flops(model, set(trained)).of_batch(np.ones(40), 20)
+    expected = memory_plan.training_flops(model, set(trained)).of_batch(np.ones(40), 20)
     attended = config.n_heads * config.head_dim * 40
     back = 2 if {"q_proj", "k_proj", "v_proj"} & set(targets) else 1
     recomputed = 2 * back * attended
@@ -256,9 +256,11 @@ def test_flops_are_those_that_torch_counts(targets):
 def test_the_plan_of_8_b_fits_a_24_gb_gpu():
     raw = dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
     config = parse_config(raw | dict(num_attention_heads=32, num_key_value_heads=8))
-    model = train.outline(config, Weights("fp32", 16, 32.0), torch.bfloat16)
+    model = train.build_meta_model(config, Weights("fp32", 16, 32.0), torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 8_030_261_248 + 41_943_040
-    plan = cost.memory_plan(model, set(train.trained_parameters(model)), 1, torch.bfloat16, 4096, 4096, True, True)
+    plan = memory_plan.memory_plan(
+        model, set(train.trained_parameters(model)), 1, torch.bfloat16, 4096, 4096, True, True
+    )
     assert 8_030_261_248 * 2 / 2**30 < sum(plan.values()) / 2**30 <= 22, plan
 
 
@@ -274,7 +276,7 @@ def test_the_plan_names_the_first_way_that_fits(bench, tmp_path):
 def test_a_machines_memory_is_divided_among_the_planned_ranks_once(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
-    monkeypatch.setattr(cost, "print_memory", lambda planned, free: print(free))
+    monkeypatch.setattr(memory_plan, "print_memory_plan", lambda planned, free: print(free))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as torchrun says it
         monkeypatch.setenv(name, "2")
     assert "{2: 6.0, 4: 3.0}" in go(bench, tmp_path / "o", "--dry-run", "--plan-world-size", "4").stdout

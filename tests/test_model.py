@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import model as M
 from model import Transformer, load_model, parse_config, save_model
 from parts import kernels
-from parts import weights as W
-from parts.program import InputError
+from parts.checkpoints import weights as W
+from parts.cli import InputError
 
 
 def documents(lengths, vocab=97, seed=0):
@@ -130,11 +130,11 @@ def test_dynamic_rope_scales_each_document_as_if_alone(tmp_path):
         torch.testing.assert_close(load_model(tmp_path)(tokens, positions, cu_seqlens), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 100, 600])
-def test_documents_longer_than_a_block_agree_with_transformers(window, tmp_path):
-    hf = hf_model("mistral", sliding_window=window, max_position_embeddings=2048, num_hidden_layers=1)
+@pytest.mark.parametrize("sliding_window", [None, 100, 600])
+def test_documents_longer_than_a_block_agree_with_transformers(sliding_window, tmp_path):
+    hf = hf_model("mistral", sliding_window=sliding_window, max_position_embeddings=2048, num_hidden_layers=1)
     hf.save_pretrained(tmp_path)
-    lengths = [kernels.BLOCK + 188, 3, kernels.BLOCK, kernels.BLOCK + 1]
+    lengths = [kernels.QUERY_BLOCK + 188, 3, kernels.QUERY_BLOCK, kernels.QUERY_BLOCK + 1]
     tokens, positions, cu_seqlens = documents(lengths)
     ours = load_model(tmp_path)
     logits, expected = ours(tokens, positions, cu_seqlens), hf_logits(hf, tokens, lengths)
@@ -164,7 +164,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
     for checkpointed in (False, True):
         model, kept = load_model(tmp_path), []
         for block in model.layers:
-            block.checkpointed = checkpointed
+            block.activation_checkpointing = checkpointed
 
         def keep(t, kept=kept):
             kept.append(t.numel())
@@ -332,7 +332,7 @@ def test_each_rank_reads_only_the_slices_it_owns(tmp_path, monkeypatch):
             model = Transformer(M.read_config(tmp_path))
         fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
         model.to_empty(device="cpu")
-        M.load_weights(model, M.find_weights(model, tmp_path))
+        M.load_weights(model, M.find_weight_files(model, tmp_path))
         for name, p in model.named_parameters():
             chunks = whole[name].chunk(4)
             mine = chunks[rank] if rank < len(chunks) else whole[name][:0]
@@ -509,8 +509,8 @@ def test_dynamic_rope_with_a_head_of_two_is_refused_and_no_kind_has_anothers_win
         with pytest.raises(InputError, match="head_dim above 2"):
             parse_config(dict(model_type="llama", **sizes, **{key: {"rope_type": "dynamic", "factor": 2.0}}))
     windows = {
-        kind: parse_config(dict(model_type=kind, num_key_value_heads=4, sliding_window=7, **sizes)).window
-        for kind in M.KINDS
+        kind: parse_config(dict(model_type=kind, num_key_value_heads=4, sliding_window=7, **sizes)).sliding_window
+        for kind in M.MODEL_DEFAULTS
     }
     assert windows == {"llama": None, "mistral": 7}
 
@@ -533,7 +533,7 @@ def test_every_matrix_is_called_as_a_module_and_dropout_in_it_has_the_right_grad
     inputs = (tokens, torch.arange(12), torch.tensor([0, 12], dtype=torch.int32), tokens.roll(-1))
     weight = model.layers[0].mlp.down.weight
     for block in model.layers:
-        block.checkpointed = True
+        block.activation_checkpointing = True
 
     def loss():
         torch.manual_seed(0)

@@ -16,9 +16,9 @@ from test_judge import compare, write_answers
 from test_served import answers, arguments, many, write_prompts
 
 import generate
-from parts.program import write_file
-from parts.questions import reason_of, state_of
-from parts.replies import message_of, parse_scores, rejected_parameter, without_thoughts
+from parts.api.questions import reason_of, state_of
+from parts.api.replies import message_of, parse_scores, rejected_parameter, without_thoughts
+from parts.files import atomic_write
 
 PRICE = ["--price-in", "100", "--price-out", "100"]
 BATCH = ["--batch", "--batch-poll", "0.05"]
@@ -124,7 +124,7 @@ def test_answers_of_a_batch_under_way_are_kept_and_counted_wanted_or_not(api, tm
 def test_an_upload_without_a_batch_is_left_alone(api, tmp_path):
     env = api(reply="7 8")
     command = judge_command(tmp_path, 3, *BATCH)
-    write_file(
+    atomic_write(
         tmp_path / "o.jsonl.batch.json", json.dumps({"file": "file-9", "rows": {"x": ["y", 3]}, "prices": [1, 1]})
     )
     subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=True)
@@ -312,8 +312,8 @@ def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from parts.store import Store
-from parts.program import write_file
+from parts.api.store import Store
+from parts.files import write_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
 store, errors = Store(Path("s.jsonl")), []
 for size in (200, 300, 10, 300):

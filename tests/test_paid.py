@@ -18,8 +18,9 @@ from test_judge import compare, write_answers
 
 import judge
 import score
-from parts.program import InputError, refuse_overwriting
-from parts.replies import Pace
+from parts.api.replies import RateLimiter
+from parts.cli import InputError
+from parts.files import check_output_paths
 
 
 def partial(folder):
@@ -121,7 +122,7 @@ def test_a_reset_that_is_a_date_or_far_away_hangs_nothing(reset, remaining, api,
 
 
 def test_a_window_that_is_reset_as_a_whole_is_not_taken_for_a_trickle():
-    pace = Pace(float("inf"), float("inf"), 64, None)
+    pace = RateLimiter(float("inf"), float("inf"), 64, None)
     said = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59"}
     pace.learn(httpx.Headers(said | {"x-ratelimit-reset-requests": "60s"}), 10)
     assert pace.learned["requests"] > 0.9
@@ -261,7 +262,7 @@ def test_no_program_writes_onto_what_it_reads(tmp_path):
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before, arguments
     run(score, os.environ, "stages", tmp_path / "in.jsonl", "--out-dir", tmp_path / "n", "--score-key", "id", expect=2)
     with pytest.raises(InputError):
-        refuse_overwriting([tmp_path / "o", tmp_path / "o.tmp"], [])
+        check_output_paths([tmp_path / "o", tmp_path / "o.tmp"], [])
 
 
 def test_stages_written_again_replace_the_old_ones(tmp_path):

@@ -11,7 +11,7 @@ from conftest import ROOT, go
 
 import train
 from model import parse_config
-from parts import cost
+from parts import memory_plan
 from parts.options import Weights
 
 
@@ -92,9 +92,9 @@ def test_the_table_of_machines_is_what_the_plan_says():
             replicas = int((re.search(r"--replicas (\d+)", column) or [0, 1])[1])
             weights = Weights(lora=16, lora_alpha=32.0) if "--lora 16" in column else Weights()
             weights = Weights("bf16") if "--weights bf16" in column else weights
-            model = train.outline(SHAPES[name], weights, torch.bfloat16)
+            model = train.build_meta_model(SHAPES[name], weights, torch.bfloat16)
             how = (world // replicas, torch.bfloat16, 4096, 4096, True, True, replicas)
-            plan = cost.memory_plan(model, set(train.trained_parameters(model)), *how)
+            plan = memory_plan.memory_plan(model, set(train.trained_parameters(model)), *how)
             assert figure == f"{sum(plan.values()) / 2**30:,.1f}", (name, column)
 
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import go
 
 import train
-from parts import program
-from parts.record import duration
+from parts import cli
+from parts.checkpoints.run_log import duration
 
 
 def lines_of(capsys, work) -> list[str]:
@@ -17,18 +17,18 @@ def lines_of(capsys, work) -> list[str]:
 
 def test_without_a_terminal_there_is_a_line_now_and_then_and_none_of_short_work(capsys, monkeypatch):
     def count():
-        with program.progress(50, "ifd", "row") as bar:
+        with cli.progress(50, "ifd", "row") as bar:
             for _ in range(50):
                 bar.update()
 
     assert lines_of(capsys, count) == []
-    monkeypatch.setattr(program, "LINE_SECONDS", 0)
+    monkeypatch.setattr(cli, "LINE_SECONDS", 0)
     lines = lines_of(capsys, count)
     assert len(lines) > 10 and all(re.fullmatch(r"ifd: \d+/50 row \[\d\d:\d\d<\S+\]", line) for line in lines), lines
 
 
 def impatient(argv):
-    program.LINE_SECONDS = 0
+    cli.LINE_SECONDS = 0
     return train.main(argv)
 
 

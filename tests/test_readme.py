@@ -24,7 +24,7 @@ def test_every_file_named_is_there_and_every_part_is_named():
             assert (ROOT / path).exists(), path
     tree = README[README.index("## Files") :]
     assert all(f"\n{path.name} " in tree for path in ROOT.glob("*.py"))
-    for path in (ROOT / "parts").glob("*.*"):
+    for path in (ROOT / "parts").rglob("*.*"):
         assert f"`{path.relative_to(ROOT)}`" in DESIGN, path
 
 
@@ -66,7 +66,7 @@ def test_run_time_needs_only_the_packages_that_it_names():
     listed = {re.split(r"[=>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
     own = {path.stem for path in ROOT.glob("*.py")} | {"parts"}
     found = set()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "parts").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "parts").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

@@ -16,9 +16,9 @@ import score
 import train
 from data import TEMPLATES, render
 from model import hf_name, load_model
-from parts.rows import Turn, messages_of
-from parts.testsets import read_prompts
-from parts.tokenizers import load_tokenizer
+from parts.text.rows import Turn, messages_of
+from parts.text.testsets import read_prompts
+from parts.text.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def documents_of(path, folder):
 
 
 def batch_of(documents, rows):
-    return [torch.from_numpy(a) for a in documents.flat(np.array(rows))]
+    return [torch.from_numpy(a) for a in documents.pack(np.array(rows))]
 
 
 def hf_losses(model, documents, d):
@@ -97,7 +97,7 @@ def test_greedy_answers_to_real_prompts_are_those_of_transformers(smollm2, share
 
 def test_ifd_of_real_rows_is_that_of_transformers(smollm2, stages):
     ours, theirs, documents = load_model(smollm2), hf(smollm2), documents_of(stages / "s3.jsonl", smollm2)
-    few = data.take(documents, np.arange(4))
+    few = data.subset(documents, np.arange(4))
     found = score.measure_ifd(ours, few)
     for d in range(4):
         tokens, _, _, targets = batch_of(few, [d])
@@ -111,8 +111,8 @@ def test_ifd_of_real_rows_is_that_of_transformers(smollm2, stages):
 
 def training(model, stages, out, *more, count=3):
     files = [str(stages / f"s{k + 1}.jsonl") for k in range(count)]
-    usual = ["--lr", "1e-4", "--batch-size", "4", "--dtype", "fp32", "--micro-tokens", "512", "--seed", "3"]
-    return ["--model", str(model), "--stages", *files, "--out", str(out), *usual, *more]
+    defaults = ["--lr", "1e-4", "--batch-size", "4", "--dtype", "fp32", "--micro-tokens", "512", "--seed", "3"]
+    return ["--model", str(model), "--stages", *files, "--out", str(out), *defaults, *more]
 
 
 def losses_of(out):

@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import judge
-from parts import verdicts
-from parts.program import write_lines
+from parts.files import write_lines
+from parts.report import win_rates
 
 EVIL = [
     '<script>document.title = "pwned"</script>',
@@ -80,7 +80,7 @@ def report(*arguments, expect=0):
 def test_an_interval_of_a_win_rate_holds_the_truth_at_every_rate_with_and_without_ties(n):
     """Its coverage, summed over all outcomes with their probabilities: the trinomial's."""
     outcomes = np.array([(w, t, n - w - t) for w in range(n + 1) for t in range(n + 1 - w)])
-    bounds = np.array([verdicts.rate_interval(np.repeat([1.0, 0.5, 0.0], x)) for x in outcomes])
+    bounds = np.array([win_rates.rate_interval(np.repeat([1.0, 0.5, 0.0], x)) for x in outcomes])
     logs = [math.lgamma(n + 1) - sum(math.lgamma(k + 1) for k in x) for x in outcomes]
     for ties in (0.0, 0.02, 0.2, 0.65, 0.8, 0.95):
         for share in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.65, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998):
@@ -95,19 +95,19 @@ def test_an_interval_of_a_win_rate_holds_the_truth_at_every_rate_with_and_withou
 @given(st.integers(1, 300), st.integers(0, 300))
 def test_without_ties_the_interval_is_wilsons_with_continuity_correction(n, wins):
     proportion = pytest.importorskip("scipy.stats").binomtest(min(wins, n), n)
-    low, high = verdicts.rate_interval(np.arange(n) < min(wins, n))
+    low, high = win_rates.rate_interval(np.arange(n) < min(wins, n))
     expected = proportion.proportion_ci(method="wilsoncc")
     assert (low, high) == (pytest.approx(expected.low, abs=1e-6), pytest.approx(expected.high, abs=1e-6))
 
 
 def test_ties_make_an_interval_narrower_as_they_vary_less():
     def width(wins, ties, losses):
-        low, high = verdicts.rate_interval(np.repeat([1.0, 0.5, 0.0], (wins, ties, losses)))
+        low, high = win_rates.rate_interval(np.repeat([1.0, 0.5, 0.0], (wins, ties, losses)))
         return high - low
 
     assert width(100, 800, 100) < 0.5 * width(500, 0, 500)
-    usual = 2 * 1.96 * np.repeat([1.0, 0.5, 0.0], (100, 800, 100)).std() / math.sqrt(1000)
-    assert width(100, 800, 100) == pytest.approx(usual, rel=0.06)
+    defaults = 2 * 1.96 * np.repeat([1.0, 0.5, 0.0], (100, 800, 100)).std() / math.sqrt(1000)
+    assert width(100, 800, 100) == pytest.approx(defaults, rel=0.06)
     assert width(0, 10, 0) > 0.2
 
 
@@ -123,7 +123,7 @@ def test_comparisons_on_different_questions_are_warned_of_and_compared_on_the_co
     assert "WARNING" in warning and "6 to 10" in warning and "on the 6 that all have" in warning
     assert " n " in header
     assert all("83.3 (n 6)" in line for line in table[:2])
-    assert "rest on different questions" in (tmp_path / "r.html").read_text().split(judge.DATA)[1]
+    assert "rest on different questions" in (tmp_path / "r.html").read_text().split(judge.PAGE_DATA_MARKER)[1]
     write_lines(tmp_path / "w.jsonl", made_up(said, model="A") + made_up(["refused"] * 10, model="B"))
     assert "WARNING" not in report(tmp_path / "w.jsonl").stdout  # B has none that could be compared
 
@@ -147,9 +147,9 @@ def test_the_penalised_regression_is_that_of_scikit_learn(strength, rows):
     model.fit(np.concatenate([x, x]), both, sample_weight=weight)
 
     def cost(theta):
-        return np.abs(theta).sum() + strength * verdicts.log_loss(x @ theta, points)
+        return np.abs(theta).sum() + strength * win_rates.log_loss(x @ theta, points)
 
-    assert cost(verdicts.fit_logistic(x, points, strength, np.zeros(2))) <= cost(model.coef_[0]) + 1e-6
+    assert cost(win_rates.fit_logistic(x, points, strength, np.zeros(2))) <= cost(model.coef_[0]) + 1e-6
 
 
 def alpaca_eval_rate(points, lead):
@@ -171,14 +171,14 @@ def test_the_length_controlled_rate_is_that_of_alpaca_evals_own_function(seed):
     lead = rng.normal(200 * (seed - 2), 400, 300).round()
     better = rng.random(300) < 1 / (1 + np.exp(0.4 * (seed - 3) - np.tanh(lead / 400)))
     points = np.where(rng.random(300) < 0.1, 0.5, better.astype(float))
-    assert verdicts.length_controlled(points, lead) == pytest.approx(alpaca_eval_rate(points, lead), abs=0.005)
+    assert win_rates.length_controlled(points, lead) == pytest.approx(alpaca_eval_rate(points, lead), abs=0.005)
 
 
 def test_a_judge_that_likes_length_is_seen_through():
     rng = np.random.default_rng(0)
     lead = rng.normal(300, 300, 2000)  # the model writes longer answers, and only that wins
     points = (rng.random(2000) < 1 / (1 + np.exp(-2 * np.tanh(lead / lead.std())))).astype(float)
-    assert points.mean() > 0.65 and abs(verdicts.length_controlled(points, lead) - 0.5) < 0.05
+    assert points.mean() > 0.65 and abs(win_rates.length_controlled(points, lead) - 0.5) < 0.05
 
 
 def test_the_tables_agree_with_counting(tmp_path):
@@ -263,10 +263,13 @@ def test_identical_answers_are_counted_apart_and_orders_told_only_where_there_ar
     (row,) = table_of(tmp_path, tmp_path / "v.jsonl")
     assert (row["tie"], row["identical"], row["n"]) == (3, 3, 8)
     page = (tmp_path / "r.html").read_text()
-    assert "8 comparisons, 5 of them in both orders" in page and "each in both orders" not in page.split(judge.DATA)[1]
+    assert (
+        "8 comparisons, 5 of them in both orders" in page
+        and "each in both orders" not in page.split(judge.PAGE_DATA_MARKER)[1]
+    )
     write_lines(tmp_path / "v.jsonl", made_up(["win"] * 5, judge="exact"))
     table_of(tmp_path, tmp_path / "v.jsonl")
-    assert "both orders" not in (tmp_path / "r.html").read_text().split(judge.DATA)[1]
+    assert "both orders" not in (tmp_path / "r.html").read_text().split(judge.PAGE_DATA_MARKER)[1]
     write_lines(tmp_path / "v.jsonl", made_up(["win"] * 5))
     table_of(tmp_path, tmp_path / "v.jsonl")
     assert "5 comparisons, each in both orders" in (tmp_path / "r.html").read_text()
@@ -512,7 +515,7 @@ def test_table_and_figures_of_the_page_are_those_of_the_report(browser, tmp_path
 
 def test_the_page_in_the_repository_opens_as_it_is(browser):
     """With its sample: what is expected, replies of both orders, and light or dark as the reader has it."""
-    browser.get((ROOT / "parts" / "report.html").as_uri())
+    browser.get((ROOT / "parts" / "report" / "page.html").as_uri())
     shown = browser.find_element("tag name", "body").text
     for text in ("sample/stage1 against base", "75.0 (19.8 to 98.9)", "What is 2 + 2?", "9 2", "3 8", "1 of 2"):
         assert text in shown, text
@@ -533,7 +536,7 @@ def test_the_page_in_the_repository_opens_as_it_is(browser):
 
 def test_the_policy_of_the_page_names_the_hash_of_its_script(tmp_path):
     """The one script that runs is the one in the file; after a change of it, put the hash that this prints there."""
-    page = (ROOT / "parts" / "report.html").read_text(encoding="ascii")
+    page = (ROOT / "parts" / "report" / "page.html").read_text(encoding="ascii")
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     right = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
     assert len(scripts) == 1 and f"script-src 'sha256-{right}'\"" in page, f"the policy must say 'sha256-{right}'"
@@ -541,6 +544,6 @@ def test_the_policy_of_the_page_names_the_hash_of_its_script(tmp_path):
     assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(", page)
     make_verdicts(tmp_path / "v.jsonl", 5)
     report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html")
-    before, after = page.split(judge.DATA)
+    before, after = page.split(judge.PAGE_DATA_MARKER)
     made = (tmp_path / "r.html").read_text()  # nothing is changed but the data
-    assert made.startswith(before + judge.DATA) and made.endswith(after[after.index("</script>") :])
+    assert made.startswith(before + judge.PAGE_DATA_MARKER) and made.endswith(after[after.index("</script>") :])

@@ -7,11 +7,11 @@ from conftest import ROOT
 
 import data
 from data import TEMPLATES, render
-from parts.program import InputError
-from parts.rows import Turn, messages_of, read_rows
-from parts.testsets import read_prompts
-from parts.tokenizers import load_tokenizer
-from score import answer_of
+from parts.cli import InputError
+from parts.text.rows import Turn, messages_of, read_rows
+from parts.text.testsets import read_prompts
+from parts.text.tokenizers import load_tokenizer
+from score import answer_text
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 ALPACA = {"instruction": "q", "output": "a"}
@@ -100,10 +100,10 @@ def test_an_answer_without_weight_is_context_and_carries_no_loss(mark, tmp_path)
     talk = [CHAT[0], CHAT[1] | {"content": "WRONG"} | mark, CHAT[0], CHAT[1] | {"content": "right", "weight": 1}]
     rows, _ = read(tmp_path, {"messages": talk})
     tokenizer = load_tokenizer(ROOT / "demo" / "model")
-    tokens, supervised = render(rows[0].turns, TEMPLATES["phased"], tokenizer)
-    learnt = [token for token, learn in zip(tokens, supervised) if learn]
+    tokens, loss_mask = render(rows[0].turns, TEMPLATES["phased"], tokenizer)
+    learnt = [token for token, learn in zip(tokens, loss_mask) if learn]
     assert tokenizer.decode(learnt) == "right" and "WRONG" in tokenizer.decode(tokens)
-    assert answer_of(rows[0]) == "right"
+    assert answer_text(rows[0]) == "right"
     again, _ = read(tmp_path, {"messages": messages_of(rows[0].turns)})
     assert again[0].turns == rows[0].turns
 
@@ -113,10 +113,10 @@ def test_rows_that_lose_characters_are_counted(small_smollm2, tmp_path, capsys):
     rows = [{"data": ["q", answer]} for answer in ("a", "b\x04c", "é", "\x13\x14")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     documents = data.tokenize_files([path], small_smollm2, "chatml", 64, shown=False)
-    assert documents.lossy == 2
-    data.print_lossy([documents, documents])
+    assert documents.unencodable == 2
+    data.print_unencodable([documents, documents])
     assert capsys.readouterr().out.startswith("4 rows hold characters")
-    assert data.join([documents, documents]).lossy == 4
+    assert data.concat([documents, documents]).unencodable == 4
 
 
 # ---------------------------------------------------------------- prompts

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import data
 import score
 from parts import diversity
-from parts.rows import read_rows
-from parts.tokenizers import load_tokenizer
+from parts.text.rows import read_rows
+from parts.text.tokenizers import load_tokenizer
 
 # ---------------------------------------------------------------- stages
 
@@ -60,7 +60,7 @@ def test_random_stages_have_the_same_sizes_and_another_seed_other_rows(tmp_path)
 @given(st.lists(st.integers(0, 8), min_size=5, max_size=60), st.integers(1, 5))
 def test_equal_stages_hold_every_row_once_in_rising_order_and_split_few_ties(values, parts):
     scores = np.array(values, float)
-    groups = score.cut_equally(scores, parts)
+    groups = score.split_equally(scores, parts)
     assert len(groups) == parts and all(len(g) for g in groups)
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(values)))
     for a, b in pairwise(groups):
@@ -148,12 +148,12 @@ def test_tf_idf_is_scikit_learns(texts):
         assert len(ours.terms) == 0
         return
     for r in range(len(texts)):
-        span = slice(ours.starts[r], ours.starts[r + 1])
+        span = slice(ours.offsets[r], ours.offsets[r + 1])
         assert len(set(ours.terms[span])) == span.stop - span.start
         np.testing.assert_allclose(np.sort(ours.weights[span]), np.sort(matrix[r][matrix[r] > 0]), rtol=0, atol=1e-9)
     dense = np.zeros((len(texts), ours.n_terms))
     for r in range(len(texts)):
-        span = slice(ours.starts[r], ours.starts[r + 1])
+        span = slice(ours.offsets[r], ours.offsets[r + 1])
         dense[r, ours.terms[span]] = ours.weights[span]
     np.testing.assert_allclose(dense @ dense.T, matrix @ matrix.T, atol=1e-9)  # the same terms in common
 
@@ -171,8 +171,8 @@ def test_the_choice_is_that_of_summing_again_at_every_pick(rows, decay):
     matrix, left = diversity.tf_idf(texts), set(range(len(rows)))
     weights = np.zeros((len(rows), matrix.n_terms))
     for r in range(len(rows)):
-        weights[r, matrix.terms[matrix.starts[r] : matrix.starts[r + 1]]] = matrix.weights[
-            matrix.starts[r] : matrix.starts[r + 1]
+        weights[r, matrix.terms[matrix.offsets[r] : matrix.offsets[r + 1]]] = matrix.weights[
+            matrix.offsets[r] : matrix.offsets[r + 1]
         ]
     for pick in ours:
         values = scores * weights.sum(1)
@@ -269,17 +269,17 @@ def reference_ifd(folder, rows, max_len=2048):
     tokenizer = load_tokenizer(folder / "m")
     out = {}
     for row in rows:
-        tokens, supervised = data.render(row.turns, data.TEMPLATES["phased"], tokenizer)
-        tokens, supervised = tokens[:max_len], supervised[:max_len]
-        answer = [t for t, s in zip(tokens, supervised) if s]
+        tokens, loss_mask = data.render(row.turns, data.TEMPLATES["phased"], tokenizer)
+        tokens, loss_mask = tokens[:max_len], loss_mask[:max_len]
+        answer = [t for t, s in zip(tokens, loss_mask) if s]
         if not answer:
             continue
         losses = []
-        for prompt in ([t for t, s in zip(tokens, supervised) if not s], [tokenizer.bos_id]):
+        for prompt in ([t for t, s in zip(tokens, loss_mask) if not s], [tokenizer.bos_id]):
             labels = torch.tensor([[-100] * len(prompt) + answer])
             with torch.no_grad():
                 losses.append(hf(torch.tensor([prompt + answer]), labels=labels).loss.double())
-        out[row.where] = math.exp(losses[0]) / math.exp(losses[1])
+        out[row.source] = math.exp(losses[0]) / math.exp(losses[1])
     return out
 
 

@@ -14,8 +14,8 @@ from conftest import ROOT, go
 
 import data
 import generate
-from parts.served import LOOKS_SPECIAL, Pieces
-from parts.tokenizers import copy_tokenizer, load_tokenizer
+from parts.api.server_answers import LOOKS_SPECIAL, Pieces
+from parts.text.tokenizers import copy_tokenizer, load_tokenizer
 
 DEMO = ROOT / "demo" / "model"
 

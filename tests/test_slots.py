@@ -15,9 +15,9 @@ from test_generate import collect, make
 
 import generate
 from generate import Options, plan_slots
+from parts.cli import WorkError
+from parts.kv_cache import MAX_SLOTS, MEMORY_FRACTION, plan_groups, slot_bytes, working_bytes
 from parts.memory import cgroup_memory
-from parts.program import WorkError
-from parts.slots import MOST, USED, plan_groups, slot_bytes, working_bytes
 
 MiB = 2**20
 
@@ -30,20 +30,20 @@ def prompts_of(lengths, seed=0):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=300), st.integers(1, 60_000), st.booleans(), st.booleans())
 def test_every_prompt_is_answered_once_in_a_cache_that_holds_it_and_fits(needs, memory, windowed, divided):
-    window = 700 if windowed else None
-    groups = plan_groups(needs, lambda capacity: min(MOST, max(1, memory // capacity)), window, divided)
+    sliding_window = 700 if windowed else None
+    groups = plan_groups(needs, lambda capacity: min(MAX_SLOTS, max(1, memory // capacity)), sliding_window, divided)
     order = [i for g in groups for i in g.members]
     assert sorted(order) == list(range(len(needs)))
     assert [needs[i] for i in order] == sorted(needs, reverse=True)
     for g in groups:
         longest = max(needs[i] for i in g.members)
-        assert g.capacity == min(longest, window or longest) and 1 <= g.slots <= min(MOST, len(g.members))
+        assert g.capacity == min(longest, sliding_window or longest) and 1 <= g.slots <= min(MAX_SLOTS, len(g.members))
         assert g.slots * g.capacity <= max(memory, g.capacity)
     assert divided or len(groups) == 1
     if divided and not windowed:  # none of the many short ones waits for a slot that is made for the longest
         for g in groups:
             short = [i for i in g.members if needs[i] <= g.capacity / 2]
-            assert not short or g.slots == len(g.members) or g.slots == MOST
+            assert not short or g.slots == len(g.members) or g.slots == MAX_SLOTS
 
 
 def test_a_small_memory_is_used_and_not_passed(tmp_path):
@@ -52,21 +52,21 @@ def test_a_small_memory_is_used_and_not_passed(tmp_path):
     limits, options = [100] * len(prompts), Options()
     needed = working_bytes(model, 800, 800, torch.float32)
     one = slot_bytes(model.config, 900, torch.float32, sampled=False)
-    free = int((needed + 2.5 * one) / USED)
+    free = int((needed + 2.5 * one) / MEMORY_FRACTION)
     groups = plan_slots(model, prompts, limits, options, free)
     assert groups[0].slots == 2 and groups[0].members == [220, 221, 222]
     assert [g.capacity for g in groups] == [900, 250, 120] and groups[0].slots < groups[1].slots < groups[2].slots
     for g in groups:
         size = slot_bytes(model.config, g.capacity, torch.float32, sampled=False)
-        assert g.slots * size + needed <= USED * free
-        assert (g.slots + 1) * size + needed > USED * free or g.slots == len(g.members)
+        assert g.slots * size + needed <= MEMORY_FRACTION * free
+        assert (g.slots + 1) * size + needed > MEMORY_FRACTION * free or g.slots == len(g.members)
     sampled, greedy = (plan_slots(model, prompts, limits, Options(temperature=x), 3 * free) for x in (1.0, 0.0))
     assert sampled[0].slots < greedy[0].slots  # sorting takes more than finding the likeliest
-    assert [g.slots for g in plan_slots(model, prompts, limits, options, 2**40)] == [MOST]
+    assert [g.slots for g in plan_slots(model, prompts, limits, options, 2**40)] == [MAX_SLOTS]
     assert [g.slots for g in plan_slots(model, prompts, limits, Options(batch_size=7), 0)] == [7]
     assert len(plan_slots(model, prompts, limits, Options(compile=True), free)) == 1  # one shape
     with pytest.raises(WorkError, match="--max-new-tokens"):
-        plan_slots(model, prompts, limits, options, int(needed / USED))
+        plan_slots(model, prompts, limits, options, int(needed / MEMORY_FRACTION))
 
 
 @pytest.mark.parametrize("kind", ["gqa", "mistral"])
@@ -78,7 +78,9 @@ def test_answers_do_not_depend_on_the_memory_or_on_the_order_of_prompts(kind, tm
     needed = working_bytes(model, 512, 300, torch.float32)
     for slots in (1.5, 3.5):
         one = slot_bytes(model.config, 24 if kind == "mistral" else 340, torch.float32, sampled=False)
-        monkeypatch.setattr(generate, "free_memory", lambda device, n=slots, one=one: int((needed + n * one) / USED))
+        monkeypatch.setattr(
+            generate, "free_memory", lambda device, n=slots, one=one: int((needed + n * one) / MEMORY_FRACTION)
+        )
         groups = plan_slots(model, prompts, limits, Options())
         assert groups[0].slots == int(slots) and (kind == "mistral") == (len(groups) == 1)
         assert collect(model, prompts, limits=limits) == (wanted, reasons)
@@ -106,8 +108,8 @@ def test_prefill_writes_no_place_of_the_cache_twice(tmp_path, monkeypatch):
         written.append([divmod(place, 24) for place in places.tolist()])
         return within(q, k, v)
 
-    monkeypatch.setattr(generate, "attend_and_keep", keep)
-    cache = generate.Cache(model.config, 3, 24, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(generate, "prefill_attention", keep)
+    cache = generate.KVCache(model.config, 3, 24, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         generate.prefill(model, cache, prompts_of([60, 24, 10]), [2, 0, 1])
     assert sorted(written[0]) == sorted(
@@ -145,7 +147,7 @@ import torch
 import generate
 from generate import Options, plan_slots
 from model import load_model
-from parts.slots import slot_bytes, working_bytes
+from parts.kv_cache import slot_bytes, working_bytes
 
 def memory(key):  # VmRSS: now, VmHWM: at most since clear_refs
     return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -171,7 +173,7 @@ def test_the_estimate_covers_what_decoding_really_takes(temperature, tmp_path):
     code = DECODING.format(root=str(ROOT), temperature=temperature, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     taken, estimate = json.loads(done.stdout)
-    assert 0.4 * estimate < taken <= estimate / USED, (taken / MiB, estimate / MiB)
+    assert 0.4 * estimate < taken <= estimate / MEMORY_FRACTION, (taken / MiB, estimate / MiB)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
     def full(*_):
         raise error
 
-    monkeypatch.setattr(generate, "Cache", full)
+    monkeypatch.setattr(generate, "KVCache", full)
     (tmp_path / "p.txt").write_text("".join(f"Start with {i}, add 1 to it.\n" for i in range(6)))
     files = ["--prompts", tmp_path / "p.txt", "--out", tmp_path / "a.json"]
     arguments = ["--model", ROOT / "demo" / "model", *files]
@@ -202,4 +204,4 @@ def test_a_program_says_how_much_it_answers_at_once(tmp_path):
     (tmp_path / "p.txt").write_text("".join(f"Start with {i}, add 1 to it.\n" for i in range(200)))
     files = ["--prompts", tmp_path / "p.txt", "--out", tmp_path / "a.json", "--max-new-tokens", "3"]
     done = run_forked(generate.main, "--model", ROOT / "demo" / "model", *files)
-    assert f"{MOST} at once" in done.stdout and math.isfinite(len(json.loads((tmp_path / "a.json").read_text())))
+    assert f"{MAX_SLOTS} at once" in done.stdout and math.isfinite(len(json.loads((tmp_path / "a.json").read_text())))

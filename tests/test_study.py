@@ -1,4 +1,4 @@
-"""demo/study.py on a model and data that are not the demo's: what the arms see, what is chosen, what comes out."""
+"""recipes/study/study.py on a model and data that are not the demo's: what arms see, what is chosen, what comes out."""
 
 import argparse
 import json
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import judge
 import train
-from demo import findings, measure, study
-from demo.arms import Ground, held_back, make_arms, whole_epochs
-from parts.program import InputError, WorkError
+from parts.cli import InputError, WorkError
+from recipes.study import analysis, measure, study
+from recipes.study.arms import StudyData, held_back, make_arms, whole_epochs
 
 # ---------------------------------------------------------------- statistics
 
@@ -29,8 +29,8 @@ def test_tails_and_quantiles_are_students():
     stats = pytest.importorskip("scipy.stats")
     for df in (1.0, 2.3, 4.0, 11.7, 300.0):
         for t in (0.0, 0.4, 2.1, 5.0, 40.0):
-            assert findings.tail(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-3, abs=1e-7)
-        assert findings.quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-3)
+            assert analysis.tail(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-3, abs=1e-7)
+        assert analysis.quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-3)
 
 
 @pytest.mark.parametrize("of_seeds, of_prompts, noise", [(0.3, 1.0, 1.0), (1.0, 0.2, 0.5), (0.0, 0.0, 1.0)])
@@ -39,7 +39,7 @@ def test_an_interval_over_seeds_and_prompts_holds_the_truth_as_often_as_it_says(
     for _ in range(runs):
         values = noise * rng.normal(size=(5, 60))
         values += of_seeds * rng.normal(size=(5, 1)) + of_prompts * rng.normal(size=(1, 60)) + 0.7
-        found = findings.estimate(values)
+        found = analysis.estimate(values)
         held += found["low"] <= 0.7 <= found["high"]
     assert held / runs >= 0.94
 
@@ -52,24 +52,24 @@ def test_no_real_difference_is_found_in_at_most_six_of_a_hundred_studies(seeds, 
         known = rng.beta(1.5, 1.2, 200)
         moved = rng.normal(0, rng.uniform(0.01, 0.09, 6)[:, None, None], (6, seeds, 1))
         base, *arms = (rng.random((6, seeds, 200)) < known + moved).astype(float)
-        p = [findings.estimate((np.sign(arm - base)) / 2, (-0.5, 0.5))["p"] for arm in arms]
-        found += min(findings.holm(p)) < 0.05
+        p = [analysis.estimate((np.sign(arm - base)) / 2, (-0.5, 0.5))["p"] for arm in arms]
+        found += min(analysis.holm(p)) < 0.05
     assert shares[0] <= found / studies <= shares[1]
 
 
 def test_prompts_that_all_say_the_same_are_no_certainty_and_one_seed_has_no_p_value():
     limits = (-0.5, 0.5)
-    won = findings.estimate(np.full((2, 4), 0.5), limits)
+    won = analysis.estimate(np.full((2, 4), 0.5), limits)
     assert won["p"] > 0.2 and won["low"] < 0 < won["mean"] == won["high"] == 0.5
-    tied = findings.estimate(np.zeros((6, 50)), limits)
+    tied = analysis.estimate(np.zeros((6, 50)), limits)
     assert tied["p"] == 1 and tied["low"] < 0 < tied["high"]
-    one = findings.estimate(np.random.default_rng(0).choice([-0.5, 0.0, 0.5], (1, 100)), limits)
+    one = analysis.estimate(np.random.default_rng(0).choice([-0.5, 0.0, 0.5], (1, 100)), limits)
     assert one["p"] is None and one["low"] < one["mean"] < one["high"]
-    assert findings.estimate(np.full((2, 3), 1.5))["p"] is None  # losses have no limits: nothing is known
-    assert findings.estimate(np.full((2, 3), np.nan), limits) | {"n": 0, "mean": None} == {
+    assert analysis.estimate(np.full((2, 3), 1.5))["p"] is None  # losses have no limits: nothing is known
+    assert analysis.estimate(np.full((2, 3), np.nan), limits) | {"n": 0, "mean": None} == {
         "n": 0, "mean": None, "low": None, "high": None, "p": None
     }  # fmt: skip
-    assert findings.holm([0.02, None, 0.01]) == [pytest.approx(0.04), None, pytest.approx(0.03)]
+    assert analysis.holm([0.02, None, 0.01]) == [pytest.approx(0.04), None, pytest.approx(0.03)]
 
 
 def test_arms_judged_on_different_prompts_are_told_apart_and_compared_on_the_common_ones():
@@ -81,23 +81,23 @@ def test_arms_judged_on_different_prompts_are_told_apart_and_compared_on_the_com
         for arm, wins in (("one-off", [0.5] * 8), ("A", half), ("B", none), ("C", [None] * 8)) for seed in (0, 1)
     ]  # fmt: skip
     rates = {arm: {1e-3: None} for arm in ("one-off", "A", "B", "C")}
-    table = findings.summarize(records, rates, prompts, "api")
+    table = analysis.summarize(records, rates, prompts, "api")
     assert [table[arm]["win_rate"]["n"] for arm in "ABC"] == [8, 4, 0]
     assert [table[arm]["win_rate"]["mean"] for arm in "ABC"] == [0, 0.5, None]
     assert [table[arm]["win_rate_common"]["mean"] for arm in "AB"] == [0.5, 0.5]
-    said = findings.markdown(table, prompts, [], None, "api", 3)
+    said = analysis.markdown(table, prompts, [], None, "api", 3)
     assert "different prompts" in said and "all have 4" in said and "1 degrees" in said
     rows = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in said.splitlines() if " | " in line}
     assert [rows[f"| {arm}"][-2] for arm in "ABC"] == ["8", "4", "0"] and rows["| C"][-3] == "–"
     assert rows["| A"][-1].startswith("+50.0") and rows["| B"][-1].startswith("+50.0")
     json.dumps(table, allow_nan=False)
-    if findings.can_draw():
-        findings.draw(table, prompts, None, "api", 3)
-    alike = findings.summarize([r for r in records if r["arm"] in ("one-off", "A")], rates, prompts, "api")
-    said = findings.markdown(alike, prompts, [], None, "api", 3)
+    if analysis.can_draw():
+        analysis.draw(table, prompts, None, "api", 3)
+    alike = analysis.summarize([r for r in records if r["arm"] in ("one-off", "A")], rates, prompts, "api")
+    said = analysis.markdown(alike, prompts, [], None, "api", 3)
     assert "different" not in said and "common" not in said
-    alone = findings.summarize([r for r in records if r["seed"] == 0], rates, prompts, "api")
-    said = findings.markdown(alone, prompts, [], None, "api", 3)
+    alone = analysis.summarize([r for r in records if r["seed"] == 0], rates, prompts, "api")
+    said = analysis.markdown(alone, prompts, [], None, "api", 3)
     assert "no p values" in said and alone["A"]["p_holm"] is None
 
 
@@ -109,7 +109,7 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
         if p[i] * (len(p) - rank) > alpha:
             break
         rejected.add(i)
-    assert {i for i, x in enumerate(findings.holm(p)) if x <= alpha} == rejected
+    assert {i for i, x in enumerate(analysis.holm(p)) if x <= alpha} == rejected
 
 
 # ---------------------------------------------------------------- arms
@@ -121,7 +121,7 @@ def ground():
     order = rng.permutation(240)
     stages = [np.sort(order[:144]), np.sort(order[144:208]), np.sort(order[208:])]
     lengths = rng.integers(1, 50, 240)
-    return Ground([{}] * 240, stages, {"IFD": stages}, lengths, 16, 2)
+    return StudyData([{}] * 240, stages, {"IFD": stages}, lengths, 16, 2)
 
 
 def test_every_arm_takes_the_same_steps_and_sees_every_row_as_often_unless_that_is_its_point(ground):
@@ -161,7 +161,7 @@ def test_replay_moves_a_share_of_every_stage_into_each_later_one(batches, batch_
 @given(st.integers(3, 1000), st.integers(1, 4), st.sampled_from([1, 4, 16, 128]))
 def test_few_rows_over_and_over_take_as_many_steps_as_all_rows(batches, epochs, batch_size):
     rows = np.arange(batches * batch_size)
-    ground = Ground([], [rows], {}, rows, batch_size, epochs)
+    ground = StudyData([], [rows], {}, rows, batch_size, epochs)
     for share in (0.05, 0.2):
         count, passes = whole_epochs(ground, share)
         assert count % batch_size == 0 and 0 < count <= len(rows)
@@ -254,8 +254,8 @@ def folder(bench, tmp_path, monkeypatch):
 def arguments(folder, *more):
     files = ["--model", folder / "m", "--scored", folder / "scored.jsonl", folder / "more.jsonl"]
     files += ["--prompts", folder / "prompts.jsonl"]
-    usual = ["--out", folder / "out", "--batch-size", 8, "--epochs", 1, "--max-new-tokens", 4, "--jobs", 1]
-    return [str(a) for a in (*files, *usual, *more)]
+    defaults = ["--out", folder / "out", "--batch-size", 8, "--epochs", 1, "--max-new-tokens", 4, "--jobs", 1]
+    return [str(a) for a in (*files, *defaults, *more)]
 
 
 TRAIN = ("--", "--dtype", "fp32")
@@ -360,18 +360,18 @@ def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
     assert asked.judge_flags == ["--canaries", "--votes", "2"]
     of_train = {"--lr=1": "--lr", "--optimizer-state=reset": "--optimizer-state", "--sel=static": "--select",
                 "--replay=0": "--replay"}  # fmt: skip
-    wrong = {("--lr-grid", "1e-3", "--", flag): f"{name} belongs to the study" for flag, name in of_train.items()}
-    for more, words in ({(): "--lr-grid must be given"} | wrong).items():
+    errors = {("--lr-grid", "1e-3", "--", flag): f"{name} belongs to the study" for flag, name in of_train.items()}
+    for more, words in ({(): "--lr-grid must be given"} | errors).items():
         with pytest.raises(SystemExit):
             study.main(arguments(folder, *more))
         assert words in capsys.readouterr().err
     prompts = [json.loads(x) for x in (folder / "prompts.jsonl").read_text().splitlines()]
-    for wrong, words in (
+    for errors, words in (
         ({"expected": " "}, "p12"),
         ({"id": "p0"}, "same dataset and id"),
         ({"score": "high"}, "high"),
     ):
-        mine = [p | wrong if i == 3 else p for i, p in enumerate(prompts)]
+        mine = [p | errors if i == 3 else p for i, p in enumerate(prompts)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in mine))
         assert study.main(arguments(folder, "--lr-grid", "1e-3", *TRAIN)) == 2
         assert words in capsys.readouterr().err
@@ -383,7 +383,7 @@ def test_a_question_on_both_sides_is_found_in_whatever_form():
         return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)]
 
     def refused(trained, tested):
-        ground = Ground([{"messages": trained}], [np.array([0])], {}, np.array([1]), 1, 1)
+        ground = StudyData([{"messages": trained}], [np.array([0])], {}, np.array([1]), 1, 1)
         prompt = {"id": "7", "dataset": "d", "messages": tested}
         try:
             study.refuse_leaks(ground, [prompt], [prompt | {"messages": said("another")}])
@@ -402,7 +402,7 @@ def test_answers_after_ten_stages_are_in_order(tmp_path):
     for k in range(12, 0, -1):
         (tmp_path / "answers" / f"phased-0.stage{k}.json").touch()
     (tmp_path / "answers" / "phased-by-ifd-0.stage1.json").touch()
-    found = findings.answers_of(tmp_path, "phased", 0)
+    found = analysis.answers_of(tmp_path, "phased", 0)
     assert [path.name for path in found] == [f"phased-0.stage{k}.json" for k in range(1, 13)]
 
 

@@ -26,12 +26,14 @@ import data
 import generate
 import score
 import train
-from parts import distributed, lock, program
-from parts.mapped import Texts, map_arrays, save_arrays
-from parts.program import InputError, WorkError
-from parts.record import GrowingFile
-from parts.rows import find_files, json_values, read_rows
-from parts.state import newest_state
+from parts import cli, distributed
+from parts.checkpoints import lock
+from parts.checkpoints.run_log import AppendLog
+from parts.checkpoints.state import newest_state
+from parts.cli import InputError, WorkError
+from parts.files import json_values
+from parts.text.memmap import StringArray, map_arrays, save_arrays
+from parts.text.rows import find_files, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,7 @@ def test_whether_the_holder_of_a_lock_has_ended_is_judged_from_where_it_ran(tmp_
     me = lock.describe_process()
     ended = os.fork() or os._exit(0)
     os.waitpid(ended, 0)
-    host, boot, namespace = lock.machine().split(" ")
+    host, boot, namespace = lock.machine_id().split(" ")
     line, place, ticks = me.splitlines()
     dead = line.replace(str(os.getpid()), str(ended))
     for holder, wanted in {
@@ -179,7 +181,7 @@ def test_whether_the_holder_of_a_lock_has_ended_is_judged_from_where_it_ran(tmp_
         "somebody": False,
         "": True,
     }.items():
-        assert lock.has_ended(holder) == wanted, holder
+        assert lock.process_has_ended(holder) == wanted, holder
     monkeypatch.setattr(lock, "fcntl", None)
     (tmp_path / "lock").write_text("\n".join([dead, f"elsewhere {boot} {namespace}", ticks]))
     with pytest.raises(InputError, match=f"process {ended} .* remove"), lock.lock_folder(tmp_path):
@@ -303,7 +305,7 @@ def test_a_parent_that_ends_before_the_kernel_is_asked_to_tell_of_it_is_told_of_
     def main(argv):
         if os.fork():
             time.sleep(60)  # until its child kills it
-        parent, libc = os.getppid(), program.ctypes.CDLL(None)
+        parent, libc = os.getppid(), cli.ctypes.CDLL(None)
 
         class Late:
             def prctl(self, *arguments):
@@ -312,9 +314,9 @@ def test_a_parent_that_ends_before_the_kernel_is_asked_to_tell_of_it_is_told_of_
                     time.sleep(0.01)
                 return libc.prctl(*arguments)
 
-        program.ctypes.CDLL = lambda name: Late()
+        cli.ctypes.CDLL = lambda name: Late()
         signal.signal(signal.SIGTERM, lambda *_: (tmp_path / "told").touch())
-        program.die_with_parent(signal.SIGTERM)
+        cli.set_parent_death_signal(signal.SIGTERM)
         (tmp_path / "done").touch()
         os._exit(0)
 
@@ -334,7 +336,7 @@ def listens(pid):
 
 def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(bench, tmp_path):
     def main(argv):
-        distributed.MEETING = 0.3
+        distributed.RENDEZVOUS_SECONDS = 0.3
         return train.main(argv) if os.environ["RANK"] == "0" else 0
 
     done = Forked(main, training(tmp_path / "o"), bench, ranks=2).wait(timeout=30)
@@ -343,7 +345,7 @@ def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(bench, tmp_pa
 
 def test_a_worker_whose_torchrun_was_killed_before_its_first_line_gives_up_soon(bench, tmp_path):
     def main(argv):
-        distributed.ANSWER = 0.1
+        distributed.TORCHRUN_REPLY_SECONDS = 0.1
         return train.main(argv)
 
     with socket.socket() as s:  # nobody listens there
@@ -595,17 +597,17 @@ def test_a_signal_while_tokenising_ends_with_130(bench, tmp_path):
 
 
 def test_a_log_never_holds_what_was_not_written(tmp_path):
-    log = GrowingFile(tmp_path / "l", 0)
+    log = AppendLog(tmp_path / "l", 0)
     log.write({"a": 1})
     size = log.size
     log.write({"b": 2})
-    again = GrowingFile(tmp_path / "l", size)
+    again = AppendLog(tmp_path / "l", size)
     assert again.size == size
     again.write({"c": 3})
-    third = GrowingFile(tmp_path / "l", again.size)
+    third = AppendLog(tmp_path / "l", again.size)
     third.write({"d": 4})
     assert (tmp_path / "l").read_text() == '{"a": 1}\n{"c": 3}\n{"d": 4}\n'
-    short = GrowingFile(tmp_path / "l", 10**6)
+    short = AppendLog(tmp_path / "l", 10**6)
     short.write({"e": 5})
     assert b"\0" not in (tmp_path / "l").read_bytes() and short.size == (tmp_path / "l").stat().st_size
 
@@ -686,7 +688,7 @@ def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
         assert map_arrays(path) is None or bytes(damaged).split(b" ", 1)[1] == content.split(b" ", 1)[1]
     path.write_bytes(content[:-3])
     assert map_arrays(path) is None and map_arrays(tmp_path / "nowhere") is None
-    texts = Texts.of(["", "é", "x" * 9])
+    texts = StringArray.of(["", "é", "x" * 9])
     assert list(texts) == ["", "é", "x" * 9] and len(texts) == 3
 
 

@@ -14,10 +14,10 @@ from tokenizers import Regex, models, pre_tokenizers
 
 import data
 from data import TEMPLATES, render
-from parts.bpe import byte_letters, tiktoken_as_json
-from parts.patterns import LLAMA3_PATTERN
-from parts.rows import Turn, messages_of
-from parts.tokenizers import copy_tokenizer, load_tokenizer, sentencepiece_as_json
+from parts.text.bpe import byte_letters, tiktoken_as_json
+from parts.text.pre_tokenization import LLAMA3_PATTERN
+from parts.text.rows import Turn, messages_of
+from parts.text.tokenizers import copy_tokenizer, load_tokenizer, sentencepiece_as_json
 
 SYSTEM = Turn("system", "Be brief.\nUse  numbers.")
 TALK = [Turn("user", "What is 2 + 2?\n"), Turn("assistant", "Four,\n  I think."), Turn("user", "And 3 + 3?")]
@@ -106,7 +106,8 @@ def converted_once(monkeypatch):
     def of(source: Path) -> None:
         for convert in (sentencepiece_as_json, tiktoken_as_json):
             monkeypatch.setattr(
-                "parts.tokenizers." + convert.__name__, lambda _, convert=convert: json.loads(as_json(convert, source))
+                "parts.text.tokenizers." + convert.__name__,
+                lambda _, convert=convert: json.loads(as_json(convert, source)),
             )
 
     return of

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer
 
-from parts.bpe import read_tokenizer_json
-from parts.program import InputError
-from parts.tokenizers import copy_tokenizer, load_tokenizer, sentencepiece_as_json
+from parts.cli import InputError
+from parts.text.bpe import read_tokenizer_json
+from parts.text.tokenizers import copy_tokenizer, load_tokenizer, sentencepiece_as_json
 
 relaxed = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 STRANGE = ["", " ", "  ", " " * 17, "\n", "\r\n", "\t", "\x00", "\x04", "\x1c", "\x7f", "\u00a0", "\u2028", "\ufeff"]

@@ -66,9 +66,9 @@ def differing_line(shown, expected):
 def test_the_tour_prints_what_it_says(tmp_path):
     blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
     printed = outputs(tmp_path)
-    wrong = [(code, differing_line(ours, text)) for (code, text), ours in zip(blocks, printed, strict=True)]
+    errors = [(code, differing_line(ours, text)) for (code, text), ours in zip(blocks, printed, strict=True)]
     assert len(blocks) >= 15
-    assert not [w for w in wrong if w[1]]
+    assert not [w for w in errors if w[1]]
 
 
 @pytest.mark.parametrize(

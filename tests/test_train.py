@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 import data
 import model
 import train
-from parts import cost, record
-from parts.program import sha256
-from parts.rows import messages_of, read_rows
-from parts.tokenizers import load_tokenizer
+from parts import memory_plan
+from parts.checkpoints import run_log
+from parts.files import sha256
+from parts.text.rows import messages_of, read_rows
+from parts.text.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,9 @@ def test_training_is_that_of_a_plain_loop_with_transformers(bench, tmp_path):
         ]:
             losses = []
             for d in batch:  # one by one, no packing at all
-                tokens, supervised = (torch.tensor(x) for x in rendered[d])
+                tokens, loss_mask = (torch.tensor(x) for x in rendered[d])
                 logits = hf(tokens[None]).logits[0, :-1]
-                losses.append(F.cross_entropy(logits[supervised[1:]], tokens[1:][supervised[1:]], reduction="none"))
+                losses.append(F.cross_entropy(logits[loss_mask[1:]], tokens[1:][loss_mask[1:]], reduction="none"))
             loss = torch.cat(losses).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), 0.5)
@@ -149,11 +150,9 @@ def test_held_out_loss_is_that_of_transformers(bench, straight):
         total = count = 0
         with torch.no_grad():
             for r in documents:
-                tokens, supervised = (
-                    torch.tensor(x) for x in data.render(r.turns, data.TEMPLATES["phased"], tokenizer)
-                )
+                tokens, loss_mask = (torch.tensor(x) for x in data.render(r.turns, data.TEMPLATES["phased"], tokenizer))
                 losses = F.cross_entropy(hf(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
-                total, count = total + losses[supervised[1:]].sum().item(), count + supervised[1:].sum().item()
+                total, count = total + losses[loss_mask[1:]].sum().item(), count + loss_mask[1:].sum().item()
         assert row["eval_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
@@ -231,7 +230,7 @@ def test_replay_mixes_in_that_share_of_every_earlier_stage(bench, tmp_path, monk
     )
     assert train.read_data(args, first=False)[0][2].documents.ids == ids
     d = ids.index(next(i for i in ids if i.startswith("s1")))
-    tokens = stages[2].documents.flat(np.array([d]))[0].tolist()
+    tokens = stages[2].documents.pack(np.array([d]))[0].tolist()
     row = next(r for r in read_rows("s1.jsonl")[0] if r.id == ids[d])
     assert tokens == data.render(row.turns, data.TEMPLATES["phased"], load_tokenizer("m"))[0]
 
@@ -253,7 +252,7 @@ def test_flops_are_those_that_torch_counts(frozen):
     with FlopCounterMode(display=False) as counter:
         ours(tokens, torch.zeros(40, dtype=torch.int64), cu_seqlens, targets)[0].backward()
     lengths = np.ones(40)  # attention to oneself: n (n + 1) / 2 pairs is then what the kernel computes too
-    expected = cost.training_flops(ours, set(trained)).of_batch(lengths, 20)
+    expected = memory_plan.training_flops(ours, set(trained)).of_batch(lengths, 20)
     layers_back = 1 if "layers.0." in frozen else 2
     recomputed = 2 * layers_back * config.n_heads * config.head_dim * 40  # the scores, once more; not counted
     unseen = 2 * 20 * config.dim * config.vocab_size * ("head.weight" in trained)  # by addmm_, which it does not know
@@ -348,7 +347,7 @@ def test_a_full_disk_stops_with_a_clear_error_and_the_old_state_intact(bench, st
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "selection-epoch0.jsonl", "state.json", "config.json"])
 def test_a_full_disk_is_told_with_the_name_of_the_file(name, bench, tmp_path):
     def limited(argv):
-        real_bytes, real_line = Path.write_bytes, record.GrowingFile.write
+        real_bytes, real_line = Path.write_bytes, run_log.AppendLog.write
 
         class Full:
             def write(self, *_):
@@ -363,7 +362,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(name, bench, tmp_path):
             log.file = Full() if log.path.name == name else log.file
             real_line(log, row)
 
-        Path.write_bytes, record.GrowingFile.write = write_bytes, write_line
+        Path.write_bytes, run_log.AppendLog.write = write_bytes, write_line
         return train.main(argv)
 
     more = ("--select", "static", "--ratio", "8")
@@ -554,7 +553,7 @@ def test_transformers_prompts_an_exported_model_token_for_token_as_we_do(shared,
     )
     for row in read_rows(shared / "alpaca_scored_stage3.jsonl")[0][:200]:
         encoded = theirs.apply_chat_template(messages_of(row.turns[:1]), add_generation_prompt=True)["input_ids"]
-        assert encoded == data.render(row.turns[:1], data.TEMPLATES["phased"], ours)[0], row.where
+        assert encoded == data.render(row.turns[:1], data.TEMPLATES["phased"], ours)[0], row.source
 
 
 # ---------------------------------------------------------------- what is trained
@@ -669,7 +668,7 @@ def test_what_is_frozen_costs_no_gradient_no_state_and_no_flops():
     trained = train.trained_parameters(ours)
     assert everything.keys() - trained.keys() == {"embed.weight"}
     whole, part = (
-        cost.memory_plan(ours, set(t), 1, torch.float32, 100, 50, False, False) for t in (everything, trained)
+        memory_plan.memory_plan(ours, set(t), 1, torch.float32, 100, 50, False, False) for t in (everything, trained)
     )
     assert whole["gradients"] - part["gradients"] == 4 * 111 * 64 and whole["weights"] == part["weights"]
     tokens, cu_seqlens = torch.arange(40), torch.tensor([0, 40], dtype=torch.int32)

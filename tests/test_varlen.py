@@ -171,23 +171,23 @@ def test_the_stand_in_of_the_installed_torch_has_its_signature():
 # ---------------------------------------------------------------- attention and norm
 
 
-def run_attention(lengths, heads, groups, hd, window, dtype=torch.float32):
+def run_attention(lengths, heads, groups, hd, sliding_window, dtype=torch.float32):
     torch.manual_seed(sum(lengths))
     cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     q, k, v = (torch.randn(sum(lengths), n, hd).to(dtype).requires_grad_() for n in (heads, groups, groups))
-    out = kernels.attend(q, k, v, cu, max(lengths), window)
+    out = kernels.varlen_attention(q, k, v, cu, max(lengths), sliding_window)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
     return [x.float() for x in (out.detach(), q.grad, k.grad, v.grad)]
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 600])
+@pytest.mark.parametrize("sliding_window", [None, 1, 2, 5, 600])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("lengths", [[1], [7, 1, 33, 5], [515, 3]])
-def test_attention_and_its_gradients_are_those_of_a_cpu(lengths, heads, groups, window, cuda, monkeypatch):
-    ours = run_attention(lengths, heads, groups, 16, window)
-    assert cuda.value == (0 if cuda.version == "2.10" and window else 1)
+def test_attention_and_its_gradients_are_those_of_a_cpu(lengths, heads, groups, sliding_window, cuda, monkeypatch):
+    ours = run_attention(lengths, heads, groups, 16, sliding_window)
+    assert cuda.value == (0 if cuda.version == "2.10" and sliding_window else 1)
     monkeypatch.setattr(kernels, "on_cuda", lambda x: False)
-    for a, b in zip(ours, run_attention(lengths, heads, groups, 16, window)):
+    for a, b in zip(ours, run_attention(lengths, heads, groups, 16, sliding_window)):
         assert (a - b).abs().max() < 2e-5
 
 
@@ -230,12 +230,12 @@ def test_attention_compiles_without_a_break_and_not_anew_for_every_length(cuda):
 
     kernels.varlen_attn, counted = varlen_attn, kernels.varlen_attn  # a lock cannot be traced
     try:
-        step = torch.compile(kernels.attend, backend=backend, fullgraph=True)
+        step = torch.compile(kernels.varlen_attention, backend=backend, fullgraph=True)
         for lengths in ([5, 3], [4, 9, 2], [11, 6], [13, 1, 1], [8, 21]):
             cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
             q, k, v = (torch.randn(sum(lengths), n, 16) for n in (4, 2, 2))
             whole = step(q, k, v, cu, max(lengths), 9)
-            assert torch.allclose(whole, kernels.plain_attend(q, k, v, cu, 9), atol=1e-5)
+            assert torch.allclose(whole, kernels.plain_varlen_attention(q, k, v, cu, 9), atol=1e-5)
     finally:
         kernels.varlen_attn = counted
     assert len(graphs) <= 4  # sizes become symbols, not a graph each
@@ -282,7 +282,7 @@ def test_a_cuda_graph_of_the_decode_step_may_write_into_the_cache(tmp_path, monk
 
     hf_model(vocab_size=500).save_pretrained(tmp_path)
     model, shapes, fixed = load_model(tmp_path), [], []
-    cache = generate.Cache(model.config, 2, 64, torch.float32, torch.device("cpu"))
+    cache = generate.KVCache(model.config, 2, 64, torch.float32, torch.device("cpu"))
 
     def inner(graph, inputs, **options):
         shapes.append({i: x.shape for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)})

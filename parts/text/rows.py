@@ -6,13 +6,13 @@ honoured or refused by name, never ignored (docs/data.md has the table).
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from parts.program import InputError, print_listed, read_text, refuse
+from parts.cli import InputError, print_list, raise_if_any
+from parts.files import json_values, read_text
 
 
 class Turn(NamedTuple):
@@ -26,7 +26,7 @@ class Row:
     id: str
     turns: list[Turn]
     score: float | None
-    where: str  # file:line
+    source: str  # file:line
     raw: dict  # the row as it was read
 
 
@@ -74,14 +74,14 @@ UNSUPPORTED_IN_TURN = (*UNSUPPORTED, "system", "system_prompt", "history")
 TRAINED_KEYS = ("weight", "loss", "train")  # of a message: OpenAI's, ms-swift's and axolotl's name for the same
 
 
-def refuse_fields(source: dict, names: tuple[str, ...]) -> None:
+def check_fields(source: dict, names: tuple[str, ...]) -> None:
     """Raise InputError for the first of these fields that holds something."""
     for name in names:
         if source.get(name) not in (None, "", [], {}, False):
             raise InputError(f"the field {name} is not supported: what it says would be lost. Remove it, or the row")
 
 
-def text_of(content) -> str:
+def field_text(content) -> str:
     """The text of a turn: a string, or a list of {"type": "text", "text": …} parts, which are joined."""
     if isinstance(content, list):
         for part in content:
@@ -106,8 +106,8 @@ def chat_turn(message: dict) -> Turn:
     role, content = (message.get(a, message.get(b)) for a, b in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"the role {str(role)[:40]!r} is not known (known: {', '.join(ROLES)})")
-    refuse_fields(message, UNSUPPORTED_IN_TURN)
-    return Turn(ROLES[role], text_of(content), is_trained(message))
+    check_fields(message, UNSUPPORTED_IN_TURN)
+    return Turn(ROLES[role], field_text(content), is_trained(message))
 
 
 def system_turn(raw: dict) -> list[Turn]:
@@ -123,7 +123,7 @@ def system_turn(raw: dict) -> list[Turn]:
 
 def row_turns(raw: dict, form: str) -> list[Turn]:
     """The turns of a row of a known format; raises InputError."""
-    refuse_fields(raw, UNSUPPORTED)
+    check_fields(raw, UNSUPPORTED)
     for key in TRAINED_KEYS:
         if raw.get(key) not in (None, 1):
             raise InputError(f"{key} of a whole row is not supported, only that of a message (0 or 1)")
@@ -131,18 +131,18 @@ def row_turns(raw: dict, form: str) -> list[Turn]:
     if form == "phased":
         if not isinstance(raw["data"], list):
             raise InputError("data must be a list of texts")
-        turns = [Turn("user" if i % 2 == 0 else "assistant", text_of(text)) for i, text in enumerate(raw["data"])]
+        turns = [Turn("user" if i % 2 == 0 else "assistant", field_text(text)) for i, text in enumerate(raw["data"])]
     elif form == "alpaca":
         given, extra, history = raw["instruction"], raw.get("input") or "", raw.get("history") or []
         if not isinstance(given, str) or not isinstance(extra, str):
             raise InputError("instruction and input must be text")
         if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
             raise InputError("history must be a list of [instruction, answer] pairs")
-        turns = [Turn(role, text_of(text)) for pair in history for role, text in zip(("user", "assistant"), pair)]
+        turns = [Turn(role, field_text(text)) for pair in history for role, text in zip(("user", "assistant"), pair)]
         turns.append(Turn("user", f"{given}\n{extra}" if extra.strip() else given))
-        turns.append(Turn("assistant", text_of(raw["output"])))
+        turns.append(Turn("assistant", field_text(raw["output"])))
     elif form == "text":
-        turns = [Turn("text", text_of(raw["text"]))]
+        turns = [Turn("text", field_text(raw["text"]))]
         if system:
             raise InputError("plain text has no place for a system text")
     else:
@@ -151,7 +151,7 @@ def row_turns(raw: dict, form: str) -> list[Turn]:
             raise InputError(f"{key} must be a list of objects with role and content, or from and value")
         turns = [chat_turn(message) for message in raw[key]]
     if form != "alpaca":
-        refuse_fields(raw, ("history",))
+        check_fields(raw, ("history",))
     if system and turns and turns[0].role == "system":
         if turns[0].text != system[0].text:
             raise InputError("two system texts: one in the conversation and another beside it")
@@ -226,42 +226,6 @@ def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
     return Row(where if raw.get("id") is None else str(raw["id"]), turns, score, where, raw), form
 
 
-def json_values(text: str) -> Iterator[tuple[int, object]]:
-    """(line, value) of each row of a JSONL text, or of one JSON array; the value is an InputError where it is not
-    JSON."""
-    if not text.lstrip().startswith("["):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    yield number, InputError(f"not JSON: {e}")
-        return
-    decoder, white = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-    at, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
-    try:
-        while True:
-            start = white.match(text, at).end()
-            line += text.count("\n", at, start)
-            if text[start : start + 1] == "]":
-                behind = white.match(text, start + 1).end()
-                if behind < len(text):
-                    line += text.count("\n", start, behind)
-                    yield line, InputError("something stands behind the JSON array: one array a file, or a row a line")
-                return
-            value, end = decoder.raw_decode(text, start)
-            yield line, value
-            at = white.match(text, end).end()
-            line += text.count("\n", start, at)
-            if text[at : at + 1] not in (",", "]"):
-                raise ValueError(
-                    "a comma or the closing ] is missing" if at < len(text) else "the file ends in the array"
-                )
-            at += text[at] == ","
-    except (ValueError, RecursionError) as e:
-        yield line, InputError(f"not JSON, and the rest of the array cannot be read: {e}")
-
-
 def each_row(path: str | Path) -> Iterator[tuple[str, object, Row | None, str]]:
     """(file:line, the value as it was read, its Row or None, what is wrong with it) of each row of a JSONL or JSON
     file.
@@ -298,14 +262,14 @@ def read_good_rows(path: Path, skip_bad: bool) -> list[Row]:
     """Every row of a file; bad ones are an InputError, or left out and listed on stdout."""
     rows, bad = read_rows(path)
     if not skip_bad:
-        refuse(bad, "rows cannot be used", SKIP_ADVICE)
-    print_listed("rows that cannot be used are left out", bad)
+        raise_if_any(bad, "rows cannot be used", SKIP_ADVICE)
+    print_list("rows that cannot be used are left out", bad)
     if not rows:
         raise InputError(f"{path}: no rows")
     return rows
 
 
-def is_exact(answer: str, expected: str) -> bool:
+def has_exact_answer(answer: str, expected: str) -> bool:
     """Whether an answer is the expected one: letter for letter, but for case and white space."""
     return " ".join(answer.lower().split()) == " ".join(expected.lower().split())
 

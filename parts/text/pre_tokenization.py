@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from parts.program import InputError
+from parts.cli import InputError
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -1,6 +1,6 @@
 """What models make of prompts: exact answers, or the loss of the answers expected.
 
-    python demo/measure.py demo/model out/stage1 out/stage2 out/stage3
+    python recipes/study/measure.py demo/model out/stage1 out/stage2 out/stage3
 
 A greedy answer counts if it is the one expected but for case and white space, as for `judge.py --judge exact`. With
 --what loss it is the mean loss of the tokens of the answer expected that counts. With --what told it is what a model
@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import TEMPLATES, Documents, choose_template, micro_batches, render, stop_ids
 from generate import Options, decode
 from model import Transformer, load_model
+from parts.cli import HelpFormatter, InputError, positive_int, print_table, run_program
 from parts.distributed import compute_dtype
-from parts.program import HelpFormatter, InputError, positive, print_table, run_program, write_file
-from parts.rows import Turn, is_exact, json_values
-from parts.testsets import Prompt, read_prompts
-from parts.tokenizers import load_tokenizer
+from parts.files import atomic_write, json_values
+from parts.text.rows import Turn, has_exact_answer
+from parts.text.testsets import Prompt, read_prompts
+from parts.text.tokenizers import load_tokenizer
 
 
 def answers(model: Transformer, tokenizer, prompts: list[list[int]], stop: set[int], most: int) -> list[str]:
@@ -41,7 +42,7 @@ def answer_losses(model: Transformer, documents: Documents) -> np.ndarray:
     """The mean loss of each document's supervised tokens, (D,) fp64."""
     sums, device = np.zeros(len(documents)), next(model.parameters()).device
     for part in micro_batches(np.arange(len(documents)), documents.lengths, 1, 4096)[0]:
-        _, losses = model(*(torch.from_numpy(a).to(device) for a in documents.flat(part)))
+        _, losses = model(*(torch.from_numpy(a).to(device) for a in documents.pack(part)))
         np.add.at(sums, np.repeat(part, documents.target_counts[part]), losses.double().cpu().numpy())
     return sums / documents.target_counts
 
@@ -51,7 +52,7 @@ def expected_documents(prompts: list[Prompt], template: str, tokenizer) -> Docum
     tokens = np.concatenate([np.array(t, np.int32) for t, _ in rendered])
     supervised = np.concatenate([np.array(s, bool) for _, s in rendered])
     starts = np.cumsum([0, *(len(t) for t, _ in rendered)])
-    return Documents(tokens, supervised, starts, [p.id for p in prompts], [p.where for p in prompts], [])
+    return Documents(tokens, supervised, starts, [p.id for p in prompts], [p.source for p in prompts], [])
 
 
 def measure(
@@ -70,7 +71,9 @@ def measure(
     else:
         rendered = [render(p.turns, TEMPLATES[template], tokenizer)[0] for p in prompts]
         found = answers(model, tokenizer, rendered, set(stop_ids(TEMPLATES[template], tokenizer)), most)
-    return [is_exact(answer, p.expected) for answer, p in zip(found, prompts)] if what != "answers" else [], found
+    return [
+        has_exact_answer(answer, p.expected) for answer, p in zip(found, prompts)
+    ] if what != "answers" else [], found
 
 
 TITLES = {"exact": "exact answers, %", "loss": "loss of the answers", "told": "known as text, %", "answers": "answers"}
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
             table.append((str(folder), *(f"{scale * x:.3g}" for x in (*means, np.mean(mine)))))
     print_table((TITLES[args.what], *groups, "all"), table)
     if args.json:
-        write_file(args.json, json.dumps({"values": values, "answers": written}))
+        atomic_write(args.json, json.dumps({"values": values, "answers": written}))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl", metavar="F", help="with `expected`")
     what_help = "exact answers; mean loss of the answers expected; what is known as text; answers alone"
     add("--what", choices=TITLES, default="exact", help=what_help)
-    add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
+    add("--max-new-tokens", type=positive_int, default=96, metavar="N", help="longest answer")
     add("--template", choices=TEMPLATES, help="(default: as the model folder's own chat template, else phased)")
     add("--json", type=Path, metavar="F", help="for each model, for each prompt: its value and its answer")
     add("--debug", action="store_true", help="show tracebacks")

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
-from parts.patterns import GPT2_PATTERN, LLAMA3_PATTERN, compile_pattern, cut
-from parts.program import InputError
+from parts.cli import InputError
+from parts.text.pre_tokenization import GPT2_PATTERN, LLAMA3_PATTERN, compile_pattern, cut
 
 UNKNOWN = "\U0010ffff unknown"  # stands for unk_token among the symbols; no text of one character equals it
 

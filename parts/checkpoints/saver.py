@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from parts.distributed import Ranks, all_reduce, reshard
-from parts.lock import Lock
-from parts.program import Interrupted, Stop
-from parts.record import RunLog
-from parts.state import save_training
+from parts.checkpoints.lock import Lock
+from parts.checkpoints.run_log import RunLog
+from parts.checkpoints.state import save_training
+from parts.cli import Interrupted, StopRequest
+from parts.distributed import DistributedEnv, all_reduce, reshard
 
-LATE = 600  # seconds after which a state is saved where no number of steps was asked for
+SIGNAL_SAVE_SECONDS = 600  # seconds after which a state is saved where no number of steps was asked for
 
 
 class Saver:
@@ -27,13 +27,13 @@ class Saver:
         self,
         folder: Path,
         every: int | None,
-        ranks: Ranks,
+        ranks: DistributedEnv,
         model: nn.Module,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         done,
         log: RunLog,
-        stop: Stop,
+        stop: StopRequest,
         lock: Lock | None,
     ):
         self.folder, self.every, self.ranks, self.model, self.trained = folder, every, ranks, model, trained
@@ -55,7 +55,7 @@ class Saver:
     def safe_point(self, after_step: bool = False) -> None:
         """Here the work can be left: save when the time (`after_step`: or the step) has come; when any rank was told
         to stop, save and raise Interrupted."""
-        late = self.every is None and time.monotonic() - self.last_saved > LATE
+        late = self.every is None and time.monotonic() - self.last_saved > SIGNAL_SAVE_SECONDS
         stop, due = all_reduce([self.stop.asked, late])
         if stop or due or (after_step and self.every and self.done.global_step % self.every == 0):
             self.save()

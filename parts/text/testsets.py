@@ -3,18 +3,18 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts.program import InputError, read_text, refuse
-from parts.rows import (
+from parts.cli import InputError, raise_if_any
+from parts.files import json_values, read_text
+from parts.text.rows import (
     FORMATS,
     UNSUPPORTED,
     Turn,
     check_characters,
+    check_fields,
     check_turns,
-    json_values,
-    refuse_fields,
+    field_text,
     row_turns,
     system_turn,
-    text_of,
 )
 
 
@@ -25,13 +25,13 @@ class Prompt:
     instruction: str  # as the answers file shows it
     turns: list[Turn]  # ends with a user turn
     expected: str | None = None
-    where: str = ""
+    source: str = ""
     tokens: list[int] = field(default_factory=list)  # rendered
     later_turns: int = 0  # further questions of the row, which would need the answers to the ones before
     key: str = ""  # what an answer belongs to: these tokens, the weights, template and options
 
 
-def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
+def parse_prompt(raw, where: str, dataset: str, number: int) -> Prompt:
     """A prompt from a row of any known test set or data format. Raises InputError."""
     if isinstance(raw, str):
         raw = {"prompt": raw}
@@ -39,7 +39,7 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
         raise InputError(f"{where}: a prompt must be an object or a text")
     later = 0
     if isinstance(raw.get("turns"), list) and raw["turns"]:  # vicuna, MT-bench
-        turns, later = asked(raw, raw["turns"][0]), len(raw["turns"]) - 1
+        turns, later = user_turns(raw, raw["turns"][0]), len(raw["turns"]) - 1
     elif "instances" in raw:  # self-instruct
         instances = raw["instances"]
         if not (isinstance(instances, list) and instances and isinstance(instances[0], dict)):
@@ -48,7 +48,7 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
     elif "instruction" in raw:  # AlpacaEval, Alpaca
         turns = row_turns({"output": "", **raw}, "alpaca")
     elif "Instruction" in raw:  # wizardlm
-        turns = asked(raw, raw["Instruction"])
+        turns = user_turns(raw, raw["Instruction"])
     else:
         form = next((name for name in ("phased", "messages", "sharegpt") if FORMATS[name][0] in raw), None)
         if form:
@@ -57,7 +57,7 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
             text = raw.get("prompt", raw.get("text"))
             if text is None:
                 raise InputError(f"{where}: no known prompt format; its keys are {', '.join(raw)[:80] or 'none'}")
-            turns = asked(raw, text)
+            turns = user_turns(raw, text)
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns:
@@ -71,10 +71,10 @@ def prompt_of(raw, where: str, dataset: str, number: int) -> Prompt:
     )
 
 
-def asked(raw: dict, text) -> list[Turn]:
+def user_turns(raw: dict, text) -> list[Turn]:
     """One question as turns, behind the row's system text if it has one."""
-    refuse_fields(raw, (*UNSUPPORTED, "history", "input", "messages", "conversations", "data"))
-    return [*system_turn(raw), Turn("user", text_of(text))]
+    check_fields(raw, (*UNSUPPORTED, "history", "input", "messages", "conversations", "data"))
+    return [*system_turn(raw), Turn("user", field_text(text))]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -91,15 +91,15 @@ def read_prompts(path: Path) -> list[Prompt]:
         try:
             if isinstance(value, InputError):
                 raise InputError(f"{path}:{line}: {value}")
-            prompts.append(prompt_of(value, f"{path}:{line}", path.stem, number))
+            prompts.append(parse_prompt(value, f"{path}:{line}", path.stem, number))
         except InputError as e:
             bad.append(str(e) if str(e).startswith(str(path)) else f"{path}:{line}: {e}")
-    refuse(bad, "prompts cannot be used")
+    raise_if_any(bad, "prompts cannot be used")
     if not prompts:
         raise InputError(f"{path}: no prompts")
     return prompts
 
 
-def too_long(tokens: int, context: float) -> str:
+def exceeds_context(tokens: int, context: float) -> str:
     """What is wrong with a prompt that leaves no room for an answer; "" if nothing is."""
     return f"the prompt has {tokens} tokens, the model's context ends at {context}" if tokens >= context else ""

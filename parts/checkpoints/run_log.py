@@ -11,18 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from parts.program import (
-    InputError,
-    WorkError,
-    listed,
-    print_table,
-    progress,
-    read_json_object,
-    read_text,
-    sync,
-    write_file,
-)
-from parts.rows import json_values
+from parts.cli import InputError, WorkError, format_list, print_table, progress
+from parts.files import atomic_write, fsync_path, json_values, read_json_object, read_text
 
 
 def describe_run(arguments: dict, versions: dict[str, str], hashes: dict[str, str]) -> dict:
@@ -59,7 +49,7 @@ def check_same_run(path: Path, run: dict, free: set[str], defaults: dict) -> dic
     differs += [f"{f} is gone" for f in seen if f not in now]
     if differs:
         raise InputError(
-            listed(f"{path.parent} holds a run with other settings:", differs)
+            format_list(f"{path.parent} holds a run with other settings:", differs)
             + "\nGive the same command to go on, or another --out to start a new one."
         )
     for what in ("code", "versions"):
@@ -73,14 +63,14 @@ def print_stages(stages: list, chosen: bool) -> None:
     table = []
     for s in stages:
         numbers = [s.replayed, s.documents.lengths.sum(), s.documents.target_counts.sum(), s.documents.lengths.max()]
-        numbers += [s.documents.truncated, s.documents.lost_tokens, s.epochs, s.batch_size, s.steps]
+        numbers += [s.documents.truncated, s.documents.truncated_tokens, s.epochs, s.batch_size, s.steps]
         rows = f"{s.rows:,} of {len(s.documents):,}" if chosen else f"{len(s.documents):,}"
         table.append((f"{s.name} {s.source}", rows, *(f"{n:,}" for n in numbers), f"{s.lr:g}"))
     what = "stage, rows, replayed, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
     print_table(tuple(what.split(", ")), table)
 
 
-def refuse_foreign(out: Path, written: list[str], inputs: list[Path]) -> None:
+def check_foreign_files(out: Path, written: list[str], inputs: list[Path]) -> None:
     """Raise InputError where out/NAME of something `written` would fall on an input, or is there and not a run's
     own."""
     for path in inputs:
@@ -94,7 +84,7 @@ def refuse_foreign(out: Path, written: list[str], inputs: list[Path]) -> None:
         )
 
 
-def forgetting(metrics: Path) -> tuple[list[str], dict[str, list[float | None]]]:
+def eval_matrix(metrics: Path) -> tuple[list[str], dict[str, list[float | None]]]:
     """What a metrics.jsonl knows of held-out losses: the stages ("start" first), and by evaluation set the loss after
     each of them."""
     rows = [row for _, row in json_values(read_text(metrics)) if isinstance(row, dict) and "eval_loss" in row]
@@ -103,15 +93,15 @@ def forgetting(metrics: Path) -> tuple[list[str], dict[str, list[float | None]]]
     return stages, {name: [last.get((name, stage)) for stage in stages] for name in sets}
 
 
-def write_forgetting(out: Path) -> None:
+def write_eval_matrix(out: Path) -> None:
     """The matrix of held-out losses of a run: out/held_out.json, and a table on the screen."""
-    stages, losses = forgetting(out / "metrics.jsonl")
-    write_file(out / "held_out.json", json.dumps({"stages": stages, "losses": losses}, indent=1))
+    stages, losses = eval_matrix(out / "metrics.jsonl")
+    atomic_write(out / "held_out.json", json.dumps({"stages": stages, "losses": losses}, indent=1))
     rows = [(name, *("–" if x is None else f"{x:.4f}" for x in of)) for name, of in losses.items()]
     print_table(("held-out loss after", *stages), rows)
 
 
-class GrowingFile:
+class AppendLog:
     """A JSONL file to which rows are added; after a kill it is cut back to what the saved state knows."""
 
     def __init__(self, path: Path, size: int):
@@ -134,7 +124,7 @@ class GrowingFile:
 
     def sync(self) -> int:
         """Have all of it on disk; its size."""
-        sync(self.path)
+        fsync_path(self.path)
         return self.size
 
     @property
@@ -154,8 +144,8 @@ class RunLog:
     None (on every rank but the first)."""
 
     def __init__(self, out: Path | None, metrics_size: int, order_size: int):
-        self.metrics = GrowingFile(out / "metrics.jsonl", metrics_size) if out else None
-        self.order = GrowingFile(out / "order.jsonl", order_size) if out else None
+        self.metrics = AppendLog(out / "metrics.jsonl", metrics_size) if out else None
+        self.order = AppendLog(out / "order.jsonl", order_size) if out else None
 
     def close(self) -> None:
         for log in (self.metrics, self.order) if self.metrics else ():
@@ -203,7 +193,7 @@ class RunLog:
         speed = self.tokens / max(self.seconds, 1e-6)
         return f"loss {first:.4f} -> {last:.4f}{skipped}, {self.seconds:.1f} s, {speed:,.0f} tokens/s"
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line on stdout, above the bar."""
         if self.metrics and sys.stderr.isatty():
             tqdm.write(text)

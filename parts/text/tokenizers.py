@@ -11,7 +11,9 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from parts.bpe import (
+from parts.cli import InputError
+from parts.files import atomic_write, read_json_object
+from parts.text.bpe import (
     AddedTokens,
     BPETokenizer,
     parse_tokenizer_json,
@@ -19,7 +21,6 @@ from parts.bpe import (
     read_tokenizer_json,
     tiktoken_as_json,
 )
-from parts.program import InputError, read_json_object, write_file
 
 
 class SentencePieceTokenizer:
@@ -272,7 +273,7 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str, stop_ids: lis
             if token["content"] in tokenizer.specials or token["content"] in chat_template:
                 token["normalized"] = False  # else transformers looks for it as "▁name" only
         spec["post_processor"] = bos_in_front(texts[tokenizer.bos_id] if adds_bos else None, tokenizer.bos_id)
-        write_file(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
+        atomic_write(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers then takes the file as it is
     elif isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.json").unlink(missing_ok=True)  # it may encode otherwise
@@ -280,4 +281,4 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str, stop_ids: lis
     generation = read_json_object(source / "generation_config.json")
     generation |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids}
     for file, content in {"tokenizer_config.json": settings, "generation_config.json": generation}.items():
-        write_file(folder / file, json.dumps(content, indent=1, ensure_ascii=False))
+        atomic_write(folder / file, json.dumps(content, indent=1, ensure_ascii=False))

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from parts.program import InputError, read_text
+from parts.cli import InputError
+from parts.files import read_text
 
 # ---------------------------------------------------------------- difficulty
 

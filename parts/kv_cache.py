@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parts.memory import ran_out
-from parts.program import WorkError
+from parts.cli import WorkError
+from parts.memory import oom_message
 
-MOST = 128  # slots: more gain little, and on CPUs nothing
-USED = 0.85  # of what is free; the rest is for what is not foreseen
+MAX_SLOTS = 128  # slots: more gain little, and on CPUs nothing
+MEMORY_FRACTION = 0.85  # of what is free; the rest is for what is not foreseen
 
 
 # ---------------------------------------------------------------- what it takes
@@ -58,7 +58,9 @@ class Group:
     capacity: int
 
 
-def plan_groups(needs: list[int], slots_of: Callable[[int], int], window: int | None, divided: bool) -> list[Group]:
+def plan_groups(
+    needs: list[int], slots_of: Callable[[int], int], sliding_window: int | None, divided: bool
+) -> list[Group]:
     """All prompts, the longest first, in as few groups as let each have enough slots.
 
     `needs`: tokens of each prompt with its longest answer; `slots_of`: how many slots of a capacity fit. While fewer
@@ -67,17 +69,17 @@ def plan_groups(needs: list[int], slots_of: Callable[[int], int], window: int | 
     """
     waiting, groups = sorted(range(len(needs)), key=lambda i: -needs[i]), []
     while waiting:
-        capacity = min(needs[waiting[0]], window or needs[waiting[0]])
+        capacity = min(needs[waiting[0]], sliding_window or needs[waiting[0]])
         slots = min(slots_of(capacity), len(waiting))
         count = len(waiting)
-        if divided and slots < min(MOST, count):
+        if divided and slots < min(MAX_SLOTS, count):
             count = max(slots, sum(min(needs[i], capacity) > capacity / 2 for i in waiting))
         groups.append(Group(waiting[:count], slots, capacity))
         waiting = waiting[count:]
     return groups
 
 
-def describe(groups: list[Group], prompts: list[list[int]], config, dtype: torch.dtype) -> str:
+def describe_groups(groups: list[Group], prompts: list[list[int]], config, dtype: torch.dtype) -> str:
     lengths, caches = [len(p) for p in prompts], []
     for g in groups:
         size = g.slots * cache_bytes(config, g.capacity, dtype) / 2**30
@@ -85,22 +87,22 @@ def describe(groups: list[Group], prompts: list[list[int]], config, dtype: torch
     return f"{len(prompts):,} prompts of {min(lengths):,} to {max(lengths):,} tokens: " + ", then ".join(caches)
 
 
-def told_of_memory(answering: Iterator, groups: list[Group]) -> Iterator:
+def raise_oom_with_advice(answering: Iterator, groups: list[Group]) -> Iterator:
     """The same; running out of memory becomes a WorkError that says what to change."""
     try:
         yield from answering
     except (RuntimeError, MemoryError) as e:
-        if not ran_out(e):
+        if not oom_message(e):
             raise
         fewer = max(1, max(g.slots for g in groups) // 2)
         advice = f"try --batch-size {fewer}" + " with a smaller --max-new-tokens" * (fewer == 1)
-        raise WorkError(f"out of memory: {advice}; what is answered is kept ({ran_out(e)})") from None
+        raise WorkError(f"out of memory: {advice}; what is answered is kept ({oom_message(e)})") from None
 
 
 # ---------------------------------------------------------------- the cache
 
 
-class Cache:
+class KVCache:
     """Keys and values of `slots` sequences, allocated once: (slots, capacity, G, hd) a layer. A token lies at its
     position modulo `capacity`: where that is the window, a new one takes the place of the one it no longer sees."""
 
@@ -113,9 +115,9 @@ class Cache:
         """Keys and values to write to, (L, slots * capacity, G, hd): views."""
         return self.k.flatten(1, 2), self.v.flatten(1, 2)
 
-    def read(self, n: int, reach: int) -> tuple[Tensor, Tensor]:
+    def read(self, n: int, kv_len: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first n slots' first places, (L, n, G, reach, hd): views."""
-        return self.k[:, :n, :reach].transpose(2, 3), self.v[:, :n, :reach].transpose(2, 3)
+        return self.k[:, :n, :kv_len].transpose(2, 3), self.v[:, :n, :kv_len].transpose(2, 3)
 
     def move(self, source: int, target: int, length: int) -> None:
         length = min(length, self.capacity)
@@ -123,7 +125,7 @@ class Cache:
             x[:, target, :length] = x[:, source, :length]
 
 
-def attend_and_keep(
+def prefill_attention(
     within: Callable, rows: tuple[Tensor, Tensor], kept: Tensor, places: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """Attention of prefill: what each document sees of itself; keys and values of the tokens `kept` (an index of them)
@@ -133,7 +135,7 @@ def attend_and_keep(
     return within(q, k, v)
 
 
-def attend_to_cache(
+def decode_attention(
     rows: tuple[Tensor, Tensor],
     read: tuple[Tensor, Tensor],
     places: Tensor,

@@ -5,10 +5,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from parts.program import InputError
+from parts.cli import InputError
 
 
-def hold(path: Path):
+def open_locked(path: Path):
     """Open a file to read and append, unbuffered, with a lock that goes with the process. Raises InputError when
     another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ class Store:
         if read_only:
             self.file, content = None, path.read_bytes() if path.exists() else b""
         else:
-            self.file = hold(path)
+            self.file = open_locked(path)
             content = self.file.read()
         *lines, torn = content.split(b"\n")
         if torn and not read_only:

@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from parts.program import printable, refuse
+from parts.cli import raise_if_any, strip_control_chars
 
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
@@ -21,7 +21,7 @@ def sign(x: float) -> int:
     return (x > 0) - (x < 0)
 
 
-def leads(row: dict) -> list[float] | None:
+def score_margins(row: dict) -> list[float] | None:
     """The model's lead in each order; None where one has no scores."""
     try:
         (model_1, baseline_1), (model_2, baseline_2) = row["scores"]
@@ -30,7 +30,7 @@ def leads(row: dict) -> list[float] | None:
         return None
 
 
-def judge_of(row: dict) -> str:
+def judge_name(row: dict) -> str:
     return str(row.get("judge", "unknown"))
 
 
@@ -38,21 +38,25 @@ def identical(row: dict) -> bool:
     return "answer" in row and row["answer"] == row.get("against")
 
 
-def refuse_repeated(rows: list[dict]) -> None:
+def check_repeated(rows: list[dict]) -> None:
     """Raise InputError where a question stands twice for the same model, baseline and judge: it would count twice."""
     seen, twice = set(), {}
     for r in rows:
-        key = (r["model"], r["baseline"], judge_of(r), r["dataset"], r["id"], r.get("canary"))
+        key = (r["model"], r["baseline"], judge_name(r), r["dataset"], r["id"], r.get("canary"))
         if key in seen:
-            twice[key] = f"{r['dataset']} {r['id']}: {r['model']} against {r['baseline']} by {judge_of(r)}"
+            twice[key] = f"{r['dataset']} {r['id']}: {r['model']} against {r['baseline']} by {judge_name(r)}"
         seen.add(key)
-    refuse([printable(line) for line in twice.values()], "questions come twice", "Give each file of verdicts once.")
+    raise_if_any(
+        [strip_control_chars(line) for line in twice.values()],
+        "questions come twice",
+        "Give each file of verdicts once.",
+    )
 
 
 # ---------------------------------------------------------------- intervals and tests
 
 
-def resample(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def bootstrap(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Sums (resamples, K) of the columns of `counts` (n, K) over n rows drawn with replacement."""
     rng, n, sums = np.random.default_rng(seed), len(counts), []
     for a in range(0, resamples, 1000):
@@ -63,7 +67,7 @@ def resample(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def percentile_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The bounds of the middle 95 % along the first dimension, NaN left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a column that is all NaN
@@ -114,7 +118,7 @@ def summarize(rows: list[dict]) -> list[dict]:
     """
     comparisons: dict[tuple, list[dict]] = {}
     for r in rows:
-        comparisons.setdefault((r["model"], r["baseline"], judge_of(r)), []).append(r)
+        comparisons.setdefault((r["model"], r["baseline"], judge_name(r)), []).append(r)
     groups = []  # (comparison, dataset, whether it is over all, rows)
     for comparison, mine in comparisons.items():
         names = list(dict.fromkeys(r["dataset"] for r in mine))
@@ -130,11 +134,17 @@ def summarize(rows: list[dict]) -> list[dict]:
     several = [len({comparison[k] for comparison in comparisons}) > 1 for k in (1, 2)]
     out = []
     for (comparison, dataset, total, of), by_question in zip(groups, points):
-        model, baseline, judge = map(printable, comparison)
+        model, baseline, judge = map(strip_control_chars, comparison)
         counts = {v: sum(r["verdict"] == v for r in of) for v in (*POINTS, "unparsed", "refused", "failed")}
         n = sum(counts[v] for v in POINTS)
         name = model + f" against {baseline}" * several[0] + f" by {judge}" * several[1]
-        row = {"name": name, "model": model, "baseline": baseline, "judge": judge, "dataset": printable(dataset)}
+        row = {
+            "name": name,
+            "model": model,
+            "baseline": baseline,
+            "judge": judge,
+            "dataset": strip_control_chars(dataset),
+        }
         row |= {"total": total, "n": n, **counts, "identical": sum(map(identical, of))}
         if n:
             values, shared = np.array(list(by_question.values())), common[dataset, total]
@@ -155,7 +165,7 @@ def summarize(rows: list[dict]) -> list[dict]:
     return out
 
 
-def about_questions(summary: list[dict]) -> list[str]:
+def describe_questions(summary: list[dict]) -> list[str]:
     """A warning where comparisons rest on different questions, over all or on one dataset."""
     lines, of = [], {}
     for r in summary:
@@ -174,7 +184,7 @@ def about_questions(summary: list[dict]) -> list[str]:
 
 def position_bias(rows: list[dict]) -> dict:
     """How often the two orders disagree, and the share of orders in which the answer in front was preferred."""
-    both = [lead for lead in map(leads, rows) if lead]
+    both = [lead for lead in map(score_margins, rows) if lead]
     front = [f for a, b in both for f in (sign(a), -sign(b)) if f]
     return {
         "disagree": float(np.mean([a * b < 0 for a, b in both])) if both else None,
@@ -182,7 +192,7 @@ def position_bias(rows: list[dict]) -> dict:
     }
 
 
-def lead_in_length(row: dict) -> int:
+def length_lead(row: dict) -> int:
     """Characters by which the model's answer is longer than the baseline's."""
     return len(str(row.get("answer", ""))) - len(str(row.get("against", "")))
 
@@ -192,7 +202,7 @@ def by_length(rows: list[dict]) -> dict:
     length; the mean length of its answers in characters."""
     of = [r for r in rows if r["verdict"] in POINTS]
     points = np.array([POINTS[r["verdict"]] for r in of])
-    lead = np.array([lead_in_length(r) for r in of], float)
+    lead = np.array([length_lead(r) for r in of], float)
     return {
         "when_longer": mean_of(points[lead > 0]),
         "when_shorter": mean_of(points[lead < 0]),
@@ -278,21 +288,21 @@ def canaries_right(rows: list[dict]) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for r in rows:
         if r.get("canary") and r["verdict"] in POINTS:
-            right, n = found.get(judge_of(r), (0, 0))
-            found[judge_of(r)] = (right + (r["verdict"] == "loss"), n + 1)
+            right, n = found.get(judge_name(r), (0, 0))
+            found[judge_name(r)] = (right + (r["verdict"] == "loss"), n + 1)
     return found
 
 
-def about_canaries(rows: list[dict]) -> list[str]:
+def describe_canaries(rows: list[dict]) -> list[str]:
     """A line a judge: how many canaries it got right; a warning where that is too few."""
     lines = []
     for judge, (right, n) in canaries_right(rows).items():
         warning = "" if right >= TRUSTED * n else "WARNING: what this judge says cannot be trusted. "
-        lines.append(printable(f"{warning}{judge} got {right} of {n} pairs with a known verdict right."))
+        lines.append(strip_control_chars(f"{warning}{judge} got {right} of {n} pairs with a known verdict right."))
     return lines
 
 
-def kappa(table: np.ndarray) -> np.ndarray:
+def cohen_kappa(table: np.ndarray) -> np.ndarray:
     """Cohen's kappa (…) of counts (…, 3, 3); NaN where both always say the same one thing: chance explains all."""
     total = table.sum((-2, -1))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -314,11 +324,11 @@ def agreement(pairs: list[tuple[tuple, str, str]], resamples: int, seed: int) ->
     tables = np.zeros((len(at), 3, 3))
     for q, a, b in pairs:
         tables[at[q], names.index(a), names.index(b)] += 1
-    drawn = resample(tables.reshape(len(at), 9), resamples, seed).reshape(-1, 3, 3)
+    drawn = bootstrap(tables.reshape(len(at), 9), resamples, seed).reshape(-1, 3, 3)
     total = tables.sum(0)
-    raw, chance_corrected = float(np.trace(total) / total.sum()), float(kappa(total))
+    raw, chance_corrected = float(np.trace(total) / total.sum()), float(cohen_kappa(total))
     low, high = share_interval(np.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))
-    kappa_low, kappa_high = middle(kappa(drawn))
+    kappa_low, kappa_high = percentile_interval(cohen_kappa(drawn))
     if raw in (0, 1):
         chance = float((total.sum(0) * total.sum(1)).sum() / total.sum() ** 2)
         if chance < 1:
@@ -329,13 +339,13 @@ def agreement(pairs: list[tuple[tuple, str, str]], resamples: int, seed: int) ->
         "agreement": raw,
         "agreement_low": float(low),
         "agreement_high": float(high),
-        "kappa": number(chance_corrected),
-        "kappa_low": number(float(kappa_low)),
-        "kappa_high": number(float(kappa_high)),
+        "kappa": format_number(chance_corrected),
+        "kappa_low": format_number(float(kappa_low)),
+        "kappa_high": format_number(float(kappa_high)),
     }
 
 
-def number(x: float) -> float | None:
+def format_number(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
@@ -345,7 +355,7 @@ def share_interval(hits: np.ndarray, of: np.ndarray) -> tuple[float, float]:
     return rate_interval(mean + (hits - mean * of) / of.mean(), mean)
 
 
-def share(hits: list[tuple[tuple, bool]], name: str) -> dict:
+def format_share(hits: list[tuple[tuple, bool]], name: str) -> dict:
     """The share of hits, of (question, hit), with its 95 % interval over questions."""
     at = {q: i for i, q in enumerate(dict.fromkeys(q for q, _ in hits))}
     if not at:
@@ -361,19 +371,19 @@ def audit_judges(rows: list[dict]) -> list[dict]:
     """A row a judge: how often the order of the answers changed which was better (`order`), and turned it round
     (`disagree`), how often the answer in front (`front`) and the longer one (`longer`) won where one did; canaries."""
     out = []
-    for judge in dict.fromkeys(map(judge_of, rows)):
-        of = [r for r in rows if judge_of(r) == judge and not r.get("canary")]
+    for judge in dict.fromkeys(map(judge_name, rows)):
+        of = [r for r in rows if judge_name(r) == judge and not r.get("canary")]
         questions = [(r["dataset"], r["id"]) for r in of]
-        both = [(q, lead) for q, lead in zip(questions, map(leads, of)) if lead]
+        both = [(q, lead) for q, lead in zip(questions, map(score_margins, of)) if lead]
         order = [(q, sign(a) != sign(b)) for q, (a, b) in both]
         longer = [
-            (q, (r["verdict"] == "win") == (lead_in_length(r) > 0))
+            (q, (r["verdict"] == "win") == (length_lead(r) > 0))
             for q, r in zip(questions, of)
-            if r["verdict"] in ("win", "loss") and lead_in_length(r)
+            if r["verdict"] in ("win", "loss") and length_lead(r)
         ]
         right, canaries = canaries_right(rows).get(judge, (0, 0))
-        row = {"judge": printable(judge), "n": len(both), "decided": len(longer), **position_bias(of)}
-        row |= share(order, "order") | share(longer, "longer")
+        row = {"judge": strip_control_chars(judge), "n": len(both), "decided": len(longer), **position_bias(of)}
+        row |= format_share(order, "order") | format_share(longer, "longer")
         out.append(row | {"canaries_right": right, "canaries": canaries})
     return out
 
@@ -386,14 +396,16 @@ def audit_agreement(rows: list[dict], resamples: int, seed: int) -> list[dict]:
             names = tuple(str(r.get(key, "")) for key in ("model", "baseline", "answer", "against"))
             again = r.get("repeats") if isinstance(r.get("repeats"), list) else []
             verdicts = [r["verdict"], *(str(x.get("verdict")) for x in again if isinstance(x, dict))]
-            said.setdefault(judge_of(r), {})[(r["dataset"], r["id"]), names] = verdicts
+            said.setdefault(judge_name(r), {})[(r["dataset"], r["id"]), names] = verdicts
     out = []
     for judge, by_pair in said.items():
         pairs = [(q, a, b) for (q, _), verdicts in by_pair.items() for a, b in combinations(verdicts, 2)]
         if pairs:
-            out.append({"first": printable(judge), "second": "itself", **agreement(pairs, resamples, seed)})
+            out.append({"first": strip_control_chars(judge), "second": "itself", **agreement(pairs, resamples, seed)})
     for one, two in combinations(said, 2):
         common = [key for key in said[one] if key in said[two]]
         pairs = [(key[0], said[one][key][0], said[two][key][0]) for key in common]
-        out.append({"first": printable(one), "second": printable(two), **agreement(pairs, resamples, seed)})
+        out.append(
+            {"first": strip_control_chars(one), "second": strip_control_chars(two), **agreement(pairs, resamples, seed)}
+        )
     return out

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from parts.program import InputError, WorkError
+from parts.cli import InputError, WorkError
 
 try:
     import fcntl
@@ -38,7 +38,7 @@ class Lock:
                     self.handle = flock(self.path, os.O_RDWR | os.O_CREAT, self.path)
         if self.handle is None:
             print(f"{folder}: its file system has no flock, so the file {self.path} is the lock", file=sys.stderr)
-            take_file(self.path, self.me)
+            lock_file(self.path, self.me)
         else:
             self.path.write_text(self.me, encoding="utf-8")
 
@@ -84,31 +84,31 @@ def flock(path: Path, flags: int, said: Path) -> int:
         return handle
     except BlockingIOError:  # EWOULDBLOCK, and nothing else, is another process
         os.close(handle)
-        raise InputError(in_use(said.parent, read_holder(said))) from None
+        raise InputError(in_use_error(said.parent, read_holder(said))) from None
     except OSError:
         os.close(handle)
         raise
 
 
-def take_file(path: Path, me: str) -> None:
+def lock_file(path: Path, me: str) -> None:
     """Make `path` with the content `me`; that of a process which has ended is removed. Raises InputError when another
     process has it."""
     holder = read_holder(path)
     if holder == "":  # made, and not written yet: by now, or by a process that was killed in between
         time.sleep(1)
         holder = read_holder(path)
-    if holder is not None and not has_ended(holder):
-        raise InputError(in_use(path.parent, holder, f"if that process is known to have ended, remove {path}"))
+    if holder is not None and not process_has_ended(holder):
+        raise InputError(in_use_error(path.parent, holder, f"if that process is known to have ended, remove {path}"))
     if holder is not None and read_holder(path) == holder:
         path.unlink(missing_ok=True)
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(me)
     except FileExistsError:
-        raise InputError(in_use(path.parent, read_holder(path))) from None
+        raise InputError(in_use_error(path.parent, read_holder(path))) from None
 
 
-def in_use(folder: Path, holder: str | None, advice: str = "wait for it, or end it") -> str:
+def in_use_error(folder: Path, holder: str | None, advice: str = "wait for it, or end it") -> str:
     who = holder.splitlines()[0] if holder else "another process"
     return f"{folder} is in use by {who}: {advice}"
 
@@ -126,10 +126,10 @@ def read_holder(path: Path) -> str | None:
 def describe_process() -> str:
     """Three lines: for people; the machine, its start and its numbering of processes; when the process began."""
     line = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    return "\n".join([line, machine(), begun(os.getpid()) or "unknown"])
+    return "\n".join([line, machine_id(), process_start_time(os.getpid()) or "unknown"])
 
 
-def machine() -> str:
+def machine_id() -> str:
     """Host, start of its kernel, namespace of its processes; empty where not known."""
     boot = namespace = ""
     with suppress(OSError):
@@ -138,7 +138,7 @@ def machine() -> str:
     return f"{platform.node()} {boot} {namespace}"
 
 
-def begun(pid: int) -> str:
+def process_start_time(pid: int) -> str:
     """When a process began, in ticks since the start of its machine: a number may belong to another one by now."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -146,7 +146,7 @@ def begun(pid: int) -> str:
         return ""
 
 
-def has_ended(holder: str) -> bool:
+def process_has_ended(holder: str) -> bool:
     """Whether the process that wrote `holder` certainly runs no more. Of another machine nobody knows from here."""
     if not holder:
         return True  # killed before it could write who it is
@@ -155,7 +155,7 @@ def has_ended(holder: str) -> bool:
         pid, (host, boot, namespace) = int(first.split()[1]), place.split(" ")
     except (IndexError, ValueError):
         return False  # not written by this program
-    here_host, here_boot, here_namespace = machine().split(" ")
+    here_host, here_boot, here_namespace = machine_id().split(" ")
     if host != here_host:
         return False
     if boot != here_boot:
@@ -168,4 +168,4 @@ def has_ended(holder: str) -> bool:
         return True
     except PermissionError:
         pass
-    return ticks != "unknown" and begun(pid) != ticks
+    return ticks != "unknown" and process_start_time(pid) != ticks

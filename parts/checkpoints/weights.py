@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from parts.distributed import all_reduce, broadcast
-from parts.program import InputError, WorkError, read_json_object, refuse, replacing, write_file
+from parts.cli import InputError, WorkError, raise_if_any
+from parts.distributed import all_reduce, broadcast, full_tensor, local_part
+from parts.files import atomic_path, atomic_write, read_json_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,7 +43,7 @@ def open_tensors(path: Path):
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file that appears whole or not at all. Raises WorkError."""
     try:
-        with replacing(path) as new:
+        with atomic_path(path) as new:
             save_file(tensors, new, metadata=metadata)
             new.chmod(0o644)  # safetensors makes files that only their owner reads
     except (OSError, SafetensorError) as e:
@@ -82,7 +82,7 @@ def find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], surplus: set[
     that lists every tensor that is missing, surplus, of another shape or not of floats.
     """
     found: dict[str, Path] = {}
-    wrong = []
+    errors = []
     for path in weight_files(folder):
         with open_tensors(path) as f:
             for key in f.keys():  # noqa: SIM118 (no dictionary)
@@ -90,17 +90,17 @@ def find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], surplus: set[
                 shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
                 if key not in shapes:
                     if not (key in surplus or key.endswith("rotary_emb.inv_freq")):
-                        wrong.append(f"surplus: {key} {shape}")
+                        errors.append(f"surplus: {key} {shape}")
                     continue
                 if key in found:
-                    wrong.append(f"twice: {key}, in {found[key].name} and {path.name}")
+                    errors.append(f"twice: {key}, in {found[key].name} and {path.name}")
                 elif shape != shapes[key]:
-                    wrong.append(f"wrong shape: {key} is {shape}, config.json asks for {shapes[key]}")
+                    errors.append(f"wrong shape: {key} is {shape}, config.json asks for {shapes[key]}")
                 elif dtype not in DTYPES:
-                    wrong.append(f"not of floats: {key} is {dtype}")
+                    errors.append(f"not of floats: {key} is {dtype}")
                 found[key] = path
-    wrong += [f"missing: {key} {shape}" for key, shape in shapes.items() if key not in found]
-    refuse(wrong, f"tensors in {folder} do not fit config.json")
+    errors += [f"missing: {key} {shape}" for key, shape in shapes.items() if key not in found]
+    raise_if_any(errors, f"tensors in {folder} do not fit config.json")
     return found
 
 
@@ -125,26 +125,12 @@ def stored_dtype(path: Path, key: str) -> torch.dtype:
 
 
 @torch.no_grad()
-def refuse_nan(tensors: dict[str, Tensor], folder: Path) -> None:
+def check_nan(tensors: dict[str, Tensor], folder: Path) -> None:
     """Raise InputError, on every rank, naming the tensors read from `folder` that hold NaN."""
     found = all_reduce([bool(local_part(t)[0].isnan().any()) for t in tensors.values()])
-    refuse([name for name, nan in zip(tensors, found) if nan], f"tensors of {folder} hold NaN")
+    raise_if_any([name for name, nan in zip(tensors, found) if nan], f"tensors of {folder} hold NaN")
 
 
-def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The part of a tensor that this rank owns, and its offset in the whole; all of a plain tensor."""
-    if not isinstance(tensor, DTensor):
-        return tensor, (0,) * tensor.dim()
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(offset)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, plain or sharded; of a sharded one every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-@torch.no_grad()
 def read_slice(path: Path, key: str, target: Tensor, offset: tuple[int, ...]) -> None:
     """Fill `target` with the part at `offset` of the tensor `key`, converting its dtype, a few rows at a time."""
     if target.dim() == 0:
@@ -188,7 +174,7 @@ def save_weights(
     for file, names in zip(files, shards):
         part = {}
         for name in names:
-            tensor = merged(name, whole(tensors[name]))
+            tensor = merged(name, full_tensor(tensors[name]))
             if writes:
                 part[name] = tensor.to("cpu", dtype).contiguous()
         if writes:
@@ -197,7 +183,9 @@ def save_weights(
         (folder / SINGLE).unlink(missing_ok=True)  # of an earlier save: readers would prefer it
         total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        write_file(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+        atomic_write(
+            folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        )
 
 
 @torch.no_grad()
@@ -223,9 +211,9 @@ def check_weights(parameters: dict[str, Tensor], folder: Path, out: Path) -> Non
     """Raise InputError, on every rank, where the weights just loaded from `folder` hold NaN or are not those that the
     run began with; its run.json says which these are, from now on."""
     path = out / "run.json"
-    refuse_nan(parameters, folder)
+    check_nan(parameters, folder)
     found, description = checksum(parameters), broadcast(read_json_object(path))
     if description["weights"] not in (None, found):
         raise InputError(f"the weights in {folder} are not those with which the run in {out} began: give another --out")
     if dist.get_rank() == 0:
-        write_file(path, json.dumps(description | {"weights": found}, indent=1))
+        atomic_write(path, json.dumps(description | {"weights": found}, indent=1))

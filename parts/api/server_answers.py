@@ -3,11 +3,11 @@
 import re
 from dataclasses import replace
 
-from parts.client import ApiOptions
-from parts.program import print_listed, whole
-from parts.questions import Question, key_of, reason_of
-from parts.replies import without_thoughts
-from parts.testsets import Prompt, too_long
+from parts.api.client import ApiOptions
+from parts.api.questions import Question, key_of, reason_of
+from parts.api.replies import without_thoughts
+from parts.cli import print_list, valid_unicode
+from parts.text.testsets import Prompt, exceeds_context
 
 # What chat servers' tokenizers make one special token of, also where it is only text.
 LOOKS_SPECIAL = re.compile(r"<\|[\w-]{1,40}\|>|</?s>|<(?:unk|pad|bos|eos)>|\[/?INST\]|<</?SYS>>")
@@ -33,20 +33,20 @@ def make_questions(
     questions, failed, doubtful = [], {}, []
     for i, p in enumerate(prompts):
         asked = {"ids": p.tokens, "text": texts[i] if texts else None}.get(completions)
-        error = too_long(len(p.tokens), context)
+        error = exceeds_context(len(p.tokens), context)
         if completions == "text":
             held = next((name for name in specials if any(name in turn.text for turn in p.turns)), None)
             if held:
                 error = error or f"the text holds {held}, a special token to a server (send --completions ids)"
         elif asked is None and (special := LOOKS_SPECIAL.search("\n".join(turn.text for turn in p.turns))):
-            doubtful.append(f"{p.where}: {special[0]}")
+            doubtful.append(f"{p.source}: {special[0]}")
         question = question_of(p, options, seed, asked, context - len(p.tokens))
         p.key = question.key
         if error:
             failed[p.key] = not_answered(error)
         else:
             questions.append(question)
-    print_listed("prompts hold what a chat server may take for a special token (--completions cannot)", doubtful)
+    print_list("prompts hold what a chat server may take for a special token (--completions cannot)", doubtful)
     return questions, failed
 
 
@@ -55,10 +55,10 @@ def question_of(p: Prompt, options: ApiOptions, seed: int, asked: str | list[int
 
     As in our engine, what a sample is drawn with comes from the seed and the prompt; the key says all that matters.
     """
-    messages = [{"role": turn.role, "content": whole(turn.text)} for turn in p.turns]
+    messages = [{"role": turn.role, "content": valid_unicode(turn.text)} for turn in p.turns]
     most = min(options.max_tokens, room)
     digest = key_of(options, messages if asked is None else asked, most, seed)
-    question = Question(digest[:32], p.where, messages, int(digest[32:40], 16) >> 1)
+    question = Question(digest[:32], p.source, messages, int(digest[32:40], 16) >> 1)
     return question if asked is None else replace(question, prompt=asked, max_tokens=most)
 
 

@@ -16,12 +16,11 @@ from itertools import count
 
 import httpx
 
-from parts.program import InputError, Interrupted, WorkError, printable, progress, whole
-from parts.questions import Question, about_unread, bytes_in, reason_of, state_of, tokens_in
-from parts.replies import (
+from parts.api.questions import Question, bytes_in, describe_unparsed, reason_of, state_of, tokens_in
+from parts.api.replies import (
     LONGEST,
     BadReply,
-    Pace,
+    RateLimiter,
     Reply,
     error_of,
     is_completion,
@@ -32,7 +31,8 @@ from parts.replies import (
     unpack,
     usage_of,
 )
-from parts.store import Store
+from parts.api.store import Store
+from parts.cli import InputError, Interrupted, WorkError, progress, strip_control_chars, valid_unicode
 
 # ---------------------------------------------------------------- options and prices
 
@@ -133,7 +133,7 @@ class Client:
         self.prices = options.prices()
         if None in self.prices and options.budget < math.inf:
             raise InputError(f"the price of {options.model} is not known: --budget needs --price-in and --price-out")
-        self.pace = Pace(options.rpm, options.tpm, options.concurrency, self.pause)
+        self.pace = RateLimiter(options.rpm, options.tpm, options.concurrency, self.pause)
         self.secrets = secrets_of(self.key, self.base)
         self.ssl = certificates()
         self.unsupported: set[str] = set()  # parameters that this model rejects
@@ -347,7 +347,7 @@ class Client:
     def clean(self, text: str) -> str:
         """For people: one line, without key and credentials, and without what could command a terminal."""
         text = re.sub(r"(?<=//)[^/\s@]+@", "", self.without_key(text))
-        return printable(" ".join(text.split()))[:300]
+        return strip_control_chars(" ".join(text.split()))[:300]
 
     def without_key(self, text: str) -> str:
         for secret in self.secrets:
@@ -412,7 +412,7 @@ class Client:
     def keep(self, question: Question, body: dict, **more) -> None:
         """Record a chat completion, without the key wherever it stands."""
         choice, message = body["choices"][0], message_of(body)
-        text = self.without_key(whole(message["content"] or ""))
+        text = self.without_key(valid_unicode(message["content"] or ""))
         asked = self.asked_of(question)
         record = {"key": question.key, "id": question.row, "reply": text, "value": self.parse(text)}
         record |= self.bill(body, tokens_in(asked), len(text) // 4 + 1) | more
@@ -463,7 +463,7 @@ class Client:
             return
         found = [self.store.of(q.key) for q in self.fruitless]
         if unread := [records for records in found if state_of(records) == "unparsed"]:
-            self.stop(WorkError(f"of the first {FIRST} rows no reply can be read, {about_unread(unread)}"))
+            self.stop(WorkError(f"of the first {FIRST} rows no reply can be read, {describe_unparsed(unread)}"))
         else:
             advice = "when that is mended, --ask-refused asks these rows again"
             self.stop(WorkError(f"the first {FIRST} rows are all {reason_of(found[-1])} ({advice})"))

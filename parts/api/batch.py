@@ -8,10 +8,11 @@ from functools import partial
 
 import httpx
 
-from parts.client import Client, NoAnswer, Stopped
-from parts.program import WorkError, progress, read_json_object, write_file
-from parts.questions import Question, tokens_in
-from parts.replies import Reply, error_of, is_completion, is_paid
+from parts.api.client import Client, NoAnswer, Stopped
+from parts.api.questions import Question, tokens_in
+from parts.api.replies import Reply, error_of, is_completion, is_paid
+from parts.cli import WorkError, progress
+from parts.files import atomic_write, read_json_object
 
 BATCH_ROWS, BATCH_BYTES = 50_000, 190 * 10**6  # what the API takes at once
 BATCH_TRIES = 6  # batches in which a row may get an error of the server; half as many in which it may get nothing
@@ -90,10 +91,10 @@ class BatchClient(Client):
         uploaded = await self.call(http, "POST", "/files", data={"purpose": "batch"}, files={"file": file})
         rows = {q.key: [q.row, tokens_in(self.asked_of(q))] for q in asked}
         state = {"file": self.id_of(uploaded.body), "rows": rows, "prices": self.prices}
-        write_file(self.batch_file, json.dumps(state))
+        atomic_write(self.batch_file, json.dumps(state))
         wanted = {"input_file_id": state["file"], "endpoint": f"/v1{asked[0].endpoint}", "completion_window": "24h"}
         state["batch"] = self.id_of((await self.call(http, "POST", "/batches", retries=0, json=wanted)).body)
-        write_file(self.batch_file, json.dumps(state))
+        atomic_write(self.batch_file, json.dumps(state))
         return state
 
     def id_of(self, body: dict) -> str:
@@ -147,8 +148,10 @@ class BatchClient(Client):
             raise WorkError(f"the batch {batch.get('status')}: {reason}")
         known = state["rows"] if isinstance(state.get("rows"), dict) else {}
         missing = known or {key: ["", 0] for key in by_key}
-        missing = {key: by_key.get(key) or foreign(key, *about) for key, about in missing.items()}
-        could_go = self.payload(next(iter(by_key.values()), foreign("", "", 0)))  # as it was, whatever is learnt below
+        missing = {key: by_key.get(key) or foreign_batch_error(key, *about) for key, about in missing.items()}
+        could_go = self.payload(
+            next(iter(by_key.values()), foreign_batch_error("", "", 0))
+        )  # as it was, whatever is learnt below
         prices, self.prices = self.prices, state.get("prices", self.prices)
         for file in filter(None, files):
             path = f"/files/{self.id_of({'id': file})}/content"
@@ -207,6 +210,6 @@ def rows_of(pending: dict) -> int:
     return len(rows) if isinstance(rows, dict) else rows if isinstance(rows, int) else 0
 
 
-def foreign(key: str, row: str, tokens: int) -> Question:
+def foreign_batch_error(key: str, row: str, tokens: int) -> Question:
     """A question of an earlier run, of which only its length is known."""
     return Question(key, row, [], prompt=[0] * tokens)

@@ -20,14 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parts.distributed import Ranks, broadcast
-from parts.program import InputError, WorkError, aside, refuse, remove, sha256, sync, write_file
-from parts.weights import DTYPES, INTEGERS, local_part, open_tensors, read_slice, write_tensors
+from parts.checkpoints.weights import DTYPES, INTEGERS, open_tensors, read_slice, write_tensors
+from parts.cli import InputError, WorkError, raise_if_any
+from parts.distributed import DistributedEnv, broadcast, local_part
+from parts.files import atomic_write, fsync_path, remove_path, sha256, temporary_path
 
-KEPT = 2  # states
+KEPT_STATES = 2  # states
 
 
-def save_state(folder: Path, name: str, ranks: Ranks, tensors: dict[str, Tensor], progress: dict) -> None:
+def save_state(folder: Path, name: str, ranks: DistributedEnv, tensors: dict[str, Tensor], progress: dict) -> None:
     """Write folder/NAME/ and keep it and the one before it (names must rise). Every rank must call.
 
     A state is never replaced: where NAME is taken, this one becomes NAME-0001, … It gets its name when all of it is on
@@ -38,8 +39,8 @@ def save_state(folder: Path, name: str, ranks: Ranks, tensors: dict[str, Tensor]
     try:
         new = None
         if ranks.rank == 0:
-            new = aside(unused_name(folder, name))
-            remove(new)
+            new = temporary_path(unused_folder(folder, name))
+            remove_path(new)
             new.mkdir(parents=True)
         new = broadcast(new)
         checksum = write_rank(new / file, ranks, tensors) if ranks.writes_shard else None
@@ -48,17 +49,17 @@ def save_state(folder: Path, name: str, ranks: Ranks, tensors: dict[str, Tensor]
         if ranks.rank == 0:
             state = json.dumps({"progress": progress, "files": {f: c for f, c in checksums if c}})
             about = {"state": state, "sha256": hashlib.sha256(state.encode()).hexdigest()}
-            write_file(new / "state.json", json.dumps(about, indent=1))
-            sync(new, inside=True)
+            atomic_write(new / "state.json", json.dumps(about, indent=1))
+            fsync_path(new, inside=True)
             os.replace(new, new.with_suffix(""))
-            sync(folder)
-            for old in saved_states(folder)[:-KEPT]:
-                os.replace(old, aside(old))  # a folder with a name is never half removed
-                remove(aside(old))
+            fsync_path(folder)
+            for old in saved_states(folder)[:-KEPT_STATES]:
+                os.replace(old, temporary_path(old))  # a folder with a name is never half removed
+                remove_path(temporary_path(old))
     except (OSError, WorkError) as e:
         if ranks.rank == 0 and new:
             with suppress(OSError):
-                remove(new)
+                remove_path(new)
         raise WorkError(
             f"the state could not be saved in {folder} ({e}); the one before it is intact: make room and give the same "
             "command again"
@@ -66,7 +67,7 @@ def save_state(folder: Path, name: str, ranks: Ranks, tensors: dict[str, Tensor]
     dist.barrier()
 
 
-def unused_name(folder: Path, name: str) -> Path:
+def unused_folder(folder: Path, name: str) -> Path:
     """folder/NAME, or the first of folder/NAME-0001, … above all that are there."""
     again = [re.fullmatch(rf"{re.escape(name)}-(\d{{4}})", path.name) for path in folder.glob(f"{name}-*")]
     numbers = [int(match[1]) for match in again if match]
@@ -75,7 +76,7 @@ def unused_name(folder: Path, name: str) -> Path:
     return folder / f"{name}-{max(numbers, default=0) + 1:04}"
 
 
-def write_rank(path: Path, ranks: Ranks, tensors: dict[str, Tensor]) -> str:
+def write_rank(path: Path, ranks: DistributedEnv, tensors: dict[str, Tensor]) -> str:
     """Write the rows that this rank owns; the sha256 of the file, which is on disk."""
     parts = {n: local_part(tensor) for n, tensor in tensors.items()}
     # What is not sharded is the same on every rank.
@@ -83,7 +84,7 @@ def write_rank(path: Path, ranks: Ranks, tensors: dict[str, Tensor]) -> str:
     first_rows = {n: offset[0] for n, (_, offset) in mine.items() if offset}
     content = {n: part.to("cpu").contiguous() for n, (part, _) in mine.items()}
     write_tensors(path, content, {"first_rows": json.dumps(first_rows)})
-    sync(path)
+    fsync_path(path)
     return sha256(path)
 
 
@@ -92,7 +93,7 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.is_dir() and path.suffix != ".tmp")
 
 
-def read_about(path: Path) -> dict:
+def read_manifest(path: Path) -> dict:
     """{"progress", "files": {file: sha256}} of a state. Raises ValueError, KeyError, TypeError or OSError if
     damaged."""
     about = json.loads((path / "state.json").read_text())
@@ -104,10 +105,10 @@ def read_about(path: Path) -> dict:
 def newest_state(folder: Path) -> Path | None:
     """The newest state that is whole; says on stderr which ones are damaged. What killed saves left is removed."""
     for path in folder.glob("*.tmp"):
-        remove(path)
+        remove_path(path)
     for path in reversed(saved_states(folder)):
         try:
-            broken = [f for f, c in read_about(path)["files"].items() if Path(f).name != f or sha256(path / f) != c]
+            broken = [f for f, c in read_manifest(path)["files"].items() if Path(f).name != f or sha256(path / f) != c]
             if not broken:
                 return path
             reason = f"{broken[0]} does not match its checksum"
@@ -143,7 +144,7 @@ class SavedTensor:
 
 def read_state(path: Path) -> tuple[dict, dict[str, SavedTensor]]:
     """The progress of a state and its tensors by name; reads headers only."""
-    state = read_about(path)
+    state = read_manifest(path)
     found: dict[str, SavedTensor] = {}
     for file in state["files"]:
         with open_tensors(path / file) as f:
@@ -211,7 +212,7 @@ def describe_optimizer(trained: dict[str, nn.Parameter], optimizer: torch.optim.
 def save_training(
     folder: Path,
     name: str,
-    ranks: Ranks,
+    ranks: DistributedEnv,
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     progress: dict,
@@ -221,7 +222,7 @@ def save_training(
     save_state(folder, name, ranks, state_tensors(trained, optimizer), state)
 
 
-def empty_state(saved: SavedTensor, p: nn.Parameter, on_device: bool) -> Tensor:
+def init_optimizer_state(saved: SavedTensor, p: nn.Parameter, on_device: bool) -> Tensor:
     """An empty tensor for an optimizer's state of `p`, sharded as `p` is where it has the same shape. `on_device`: so
     is a single number. Raises InputError."""
     if saved.shape == tuple(p.shape):
@@ -239,14 +240,14 @@ def restore_state(saved: dict, about: dict, trained: dict[str, nn.Parameter], op
     if about["kind"] != type(optimizer).__name__:
         raise InputError(f"the saved state is of {about['kind']}, and this run uses {type(optimizer).__name__}")
     missing = [name for name in trained if f"weight/{name}" not in saved]
-    refuse(missing, "trained parameters are not in the saved state")
+    raise_if_any(missing, "trained parameters are not in the saved state")
     strange = [name for name in saved if name.partition("/")[2] not in trained]
-    refuse(strange, "tensors of the saved state belong to nothing that is trained now")
+    raise_if_any(strange, "tensors of the saved state belong to nothing that is trained now")
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")  # numbers such as the step
     for name, tensor in saved.items():
         key, _, parameter = name.partition("/")
         p = trained[parameter]
-        target = p.detach() if key == "weight" else empty_state(tensor, p, on_device)
+        target = p.detach() if key == "weight" else init_optimizer_state(tensor, p, on_device)
         tensor.copy_to(target)
         if key != "weight":
             optimizer.state[p][key] = target

@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from parts.batch import BatchClient, rows_of
-from parts.client import PATIENCE, PRICES_OF, ApiOptions, Client
-from parts.program import InputError, Interrupted, WorkError, above_zero, positive, read_json_object, whole
-from parts.questions import Question, about_unread, state_of, tokens_in, value_of
-from parts.store import Store
+from parts.api.batch import BatchClient, rows_of
+from parts.api.client import PATIENCE, PRICES_OF, ApiOptions, Client
+from parts.api.questions import Question, describe_unparsed, state_of, tokens_in, value_of
+from parts.api.store import Store
+from parts.cli import InputError, Interrupted, WorkError, positive_float, positive_int, valid_unicode
+from parts.files import read_json_object
 
 # ---------------------------------------------------------------- the command line
 
@@ -25,17 +26,22 @@ def add_api_arguments(parser: argparse.ArgumentParser, sampling: bool = True) ->
     if sampling:
         group.add_argument("--api-model", default=default.model, metavar="M", help="name of the model that is asked")
     for name, kind, metavar, text in (
-        ("concurrency", positive, "N", "requests in flight at once"),
-        ("rpm", above_zero, "N", "requests a minute, at most"),
-        ("tpm", above_zero, "N", "tokens a minute, at most"),
-        ("max_tokens", positive, "N", "of a reply"),
+        ("concurrency", positive_int, "N", "requests in flight at once"),
+        ("rpm", positive_float, "N", "requests a minute, at most"),
+        ("tpm", positive_float, "N", "tokens a minute, at most"),
+        ("max_tokens", positive_int, "N", "of a reply"),
         ("temperature", float, "X", "of the sampling"),
-        ("timeout", above_zero, "S", f"seconds without a byte of an answer; {PATIENCE} times as many for the whole"),
-        ("retries", positive, "N", "of a request that fails, before it is given up"),
+        (
+            "timeout",
+            positive_float,
+            "S",
+            f"seconds without a byte of an answer; {PATIENCE} times as many for the whole",
+        ),
+        ("retries", positive_int, "N", "of a request that fails, before it is given up"),
         ("budget", float, "USD", "stop before more is spent"),
         ("price_in", float, "USD", f"per million tokens (default: a table of {PRICES_OF})"),
         ("price_out", float, "USD", "the same, of replies"),
-        ("batch_poll", above_zero, "S", "seconds between looks at a batch"),
+        ("batch_poll", positive_float, "S", "seconds between looks at a batch"),
     ):
         if name in ("max_tokens", "temperature") and not sampling:
             continue
@@ -91,7 +97,7 @@ def ask_questions(
         raise kind(f"{why}; what came is in {store.path}{but}, the same command goes on from there")
     unread = [store.of(key) for key, state in zip(unique, states) if state == "unparsed"]
     if len(unread) > 0.05 * len(unique):
-        told = f"{len(unread):,} of {len(unique):,} replies cannot be read, {about_unread(unread)}"
+        told = f"{len(unread):,} of {len(unique):,} replies cannot be read, {describe_unparsed(unread)}"
         print(told, file=sys.stderr)
     return store
 
@@ -101,7 +107,7 @@ def read_again(store: Store, parse: Callable[[str], object], ask_refused: bool) 
     for records in store.by_key.values():
         for record in records:
             if "reply" in record:
-                record["reply"] = whole(str(record["reply"]))
+                record["reply"] = valid_unicode(str(record["reply"]))
             record["value"] = parse(record["reply"]) if "reply" in record and "refused" not in record else None
         if ask_refused and value_of(records) is None:
             records.clear()

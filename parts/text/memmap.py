@@ -10,31 +10,31 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.program import replacing
+from parts.files import atomic_path
 
 BLOCK = 2**24  # bytes read at a time
 
 
-class Texts:
+class StringArray:
     """Many texts as two arrays: UTF-8 end to end, and where each begins. A list of strings takes ten times the
     memory."""
 
     def __init__(self, content: np.ndarray, starts: np.ndarray):
-        self.content, self.starts = content, starts  # (B,) uint8, (n+1,) int64
+        self.content, self.offsets = content, starts  # (B,) uint8, (n+1,) int64
 
     @classmethod
-    def of(cls, texts: list[str]) -> "Texts":
+    def of(cls, texts: list[str]) -> "StringArray":
         encoded = [text.encode(errors="surrogateescape") for text in texts]
         starts = np.cumsum([0, *map(len, encoded)]).astype(np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), starts)
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.offsets) - 1
 
     def __getitem__(self, i: int) -> str:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self.content[self.starts[i] : self.starts[i + 1]].tobytes().decode(errors="surrogateescape")
+        return self.content[self.offsets[i] : self.offsets[i + 1]].tobytes().decode(errors="surrogateescape")
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], rest: dict) -> None:
@@ -45,7 +45,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], rest: dict) -> None:
         places[name] = [array.dtype.str, len(array), offset]
         crc, offset = zlib.crc32(content, crc), offset + array.nbytes
     head = json.dumps({"arrays": places, "crc": crc, "rest": rest}).encode()
-    with replacing(path) as new, open(new, "wb") as f:
+    with atomic_path(path) as new, open(new, "wb") as f:
         f.write(b"%08x %s\n" % (zlib.crc32(head), head))
         for array in arrays.values():
             f.write(np.ascontiguousarray(array).view(np.uint8).data)

@@ -7,9 +7,9 @@ from itertools import permutations
 
 import numpy as np
 
-from parts.program import InputError, refuse
-from parts.rows import Row, messages_of, read_good_rows
-from score import answer_of, cut_at, cut_equally, score_of
+from parts.cli import InputError, raise_if_any
+from parts.text.rows import Row, messages_of, read_good_rows
+from score import answer_text, read_score, split_at_bounds, split_equally
 
 SIZES = (5, 20)  # per cent of the rows that are selected
 REPLAYED = (0.01, 0.1, 0.25)
@@ -18,7 +18,7 @@ REPLAYED = (0.01, 0.1, 0.25)
 
 
 @dataclass
-class Ground:
+class StudyData:
     """What all arms share. Stages are indices of rows; each holds a multiple of the batch size."""
 
     rows: list[dict]
@@ -37,11 +37,11 @@ class Ground:
         return self.epochs * len(self.everything) // self.batch_size
 
 
-def read_ground(args: argparse.Namespace) -> Ground:
+def read_ground(args: argparse.Namespace) -> StudyData:
     """The scored rows, in stages by the score and by the other keys. Raises InputError."""
     rows = [row for path in args.scored for row in read_good_rows(path, skip_bad=False)]
     scores = scores_of(rows, args.score_key)
-    refuse([row.where for row, score in zip(rows, scores) if score is None], f"rows have no {args.score_key}",
+    raise_if_any([row.source for row, score in zip(rows, scores) if score is None], f"rows have no {args.score_key}",
            "Score them, or leave them out of the file.")  # fmt: skip
     if sorted(set(args.bounds)) != args.bounds:
         raise InputError("--bounds must rise")
@@ -58,17 +58,17 @@ def read_ground(args: argparse.Namespace) -> Ground:
         if key == "IFD" or all(value is None for value in values):
             raise InputError(f"--also {key}: " + ("is measured anyway" if key == "IFD" else "no row has it"))
         by[key] = stages_by(values, stages)
-    lengths = np.array([len(answer_of(row)) for row in rows])
-    return Ground(list(map(as_data, rows)), stages, by | {"IFD": []}, lengths, args.batch_size, args.epochs)
+    lengths = np.array([len(answer_text(row)) for row in rows])
+    return StudyData(list(map(as_data, rows)), stages, by | {"IFD": []}, lengths, args.batch_size, args.epochs)
 
 
 def scores_of(rows: list[Row], key: str) -> list[float | None]:
-    return [score_of(row.raw, key, row.where) for row in rows]
+    return [read_score(row.raw, key, row.source) for row in rows]
 
 
 def cut_scores(scores: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]:
     """The indices of each stage, in the order of the file."""
-    groups = cut_equally(scores, args.equal) if args.equal else cut_at(scores, args.bounds)
+    groups = split_equally(scores, args.equal) if args.equal else split_at_bounds(scores, args.bounds)
     return [np.sort(group) for group in groups]
 
 
@@ -122,7 +122,7 @@ def held_back(stages: list[np.ndarray], share: float, batch_size: int, rng: np.r
     return out
 
 
-def whole_epochs(ground: Ground, share: float) -> tuple[int, int]:
+def whole_epochs(ground: StudyData, share: float) -> tuple[int, int]:
     """How many rows, about this share of all and whole batches, how often: as near to ground.steps as can be."""
     about = share * len(ground.everything) / ground.batch_size
     batches = [b for b in range(1, ground.steps + 1) if 0.8 * about <= b <= 1.25 * about] or [max(1, round(about))]
@@ -131,7 +131,7 @@ def whole_epochs(ground: Ground, share: float) -> tuple[int, int]:
     return count * ground.batch_size, max(1, round(ground.steps / count))
 
 
-def make_arms(ground: Ground) -> dict[str, Arm]:
+def make_arms(ground: StudyData) -> dict[str, Arm]:
     """By name. Every arm takes ground.steps steps, but for whole epochs of few rows a few more or less."""
     s, everything, epochs, n = ground.stages, ground.everything, ground.epochs, len(ground.everything)
     sizes = [len(stage) for stage in s]

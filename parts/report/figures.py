@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.program import InputError, write_file
+from parts.cli import InputError
+from parts.files import atomic_write
 
 FIGURES = {  # of a report: their names and titles
     "stages": "After each stage",
@@ -85,7 +86,7 @@ def plot_histogram(scores: np.ndarray, name: str, groups: list[np.ndarray], path
         labels = [f"s{k}" for k in range(1, len(groups) + 1)]
         axes.hist([scores[g] for g in groups], histogram(scores)[1], stacked=True, label=labels, rwidth=0.9)
         axes.legend()
-        write_file(path, image(figure, "png", 150))
+        atomic_write(path, image(figure, "png", 150))
     print(f"-> {path}")
 
 
@@ -115,7 +116,7 @@ def report_figures(
             "models": draw_models(rated) if models > MANY else None,
             "difficulty": draw_difficulty(np.array(difficulty)) if difficulty else None,
             "losses": draw_losses(losses) if losses else None,
-            "forgetting": draw_forgetting(held_out) if any(stages for _, stages, _ in held_out) else None,
+            "forgetting": draw_eval_matrix(held_out) if any(stages for _, stages, _ in held_out) else None,
         }
         return {name: {kind: image(f, kind) for kind in kinds} for name, f in drawn.items() if f}
 
@@ -193,7 +194,7 @@ def draw_losses(losses: list[tuple[str, list[int], list[float]]]):
     return figure
 
 
-def draw_forgetting(held_out: list[tuple[str, list[str], dict[str, list[float | None]]]]):
+def draw_eval_matrix(held_out: list[tuple[str, list[str], dict[str, list[float | None]]]]):
     """A matrix a run, evaluation set by finished stage; darker is a higher loss than the set's best."""
     rows = [(f"{run}: {name}" if len(held_out) > 1 else name, stages, losses) for run, stages, by_set in held_out
             for name, losses in by_set.items()]  # fmt: skip

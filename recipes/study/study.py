@@ -1,8 +1,8 @@
 """Does training in stages of rising difficulty help my model on my data? Every arm, its own best rate, fresh seeds.
 
-    python demo/study.py                     on the demo; --quick is a small version
-    python demo/study.py --model DIR --scored scored.jsonl --prompts F --judge exact --lr-grid 5e-6 1e-5 2e-5 4e-5 \\
-        --out out/mine -- --batch-size 128 --checkpoint-activations
+    python recipes/study/study.py                     on the demo; --quick is a small version
+    python recipes/study/study.py --model DIR --scored scored.jsonl --prompts F --judge exact \\
+        --lr-grid 5e-6 1e-5 2e-5 4e-5 --out out/mine -- --batch-size 128 --checkpoint-activations
 
 All arms start from the same model and, unless that is their point, take the same number of steps and see the same rows
 as often. The learning rate of each is the best of the grid on validation prompts; fresh seeds with it are tested on
@@ -34,42 +34,37 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import TEMPLATES, choose_template
-from demo.arms import REPLAYED, Arm, Ground, cut_scores, held_back, make_arms, read_ground, stages_by
-from demo.findings import COMPARED, answers_of, file_name, write_findings
-from parts.api import ApiOptions
-from parts.lock import lock_folder
-from parts.options import FREE, make_parser
-from parts.program import (
+from parts.api.ask import ApiOptions
+from parts.api.prompts import judge_prompt
+from parts.checkpoints.lock import lock_folder
+from parts.cli import (
     HelpFormatter,
     InputError,
     WorkError,
-    above_zero,
-    die_with_parent,
-    positive,
+    positive_float,
+    positive_int,
     progress,
-    read_json_object,
-    read_text,
-    refuse,
-    refuse_overwriting,
+    raise_if_any,
     run_program,
-    sha256,
-    write_file,
-    write_lines,
+    set_parent_death_signal,
 )
-from parts.prompts import judge_prompt
-from parts.rows import json_values, messages_of
-from parts.testsets import read_prompts
-from parts.tokenizers import load_tokenizer
-from score import score_of
+from parts.files import atomic_write, check_output_paths, json_values, read_json_object, read_text, sha256, write_lines
+from parts.options import RESUMABLE_ARGS, make_parser
+from parts.text.rows import messages_of
+from parts.text.testsets import read_prompts
+from parts.text.tokenizers import load_tokenizer
+from recipes.study.analysis import COMPARISONS, answers_of, file_name, write_findings
+from recipes.study.arms import REPLAYED, Arm, StudyData, cut_scores, held_back, make_arms, read_ground, stages_by
+from score import read_score
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
 QUICK = ["one-off", "phased", "random stages", "stages 3-2-1", "stage 3 only", "phased, replay 0.1"]
 # Runs are forks of a process that has imported torch, which takes as long as ten steps of the demo.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "train", "demo.measure"])
+FORKS.set_forkserver_preload(["torch", "train", "recipes.study.measure"])
 # What of train.py the arms themselves decide.
 OURS = {"stages", "eval", "replay", "model", "out", "epochs", "lr", "batch_size", "optimizer_state", "seed", "select",
         "ratio", "scores", "eval_every", "sample", "dry_run"}  # fmt: skip
@@ -89,12 +84,14 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
         for p, given in zip(prompts, raw if len(raw) == len(prompts) else [{}] * len(prompts)):
             row = {"id": p.id, "dataset": p.dataset, "messages": messages_of(p.turns)}
             row |= {"told": given["told"]} if isinstance(given.get("told"), str) else {}
-            score = score_of(given, "score", p.where)
+            score = read_score(given, "score", p.source)
             row |= {} if score is None else {"score": score}
             expected = p.expected if p.expected is not None else given.get("output")
             rows.append(row | ({"expected": expected} if isinstance(expected, str) and expected.strip() else {}))
         named = Counter((row["dataset"], row["id"]) for row in rows)
-        refuse([f"{d} {i}" for (d, i), n in named.items() if n > 1], f"prompts of {path} have the same dataset and id")
+        raise_if_any(
+            [f"{d} {i}" for (d, i), n in named.items() if n > 1], f"prompts of {path} have the same dataset and id"
+        )
         return rows
 
     prompts = read(args.prompts)
@@ -108,7 +105,7 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
         few = [np.random.default_rng(1).permutation(len(x))[: args.most_prompts] for x in (prompts, validation)]
         prompts, validation = ([x[i] for i in sorted(of)] for x, of in zip((prompts, validation), few))
     needing = validation if args.judge == "api" else [*prompts, *validation]
-    refuse([f"{row['dataset']} {row['id']}" for row in needing if "expected" not in row],
+    raise_if_any([f"{row['dataset']} {row['id']}" for row in needing if "expected" not in row],
            "prompts do not say what answer is `expected`",
            "--judge exact and loss, and --validation, need it.")  # fmt: skip
     held_out = {"held-out": np.arange(len(validation))}
@@ -119,7 +116,7 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
     return prompts, validation, held_out
 
 
-def refuse_leaks(ground: Ground, prompts: list[dict], validation: list[dict]) -> None:
+def refuse_leaks(ground: StudyData, prompts: list[dict], validation: list[dict]) -> None:
     """Raises InputError where a prompt that tests, or chooses the rate, has trained, or one does both."""
 
     def text(messages: list[dict]) -> str:
@@ -130,9 +127,9 @@ def refuse_leaks(ground: Ground, prompts: list[dict], validation: list[dict]) ->
     for row in (ground.rows[i].get("messages", []) for i in ground.everything):
         trained |= {text(row[:k]) for k, m in enumerate(row) if m["role"] == "assistant"}
     advice = "Each question once, on one side."
-    refuse([test[x] for x in test if x in trained], "rows that train are prompts that test", advice)
-    refuse([chose[x] for x in chose if x in trained], "rows that train are prompts that choose the rate", advice)
-    refuse([test[x] for x in test if x in chose], "prompts that test also choose the rate", advice)
+    raise_if_any([test[x] for x in test if x in trained], "rows that train are prompts that test", advice)
+    raise_if_any([chose[x] for x in chose if x in trained], "rows that train are prompts that choose the rate", advice)
+    raise_if_any([test[x] for x in test if x in chose], "prompts that test also choose the rate", advice)
 
 
 def as_training_row(row: dict) -> dict:
@@ -155,7 +152,7 @@ class Job:
 
 def run_file(command: list[str], cwd: Path, device: str, said: Path) -> None:
     """As `python *command > said 2>&1` would, in a process that has imported torch already."""
-    die_with_parent(signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     with open(said, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -200,7 +197,7 @@ def read_lines(path: Path) -> list[dict]:
     return [value for _, value in json_values(read_text(path))]
 
 
-def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device: str) -> None:
+def run_job(args: argparse.Namespace, ground: StudyData, arm: Arm, job: Job, device: str) -> None:
     """Train and measure; the result is out/results/NAME.json. A run that was killed goes on."""
     out, tuning = args.out, job.seed == GRID_SEED
     folder, result = out / "runs" / job.name, out / "results" / f"{job.name}.json"
@@ -215,7 +212,7 @@ def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device
         command += ["--eval", *held_out_files(out), "--eval-every", max(1, ground.steps // 8)]
     command += args.train
     seconds = call(command, out / "data", device, args.nproc_per_node)
-    measured = range(1 if job.arm in COMPARED and not tuning else len(names), len(names) + 1)
+    measured = range(1 if job.arm in COMPARISONS and not tuning else len(names), len(names) + 1)
     found = measure(
         args, [folder / f"stage{k}" for k in measured], "validation" if tuning else "prompts", job.name, device
     )
@@ -234,7 +231,7 @@ def run_job(args: argparse.Namespace, ground: Ground, arm: Arm, job: Job, device
     record |= {"rows": sum(row["documents"] for row in steps), "tokens": sum(row["tokens"] for row in steps)}
     record |= {"values": found["values"], "curve": curve}
     record |= {"matrix": {} if tuning else read_json_object(folder / "held_out.json")}
-    write_file(result, json.dumps(record))
+    atomic_write(result, json.dumps(record))
     shutil.rmtree(folder)
     for name in names:
         (out / "data" / name).unlink()
@@ -262,10 +259,12 @@ def write_answers(out: Path, job: Job, stage: int, texts: list[str]) -> None:
         for p, text in zip(prompts, texts)
     ]  # fmt: skip
     if rows:
-        write_file(out / "answers" / f"{file_name(job.arm)}-{job.seed}.stage{stage}.json", json.dumps(rows, indent=1))
+        atomic_write(out / "answers" / f"{file_name(job.arm)}-{job.seed}.stage{stage}.json", json.dumps(rows, indent=1))
 
 
-def run_jobs(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], jobs: list[Job], what: str) -> list[dict]:
+def run_jobs(
+    args: argparse.Namespace, ground: StudyData, arms: dict[str, Arm], jobs: list[Job], what: str
+) -> list[dict]:
     """The records of all jobs; those that are there already are not done again. Raises WorkError for the first that
     fails, when the others that run have ended."""
     devices: queue.Queue[str] = queue.Queue()
@@ -295,7 +294,7 @@ def run_jobs(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], job
 # ---------------------------------------------------------------- the plan
 
 
-def time_a_step(args: argparse.Namespace, ground: Ground, prompts: list[dict]) -> dict:
+def time_a_step(args: argparse.Namespace, ground: StudyData, prompts: list[dict]) -> dict:
     """Seconds of a start, a step and a measurement, and what the model makes of the prompts before any training; all
     kept in timing.json."""
     path = args.out / "timing.json"
@@ -319,16 +318,18 @@ def time_a_step(args: argparse.Namespace, ground: Ground, prompts: list[dict]) -
     if said and expected:  # trained, it will answer at the length that is expected; one token of it costs three asked
         seconds = start + max(0, seconds - start) * min(1, (asked + 3 * expected) / (asked + 3 * said))
     found = {"start": start, "step": float(np.median(times)), "measure": seconds, "base": base["values"][0]}
-    write_file(path, json.dumps(found))
+    atomic_write(path, json.dumps(found))
     return read_json_object(path)
 
 
-def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], prompts: list[dict], times: dict) -> dict:
+def make_plan(
+    args: argparse.Namespace, ground: StudyData, arms: dict[str, Arm], prompts: list[dict], times: dict
+) -> dict:
     """Runs, steps, hours, dollars of judging; kept in plan.json."""
     tuned = len(arms) * len(args.lr_grid) if len(args.lr_grid) > 1 else 0
     runs, later = len(arms) * args.seeds + tuned, len(ground.stages) - 1
     seconds = runs * (times["start"] + ground.steps * times["step"] + times["measure"])
-    seconds += args.seeds * len(COMPARED & arms.keys()) * later * times["measure"]  # after every stage
+    seconds += args.seeds * len(COMPARISONS & arms.keys()) * later * times["measure"]  # after every stage
     if wants_ifd(arms):  # two forward passes over the rows, by one rank
         seconds += args.jobs * args.nproc_per_node * ground.steps / ground.epochs * times["step"] * 2 / 3
     plan = {"arms": list(arms), "rates": args.lr_grid, "seeds": args.seeds, "runs": runs, "steps": ground.steps}
@@ -337,11 +338,11 @@ def make_plan(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], pr
     plan |= {"other_steps": {name: arm.steps for name, arm in arms.items() if arm.steps not in (None, ground.steps)}}
     plan |= {"replayed": {f"phased, replay {share:g}": replayed(ground, share) for share in REPLAYED}}
     plan |= {"dollars": judging_dollars(args, arms, prompts, later)}
-    write_file(args.out / "plan.json", json.dumps(plan, indent=1))
+    atomic_write(args.out / "plan.json", json.dumps(plan, indent=1))
     return plan
 
 
-def replayed(ground: Ground, share: float) -> list[float]:
+def replayed(ground: StudyData, share: float) -> list[float]:
     """The share of each stage but the last that really moves into each later one: whole batches stay."""
     kept = held_back(ground.stages, share, ground.batch_size, np.random.default_rng(0))
     later = range(len(kept) - 1, 0, -1)
@@ -359,7 +360,9 @@ def judging_dollars(args: argparse.Namespace, arms: dict[str, Arm], prompts: lis
         return None
     asked = np.mean([sum(len(m["content"]) for m in p["messages"]) for p in prompts]) + len(judge_prompt(None, False))
     each = prices[0] * (asked / 4 + 2 * args.max_new_tokens) + prices[1] * 16
-    return round(2 * len(prompts) * (len(arms) + later * len(COMPARED & arms.keys()) - 1) * args.seeds * each / 1e6, 2)
+    return round(
+        2 * len(prompts) * (len(arms) + later * len(COMPARISONS & arms.keys()) - 1) * args.seeds * each / 1e6, 2
+    )
 
 
 def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
@@ -435,7 +438,7 @@ def keep_settings(args: argparse.Namespace) -> dict:
         raise InputError(f"{args.out} holds a study with other {', '.join(changed) or 'files'}: another --out")
     if before["code"] != about["code"]:
         print(f"{args.out}: the code changed since this study began; what is done stays", file=sys.stderr)
-    write_file(kept, json.dumps(about, indent=1))
+    atomic_write(kept, json.dumps(about, indent=1))
     return about
 
 
@@ -451,7 +454,7 @@ def wants_ifd(arms: dict[str, Arm]) -> bool:
     return any(name == "phased by IFD" or "--scores" in arm.flags for name, arm in arms.items())
 
 
-def measure_ifd(args: argparse.Namespace, ground: Ground) -> None:
+def measure_ifd(args: argparse.Namespace, ground: StudyData) -> None:
     """Of every row with the model before any training, once: out/data/ifd.jsonl, and the stages by it."""
     data = args.out / "data"
     if not (data / "ifd.jsonl").exists():
@@ -473,7 +476,9 @@ def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | Non
     return json.loads(path.read_text())["values"][0]
 
 
-def carry_out(args: argparse.Namespace, ground: Ground, arms: dict[str, Arm], prompts: list[dict], about: dict) -> None:
+def carry_out(
+    args: argparse.Namespace, ground: StudyData, arms: dict[str, Arm], prompts: list[dict], about: dict
+) -> None:
     times = time_a_step(args, ground, prompts)
     plan = make_plan(args, ground, arms, prompts, times)
     print_plan(plan, arms)
@@ -498,7 +503,7 @@ def run(args: argparse.Namespace) -> None:
     args.template = choose_template(args.model, load_tokenizer(args.model), args.template)[0]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
     inputs = [*args.scored, args.prompts, args.model, *([args.validation] if args.validation else [])]
-    refuse_overwriting([args.out], inputs, folders=True)
+    check_output_paths([args.out], inputs, folders=True)
     if (args.out / "data").exists() and not (args.out / "study.json").exists():
         raise InputError(f"{args.out} holds data that are not a study's: another --out")
     ground = read_ground(args)
@@ -506,9 +511,11 @@ def run(args: argparse.Namespace) -> None:
     refuse_leaks(ground, prompts, validation)
     known = make_arms(ground)
     shared = Counter(map(file_name, known))
-    refuse([arm for arm in known if shared[file_name(arm)] > 1], "arms would share their files", "Other keys: --also.")
+    raise_if_any(
+        [arm for arm in known if shared[file_name(arm)] > 1], "arms would share their files", "Other keys: --also."
+    )
     wanted = ["one-off", *(args.arms or ([arm for arm in QUICK if arm in known] if args.quick else known))]
-    refuse([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
+    raise_if_any([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
     beside = next(parent for parent in args.out.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(dir=beside) if args.dry_run else nullcontext(args.out) as folder:
         args.out = Path(folder)  # a plan alone leaves nothing behind
@@ -531,9 +538,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scored", type=Path, nargs="+", metavar="F", help="rows with a score of difficulty (default: the demo's)")
     add("--score-key", default="score", help="the key of the score")
     add("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help="scores at which a new stage begins")
-    add("--equal", type=positive, metavar="K", help="K stages of equal size instead")
+    add("--equal", type=positive_int, metavar="K", help="K stages of equal size instead")
     rows_help = "so many of them, from every stage its share (default: all; for the demo 240)"
-    add("--rows", type=positive, metavar="N", help=rows_help)
+    add("--rows", type=positive_int, metavar="N", help=rows_help)
     add("--also", nargs="*", metavar="KEY", help="other keys of --scored to make stages by (for the demo: true)")
     prompts_help = "that test; with the right answer as `expected`, and perhaps a `score`"
     add("--prompts", type=Path, default=DEMO / "prompts.jsonl", metavar="F", help=prompts_help)
@@ -545,13 +552,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge-flags", type=shlex.split, default=[], metavar="'…'", help=judge_help)
     add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
     grid_help = "rates of which each arm gets its best (needed; for the demo four from 1.25e-4 to 1e-3)"
-    add("--lr-grid", type=above_zero, nargs="+", metavar="X", help=grid_help)
-    add("--seeds", type=positive, metavar="N", help="runs of each arm that are tested (default: 5; for the demo 6)")
-    add("--epochs", type=positive, default=2, metavar="N", help="passes over a stage")
-    add("--batch-size", type=positive, metavar="N", help="documents in a step (default: 16; for the demo 4)")
-    add("--max-new-tokens", type=positive, default=96, metavar="N", help="longest answer")
-    add("--jobs", type=positive, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
-    add("--nproc-per-node", type=positive, default=1, metavar="N", help="ranks of a run, by torchrun")
+    add("--lr-grid", type=positive_float, nargs="+", metavar="X", help=grid_help)
+    add("--seeds", type=positive_int, metavar="N", help="runs of each arm that are tested (default: 5; for the demo 6)")
+    add("--epochs", type=positive_int, default=2, metavar="N", help="passes over a stage")
+    add("--batch-size", type=positive_int, metavar="N", help="documents in a step (default: 16; for the demo 4)")
+    add("--max-new-tokens", type=positive_int, default=96, metavar="N", help="longest answer")
+    add("--jobs", type=positive_int, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
+    add("--nproc-per-node", type=positive_int, default=1, metavar="N", help="ranks of a run, by torchrun")
     add("--out", type=Path, metavar="DIR", help="(default: out/study, out/study-quick)")
     add("--quick", action="store_true", help="six arms, two rates, two seeds, 200 prompts")
     add("--dry-run", action="store_true", help="print the plan and stop")
@@ -559,13 +566,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv[:cut])
     args.train, is_demo = argv[cut + 1 :], args.model.resolve() == DEMO / "model"
     of_train = make_parser(list(TEMPLATES), DEMO)
-    usual = vars(of_train.parse_args([]))
-    of_train.set_defaults(**dict.fromkeys(usual))
+    defaults = vars(of_train.parse_args([]))
+    of_train.set_defaults(**dict.fromkeys(defaults))
     given = {k: v for k, v in vars(of_train.parse_args(args.train)).items() if v is not None}
     for key in given.keys() & OURS:
         parser.error(f"--{key.replace('_', '-')} belongs to the study, not behind --")
-    args.trained = {key: value for key, value in sorted(given.items()) if key not in FREE}
-    args.template, args.max_len = given.get("template"), given.get("max_len", usual["max_len"])
+    args.trained = {key: value for key, value in sorted(given.items()) if key not in RESUMABLE_ARGS}
+    args.template, args.max_len = given.get("template"), given.get("max_len", defaults["max_len"])
     if args.lr_grid is None:
         if not is_demo:
             parser.error("--lr-grid must be given for this --model, say 2e-6 5e-6 1e-5 2e-5 at 7 B")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from parts.kernels import LOGITS_AT_ONCE
+from parts.checkpoints.weights import SHARD_BYTES
+from parts.cli import print_table
+from parts.kernels import MAX_LOGITS
 from parts.memory import resident_memory
-from parts.program import print_table
-from parts.weights import SHARD_BYTES
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' data sheets; a device's name contains the key; first match counts
     "B200": 2250e12,
@@ -51,12 +51,12 @@ class Flops:
     per_token: float  # matrix products of the blocks
     per_pair: float  # of a token with one that it attends to
     per_supervised: float  # output head
-    window: int | None
+    sliding_window: int | None
 
     def of_batch(self, lengths: np.ndarray, supervised: int) -> float:
         """Of documents of these lengths: attention over the causal (windowed) pairs of each; nothing counted twice."""
         n = lengths.astype(np.float64)
-        w = np.minimum(n, self.window or math.inf)
+        w = np.minimum(n, self.sliding_window or math.inf)
         pairs = (n * w - w * (w - 1) / 2).sum()
         return self.per_token * n.sum() + self.per_pair * pairs + self.per_supervised * supervised
 
@@ -88,7 +88,7 @@ def training_flops(model: torch.nn.Module, trained: set[str]) -> Flops:
         per_token,
         (4 * config.n_layers + 8 * blocks_back) * config.n_heads * config.head_dim,
         (2 + head_gradients) * config.dim * config.vocab_size,
-        config.window,
+        config.sliding_window,
     )
 
 
@@ -110,9 +110,9 @@ def memory_plan(
     """
     parameters, fsdp = dict(model.named_parameters()), shards * replicas > 1
     step = step_sizes(model, trained, dtype, tokens, supervised, checkpointed)
-    moments = fsdp_moments(step, shards, replicas) if fsdp else single_rank_moments(step)
+    moments = fsdp_peaks(step, shards, replicas) if fsdp else single_rank_peaks(step)
     if not cuda:
-        moments = cpu_moments(model, trained, step, moments, fsdp)
+        moments = cpu_peaks(model, trained, step, moments, fsdp)
     passing, during = max(moments, key=sum)
     learned = sum(p.nbytes for name, p in parameters.items() if name in trained)
     plan = {
@@ -139,7 +139,7 @@ def process_memory(dtype: torch.dtype) -> int:
     return resident_memory()
 
 
-def cpu_moments(
+def cpu_peaks(
     model: torch.nn.Module, trained: set[str], step: "StepSizes", moments: list[tuple[float, float]], fsdp: bool
 ) -> list[tuple[float, float]]:
     """The moments of a CPU, which also makes the exported file in its memory.
@@ -185,7 +185,7 @@ class StepSizes:
 def step_sizes(
     model: torch.nn.Module, trained: set[str], dtype: torch.dtype, tokens: int, supervised: int, checkpointed: bool
 ) -> StepSizes:
-    """Of a micro-batch with so many tokens, `supervised` of which have a loss."""
+    """Of a micro-batch with so many tokens, `loss_mask` of which have a loss."""
     c, parameters, size = model.config, dict(model.named_parameters()), dtype.itemsize
     block = {name: p for name, p in parameters.items() if name.startswith("layers.0.")}
     root = {name: p for name, p in parameters.items() if not name.startswith("layers.")}
@@ -201,7 +201,7 @@ def step_sizes(
     # A block keeps for its backward: inputs of norms and matrices, q, k, v, gate and up, statistics of attention.
     kept = tokens * (size * (4 * c.dim + 2 * heads + 2 * keys + 2 * c.hidden_dim + lora_ranks) + 4 * c.n_heads)
     wide = 4 + size * (size < 4)  # of logits and of the head's gradient: fp32, and in the dtype of the computation
-    logits = wide * (min(LOGITS_AT_ONCE, supervised * c.vocab_size) + vocabulary * (head_name in trained))
+    logits = wide * (min(MAX_LOGITS, supervised * c.vocab_size) + vocabulary * (head_name in trained))
     return StepSizes(
         layers=c.n_layers,
         dtype=dtype,
@@ -221,7 +221,7 @@ def step_sizes(
     )
 
 
-def single_rank_moments(s: StepSizes) -> list[tuple[float, float]]:
+def single_rank_peaks(s: StepSizes) -> list[tuple[float, float]]:
     """Bytes of weights cast and of activations, at the moments of a step that may need most: in the head, and in the
     backward of the last block."""
     cast = s.layers * s.cast_block  # kept until the backward, unless it casts again
@@ -231,7 +231,7 @@ def single_rank_moments(s: StepSizes) -> list[tuple[float, float]]:
     ]
 
 
-def fsdp_moments(s: StepSizes, shards: int, replicas: int) -> list[tuple[float, float]]:
+def fsdp_peaks(s: StepSizes, shards: int, replicas: int) -> list[tuple[float, float]]:
     """Bytes of weights gathered with gradients that are reduced, and of activations, at the moments of a step that may
     need most.
 
@@ -268,7 +268,7 @@ def fsdp_moments(s: StepSizes, shards: int, replicas: int) -> list[tuple[float, 
     return moments
 
 
-def print_memory(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, float | None]) -> None:
+def print_memory_plan(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, float | None]) -> None:
     """Memory plans by way (flags), the chosen one first, and by number of ranks, side by side; then what each other way
     would need, and the first of them that fits where the chosen one does not. `free`: bytes a rank has."""
     chosen, *others = plans

@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from parts.program import printable, whole
+from parts.cli import strip_control_chars, valid_unicode
 
 TRIES = 3  # replies to one question that are paid for, until one can be used
 
@@ -33,13 +33,13 @@ def key_of(options, asked: list[dict] | str | list[int], most: float, seed: int)
 
 
 def make_question(options, prompt: str, row: str, vote: int = 0) -> Question:
-    messages = [{"role": "user", "content": whole(prompt)}]
+    messages = [{"role": "user", "content": valid_unicode(prompt)}]
     return Question(key_of(options, messages, options.max_tokens, vote)[:32], row, messages, vote)
 
 
 def fence(text: str, name: str) -> str:
     """`text` between two marked lines that it cannot imitate: the mark is a hash of the text itself."""
-    text = whole(text)
+    text = valid_unicode(text)
     mark = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"<<<{name} {mark}>>>\n{text}\n<<<end of {name} {mark}>>>"
 
@@ -73,10 +73,10 @@ def reason_of(records: list[dict]) -> str:
 def reply_of(records: list[dict]) -> str:
     """The newest reply, its beginning on one line; "" where there is none."""
     reply = next((r["reply"] for r in reversed(records) if "reply" in r), "")
-    return printable(" ".join(reply.split()))[:100]
+    return strip_control_chars(" ".join(reply.split()))[:100]
 
 
-def about_unread(unread: list[list[dict]]) -> str:
+def describe_unparsed(unread: list[list[dict]]) -> str:
     """Three replies that cannot be read, of the records of such questions, and what to change."""
     cut = any(r.get("finish_reason") == "length" for records in unread for r in records)
     advice = "raise --max-tokens, at which they end" if cut else "change --prompt-file or --api-model"

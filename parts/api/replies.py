@@ -191,7 +191,7 @@ def parse_scores(reply: str) -> list[float] | None:
 # ---------------------------------------------------------------- waits and pace
 
 
-def seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
     """Durations of rate-limit headers: 1s, 6m0s, 250ms, 1h2m3.5s or plain seconds. Raises ValueError."""
     if not re.fullmatch(r"(\d+(\.\d*)?(ms|s|m|h|d))+|\d+(\.\d*)?", text.strip()):
         raise ValueError(text)
@@ -213,7 +213,7 @@ def retry_after(headers: httpx.Headers) -> float | None:
     return wait if wait > 0 else None
 
 
-class Pace:
+class RateLimiter:
     """When the next request may go: under `rpm` and `tpm` (requests and tokens a minute), at the rate that the server's
     headers taught, after its pauses. `pause(seconds)` waits, and may raise to end the wait."""
 
@@ -242,7 +242,7 @@ class Pace:
         for kind, need in (("requests", 1), ("tokens", tokens)):
             try:
                 limit, remaining = (float(headers[f"x-ratelimit-{k}-{kind}"]) for k in ("limit", "remaining"))
-                reset = seconds(headers[f"x-ratelimit-reset-{kind}"])
+                reset = parse_seconds(headers[f"x-ratelimit-reset-{kind}"])
             except (KeyError, ValueError):
                 continue
             scarce = remaining < need * self.concurrency and limit > remaining and 0 < reset <= LONGEST

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.plots import can_draw, image, settings
-from parts.program import WorkError, write_file, write_lines
+from parts.cli import WorkError
+from parts.files import atomic_write, write_lines
+from parts.report.figures import can_draw, image, settings
 
-COMPARED = {"phased", "random stages", "phased by IFD", "phased, replay 0.1"}  # measured after every stage
+COMPARISONS = {"phased", "random stages", "phased by IFD", "phased, replay 0.1"}  # measured after every stage
 DOTTED = "random"
 MEASURED = {"exact": "exact answers, %", "loss": "loss of the answers", "api": "points against one-off, %"}
 PAPER = {  # win rate against one-off - 50, by the order of the stages (Phased IFT, figure 3 and table 3)
@@ -450,7 +451,7 @@ def write_page(rows: list[dict], verdicts: Path, page: Path) -> None:
     """The page of judge.py report. Raises WorkError."""
     write_lines(verdicts, rows)
     command = [sys.executable, "judge.py", "report", str(verdicts), "--html", str(page)]
-    done = subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
     if done.returncode:
         raise WorkError(f"{page}: {done.stderr.strip()}")
 
@@ -470,13 +471,13 @@ def write_findings(
     stages = len(about["plan"]["stages"])
     text = markdown(table, prompts, base, ceiling, judge, stages)
     print(f"\n{text}")
-    write_file(out / "table.md", text)
+    atomic_write(out / "table.md", text)
     names, group = group_prompts(prompts)
     shown = {"groups": names, "group": group.tolist(), "judge": judge, "base": base, "ceiling": ceiling}
-    write_file(out / "results.json", json.dumps(about | shown | {"table": table, "runs": records}))
+    atomic_write(out / "results.json", json.dumps(about | shown | {"table": table, "runs": records}))
     written = ["table.md", "results.json"]
     if can_draw():
-        write_file(out / "figure.png", draw(table, prompts, ceiling, judge, stages))
+        atomic_write(out / "figure.png", draw(table, prompts, ceiling, judge, stages))
         written.append("figure.png")
     if len(table) > 1:
         rows = verdict_rows(records, prompts, np.argsort(group, kind="stable"), out, judge)
