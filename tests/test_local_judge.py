@@ -97,8 +97,10 @@ def test_every_rule_prefers_what_its_name_says():
             LONGEST: 40,
             "log-likelihood per token": -3 + 2,
             "log-likelihood, summed": -30 + 4,
+            "lower log-likelihood, summed": 30 - 4,
             "log-likelihood per token without the instruction": -4 + 4,
             "lower IFD (= PMI per token)": 1 - 2,
+            "higher IFD": 2 - 1,
             "PMI, summed": 10 - 4,
         }
     )

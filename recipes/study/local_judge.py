@@ -151,8 +151,10 @@ RULES: dict[str, Callable[[Answers], np.ndarray]] = {
     LONGEST: lambda a: a.characters,
     "log-likelihood per token": lambda a: -a.given / a.tokens,
     "log-likelihood, summed": lambda a: -a.given,
+    "lower log-likelihood, summed": lambda a: a.given,
     "log-likelihood per token without the instruction": lambda a: -a.alone / a.tokens,
     "lower IFD (= PMI per token)": lambda a: (a.alone - a.given) / a.tokens,
+    "higher IFD": lambda a: (a.given - a.alone) / a.tokens,
     "PMI, summed": lambda a: a.alone - a.given,
 }
 
