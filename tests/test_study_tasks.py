@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from parts.testsets import read_prompts
+from parts.text.testsets import read_prompts
 from recipes.study import tasks
 from recipes.study.tasks import count_right, is_accepted, read_tasks
 

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from parts.program import InputError, print_table, read_text, run_program
+from parts.cli import InputError, print_table, run_program
+from parts.files import read_text
 
 TASKS = Path(__file__).with_name("tasks.jsonl")
 MARKS = re.compile(r"[\"“”*`]|(?<!\w)['‘’]|['‘’](?!\w)")  # quotation marks and Markdown, but no apostrophe

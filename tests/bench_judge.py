@@ -1,6 +1,6 @@
 """Can a local model's log-likelihoods replace GPT-4 as the judge of two answers? Measured on AlpacaEval's verdicts.
 
-    python recipes/study/local_judge.py --model DIR --annotations alpaca-7b.json falcon-7b-instruct.json \\
+    python tests/bench_judge.py --model DIR --annotations alpaca-7b.json falcon-7b-instruct.json \\
         --pairs 250 --out losses.jsonl
 
 AlpacaEval records which of two answers GPT-4 preferred: results/MODEL/alpaca_eval_gpt4/annotations.json in
@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import TEMPLATES, choose_template, render
 from model import Transformer, load_model
-from parts.program import InputError, positive, print_table, progress, read_text, run_program
-from parts.rows import Turn
-from parts.store import Store
-from parts.tokenizers import load_tokenizer
-from parts.weights import checksum
+from parts.api.store import Store
+from parts.checkpoints.weights import checksum
+from parts.cli import InputError, positive_int, print_table, progress, run_program
+from parts.files import read_text
+from parts.text.rows import Turn
+from parts.text.tokenizers import load_tokenizer
 
 MICRO_BATCH_TOKENS = 4096
 SIMILAR_LENGTH = 1.25  # the longer answer has at most this times as many characters
@@ -278,11 +279,11 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="HF folder of the model that judges")
     add("--annotations", type=Path, required=True, nargs="+", metavar="F", help="annotations.json files of AlpacaEval")
-    add("--pairs", type=positive, default=250, metavar="N", help="pairs of each file (default: 250)")
+    add("--pairs", type=positive_int, default=250, metavar="N", help="pairs of each file (default: 250)")
     add("--out", type=Path, required=True, metavar="F", help="JSONL that keeps the losses of every answer")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation (default: bfloat16)")
     add("--debug", action="store_true", help="show tracebacks")
-    return run_program("local_judge.py", run, parser.parse_args(argv))
+    return run_program("bench_judge.py", run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""recipes/study/local_judge.py: the losses it measures, its rules, its fits on held-out pairs."""
+"""tests/bench_judge.py: the losses it measures, its rules, its fits on held-out pairs."""
 
 import json
 import math
@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-
-from data import tokenize_files
-from model import load_model
-from recipes.study import local_judge
-from recipes.study.local_judge import (
+from bench_judge import (
     LONGEST,
     RULES,
     Answers,
@@ -24,6 +20,10 @@ from recipes.study.local_judge import (
     measure,
     show_table,
 )
+
+from data import tokenize_files
+from model import load_model
+import bench_judge
 from score import measure_ifd
 
 MODEL = ROOT / "demo" / "model"
@@ -57,8 +57,8 @@ def test_losses_are_computed_once_also_after_a_kill(tmp_path, monkeypatch):
     assert len(lines) == 3 and np.isfinite(first).all()
     out.write_bytes(lines[0] + lines[1] + lines[2][:10])  # killed while it wrote the last line
     computed = []
-    compute = local_judge.document_losses
-    monkeypatch.setattr(local_judge, "document_losses", lambda m, d: computed.append(len(d)) or compute(m, d))
+    compute = bench_judge.document_losses
+    monkeypatch.setattr(bench_judge, "document_losses", lambda m, d: computed.append(len(d)) or compute(m, d))
     again = measure(MODEL, pairs, out, torch.float32)
     assert computed == [2]  # the last answer, with its instruction and alone
     np.testing.assert_allclose(again, first, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_a_file_that_is_no_annotations_is_an_error_of_one_line(tmp_path, capsys,
     file = tmp_path / "annotations.json"
     file.write_text(content)
     argv = ["--model", str(MODEL), "--annotations", str(file), "--out", str(tmp_path / "losses.jsonl")]
-    assert local_judge.main(argv) == 2
+    assert bench_judge.main(argv) == 2
     said = capsys.readouterr().err
     assert str(file) in said and said.count("\n") == 1
     assert not (tmp_path / "losses.jsonl").exists()
@@ -137,11 +137,11 @@ def test_the_interval_covers_the_truth_and_is_wider_where_pairs_share_instructio
 def test_the_command_prints_the_table(tmp_path, capsys):
     files = [write_annotations(tmp_path / f"{name}.json", 12) for name in ("one", "two")]
     argv = ["--model", str(MODEL), "--pairs", "8", "--out", str(tmp_path / "losses.jsonl"), "--annotations"]
-    assert local_judge.main([*argv, *map(str, files)]) == 0
+    assert bench_judge.main([*argv, *map(str, files)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["rule", "one", "two", "all"] and lines[1].split()[:4] == ["pairs", "8", "8", "16"]
-    assert len(lines) == 5 + len(RULES) + len(local_judge.FITTED)
-    assert local_judge.main([*argv, str(files[0]), str(files[0])]) == 2
+    assert len(lines) == 5 + len(RULES) + len(bench_judge.FITTED)
+    assert bench_judge.main([*argv, str(files[0]), str(files[0])]) == 2
     assert "one.json: a second file of one" in capsys.readouterr().err
 
 
