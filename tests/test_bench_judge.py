@@ -4,10 +4,10 @@ import json
 import math
 from pathlib import Path
 
+import bench_judge
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from bench_judge import (
     LONGEST,
     RULES,
@@ -20,10 +20,10 @@ from bench_judge import (
     measure,
     show_table,
 )
+from conftest import ROOT
 
 from data import tokenize_files
 from model import load_model
-import bench_judge
 from score import measure_ifd
 
 MODEL = ROOT / "demo" / "model"

@@ -143,7 +143,7 @@ def flags():
     return found | {f"judge.py {c}": help_of(judge, c) for c in ("compare", "report", "audit")}
 
 
-# Of other programs: torchrun, sbatch, llama-server, lm_eval, alpaca_eval, vllm, eval of open-instruct, tests/bench.py, tests/bench_judge.py
+# Of other programs: torchrun, sbatch, llama-server, lm_eval, alpaca_eval, vllm, open-instruct, tests/bench*.py
 FOREIGN = """--nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --signals-to-handle --nodes --gpus-per-node --time
     --grammar --model_args --tasks --apply_chat_template --model_outputs --outtype --model_name_or_path
     --tensor-parallel-size --parts --annotations --pairs"""
