@@ -739,7 +739,8 @@ MEMORY = """
 import json, os, sys, torch
 os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}  # as generate.py's run does
 sys.path.insert(0, sys.argv[1])
-from generate import Cache, Options, decode
+from generate import Options, decode
+from parts.kv_cache import KVCache
 from model import load_model
 from parts.distributed import keep_memory
 keep_memory()
@@ -752,7 +753,7 @@ model = load_model(sys.argv[2], torch.bfloat16)
 for _ in decode(model, prompts, set(), Options(), limits): pass
 capacity = max(len(p) + n for p, n in zip(prompts, limits))
 used = peak() - before
-cache = Cache(model.config, 128, capacity, torch.bfloat16, torch.device("cpu"))
+cache = KVCache(model.config, 128, capacity, torch.bfloat16, torch.device("cpu"))
 print(used / (sum(2 * p.numel() for p in model.parameters()) + cache.k.nbytes + cache.v.nbytes))
 """
 

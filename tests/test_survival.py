@@ -26,7 +26,7 @@ import data
 import generate
 import score
 import train
-from parts import cli, distributed
+from parts import cli, decoding, distributed
 from parts.checkpoints import lock
 from parts.checkpoints.run_log import AppendLog
 from parts.checkpoints.state import newest_state
@@ -404,9 +404,9 @@ def interrupted(module, name, at, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("module, name, at, number", [
-    (train, "held_out_loss", 3, signal.SIGTERM), (generate, "decode_step", 5, signal.SIGTERM),
+    (train, "held_out_loss", 3, signal.SIGTERM), (decoding, "decode_step", 5, signal.SIGTERM),
     (train, "export", 2, signal.SIGTERM), (train, "gradient_norm", 2, signal.SIGTERM),
-    (train, "held_out_loss", 3, signal.SIGKILL), (generate, "decode_step", 5, signal.SIGKILL),
+    (train, "held_out_loss", 3, signal.SIGKILL), (decoding, "decode_step", 5, signal.SIGKILL),
     (train, "batch_gradients", 6, signal.SIGKILL),
 ])  # fmt: skip
 def test_stopped_anywhere_it_goes_on_to_the_same_files(module, name, at, number, bench, straight, tmp_path):
