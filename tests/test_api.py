@@ -22,7 +22,8 @@ import data
 import score
 from parts.api.prompts import DIFFICULTY_PROMPT, INSTRUCTION_PROMPT
 from parts.api.questions import fence
-from parts.api.replies import parse_difficulty, parse_seconds, retry_after
+from parts.api.rate_limit import parse_seconds, retry_after
+from parts.api.replies import parse_difficulty
 from parts.api.store import Store
 from parts.cli import WorkError
 

@@ -313,7 +313,7 @@ def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path):
 import resource, sys
 from pathlib import Path
 from parts.api.store import Store
-from parts.files import write_file
+from parts.files import atomic_write
 resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
 store, errors = Store(Path("s.jsonl")), []
 for size in (200, 300, 10, 300):
@@ -326,7 +326,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 store.close()
 resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
 try:
-    write_file(Path("o.json"), "x" * 500)
+    atomic_write(Path("o.json"), "x" * 500)
 except OSError as e:
     print(e)
 """

@@ -18,7 +18,7 @@ from test_judge import compare, write_answers
 
 import judge
 import score
-from parts.api.replies import RateLimiter
+from parts.api.rate_limit import RateLimiter
 from parts.cli import InputError
 from parts.files import check_output_paths
 

@@ -3,8 +3,8 @@
 import re
 from dataclasses import replace
 
-from parts.api.client import ApiOptions
-from parts.api.questions import Question, key_of, reason_of
+from parts.api.options import ApiOptions
+from parts.api.questions import Question, question_key, reason_of
 from parts.api.replies import without_thoughts
 from parts.cli import print_list, valid_unicode
 from parts.text.testsets import Prompt, exceeds_context
@@ -57,7 +57,7 @@ def question_of(p: Prompt, options: ApiOptions, seed: int, asked: str | list[int
     """
     messages = [{"role": turn.role, "content": valid_unicode(turn.text)} for turn in p.turns]
     most = min(options.max_tokens, room)
-    digest = key_of(options, messages if asked is None else asked, most, seed)
+    digest = question_key(options, messages if asked is None else asked, most, seed)
     question = Question(digest[:32], p.source, messages, int(digest[32:40], 16) >> 1)
     return question if asked is None else replace(question, prompt=asked, max_tokens=most)
 

@@ -1,0 +1,145 @@
+"""What single requests and batches share: the body of a request, and the records of what came back.
+
+{"key", "id", "reply", "value", "usage", "dollars", "model", "fingerprint", "finish_reason"} is an answer. `value` is the
+parsed reply, None where it could not be parsed; "final" marks a reply after which another try would bring the same.
+{"key", "id", "lost", "usage", "dollars"} is a complete reply that was billed and cannot be used. {"key", "id",
+"refused"} and {"key", "id", "failed"} say why there is no answer. `dollars` is None where no price was known; "broken"
+is what incomplete replies before this record cost, in dollars.
+"""
+
+from collections.abc import Callable
+
+from parts.api.options import ApiOptions
+from parts.api.pricing import Budget
+from parts.api.questions import Question, state_of, tokens_in
+from parts.api.replies import Reply, message_of, rejected_parameter, usage_of
+from parts.api.store import Store
+from parts.api.transport import Credentials, Shutdown, Transport
+from parts.cli import WorkError, valid_unicode
+
+REASONING_TOKENS = 4000  # added to the limit of models that want max_completion_tokens: they reason before they answer
+
+
+def cost_record(body: dict, prices: list[float | None], tokens_in: int, tokens_out: int) -> dict:
+    """{"usage", "dollars"} of a reply; the tokens are our estimates where the server does not state its own."""
+    tokens = usage_of(body, tokens_in, tokens_out)
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), tokens))
+    if not usage_of(body)[0]:
+        usage["estimated"] = True
+    known = None not in prices
+    return {"usage": usage, "dollars": float(sum(p * n / 1e6 for p, n in zip(prices, tokens))) if known else None}
+
+
+def reply_record(
+    question: Question,
+    body: dict,
+    sent: list[dict] | str | list[int],
+    parse: Callable[[str], object],
+    prices: list[float | None],
+    credentials: Credentials,
+) -> dict:
+    """The record of a completion; `sent`: the messages or the prompt that it answers. Secrets are removed."""
+
+    def text_or_none(value) -> str | None:
+        return credentials.sanitize(value) if isinstance(value, str) else None
+
+    choice, message = body["choices"][0], message_of(body)
+    text = credentials.redact(valid_unicode(message["content"] or ""))
+    record = {"key": question.key, "id": question.row, "reply": text, "value": parse(text)}
+    record |= cost_record(body, prices, tokens_in(sent), len(text) // 4 + 1)
+    record |= {"model": text_or_none(body.get("model")), "fingerprint": text_or_none(body.get("system_fingerprint"))}
+    record["finish_reason"] = text_or_none(choice.get("finish_reason"))
+    refusal = message.get("refusal")
+    if choice.get("finish_reason") == "content_filter" or isinstance(refusal, str):
+        refused = credentials.sanitize(f"{choice.get('finish_reason')}: {refusal or 'content filter'}")
+        record |= {"refused": refused, "value": None}
+    return record
+
+
+class Session:
+    """Asks one server with one set of options and records every reply in `store` as soon as it arrives.
+
+    `parse` gives the value of a reply's text, None where it cannot be parsed; then the question is sent again with that
+    reply and `reminder` behind it. Raises InputError for environment variables and options that cannot be used.
+    """
+
+    def __init__(self, options: ApiOptions, store: Store, parse: Callable[[str], object], reminder: str):
+        self.options, self.store, self.parse, self.reminder = options, store, parse, reminder
+        self.credentials, self.shutdown = Credentials(), Shutdown()
+        self.transport = Transport(options, self.credentials, self.shutdown)
+        self.budget = Budget(options.prices(), options.budget)
+        for records in store.by_key.values():
+            for record in records:
+                self.budget.settle(record)
+        self.unsupported: set[str] = set()  # parameters that the server rejects
+        self.incomplete_dollars: dict[str, float] = {}  # by key: cost of incomplete replies, until the next record
+
+    def is_open(self, question: Question) -> bool:
+        return state_of(self.store.of(question.key)) == "open"
+
+    def content(self, question: Question) -> list[dict] | str | list[int]:
+        """The prompt, or the messages; after a reply that could not be parsed, with that reply and the reminder."""
+        if question.prompt is not None:
+            return question.prompt
+        reply = next((r["reply"] for r in reversed(self.store.of(question.key)) if "reply" in r), None)
+        if reply is None:
+            return question.messages
+        reminder = {"role": "user", "content": self.reminder}
+        return [*question.messages, {"role": "assistant", "content": reply}, reminder]
+
+    def request_body(self, question: Question) -> dict:
+        options, kind = self.options, "messages" if question.prompt is None else "prompt"
+        body = {"model": options.model, kind: self.content(question), "temperature": options.temperature}
+        body |= {"seed": question.seed, **options.extra}
+        max_tokens = question.max_tokens or options.max_tokens
+        if "max_tokens" in self.unsupported:
+            body["max_completion_tokens"] = max_tokens + REASONING_TOKENS
+        else:
+            body["max_tokens"] = max_tokens
+        return {name: value for name, value in body.items() if name not in self.unsupported}
+
+    def learn_unsupported(self, reply: Reply, sent: dict) -> bool:
+        """Whether a reply to the body `sent` rejects one of its parameters; later requests go without that one."""
+        names = [name for name in ("max_tokens", "temperature", "seed", *self.options.extra) if name in sent]
+        name = rejected_parameter(reply.body, names) if reply.status in (400, 422) else None
+        self.unsupported |= {name} - {None}
+        return name is not None
+
+    def stop_for_budget(self) -> None:
+        self.shutdown.request(WorkError(self.budget.exceeded()))
+
+    # -------- records
+
+    def record_reply(self, question: Question, body: dict, prices: list | None = None, **more) -> None:
+        """Record a completion and count its cost, at `prices` if not today's; `more` goes into the record."""
+        sent = self.content(question)
+        record = reply_record(question, body, sent, self.parse, prices or self.budget.prices, self.credentials)
+        repeated = sent[-2:-1] == [{"role": "assistant", "content": record["reply"]}]
+        if repeated and self.options.temperature == 0 and "temperature" not in self.unsupported:
+            record["final"] = True  # the next request, and its reply, would be the same again
+        self.budget.settle(record)
+        self.add(record | more)
+
+    def record_lost_reply(self, question: Question, reply: Reply, prices: list | None = None, **more) -> None:
+        """Count what a reply cost that cannot be used, with the longest length that it may have where the server does
+        not state it; record it if it is complete."""
+        body = self.request_body(question)
+        max_tokens = body.get("max_tokens") or body["max_completion_tokens"]
+        tokens = tokens_in(self.content(question))
+        cost = cost_record(reply.body, prices or self.budget.prices, tokens, max_tokens)
+        self.budget.settle(cost)
+        if reply.incomplete:
+            dollars = self.incomplete_dollars.get(question.key, 0.0) + (cost["dollars"] or 0.0)
+            self.incomplete_dollars[question.key] = dollars
+        else:
+            lost = self.credentials.sanitize(f"HTTP {reply.status}: {reply.text[:200]}")
+            self.add({"key": question.key, "id": question.row, "lost": lost, **cost, **more})
+
+    def record_failure(self, question: Question, state: str, problem: str) -> None:
+        """Record why there is no answer; `state`: refused or failed."""
+        self.add({"key": question.key, "id": question.row, state: problem})
+
+    def add(self, record: dict) -> None:
+        if dollars := self.incomplete_dollars.pop(record["key"], 0.0):
+            record["broken"] = dollars
+        self.store.add(record)
