@@ -502,7 +502,7 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
     questions, done = server_answers.make_questions(
         prompts, options, args.seed, args.completions, context, texts, specials
     )
-    store = ask.ask_questions(options, args.out, questions, server_answers.any_reply, "")
+    store = ask.ask_questions(options, args.out, questions, len, "")  # every reply has a value: an empty one is usable
     if store is None:
         return
     done |= {q.key: server_answers.answer_of(store.of(q.key)) for q in questions}

@@ -8,32 +8,32 @@ from contextlib import suppress
 from pathlib import Path
 
 from parts.api.batch import BatchRunner
+from parts.api.client import Client
 from parts.api.options import ApiOptions
 from parts.api.pricing import PRICES_DATE
 from parts.api.questions import Question, describe_unparsed, state_of, tokens_in, value_of
 from parts.api.scheduler import Scheduler
-from parts.api.session import Session
 from parts.api.store import Store
-from parts.cli import InputError, Interrupted, WorkError, valid_unicode
+from parts.cli import InputError, Interrupted, WorkError
 from parts.files import read_json_object
 
 
 def ask_questions(
     options: ApiOptions, out: Path, questions: list[Question], parse: Callable[[str], object], reminder: str
 ) -> Store | None:
-    """Ask the questions that have no answer yet in OUT.partial.jsonl; the store of all answers, or None after a dry run.
+    """Ask the questions that have no answer in OUT.partial.jsonl yet; the store of all answers, None after a dry run.
 
-    `parse` and `reminder` are those of Session. Raises InputError for unusable settings and for a batch under way that
+    `parse` and `reminder` are those of Client. Raises InputError for unusable settings and for a batch under way that
     this run does not collect, WorkError when rows are left without an answer, Interrupted after a signal. Every reply
     is in the store before the next request is sent.
     """
     store = Store(out.with_name(out.name + ".partial.jsonl"), read_only=options.dry_run)
     try:
-        session = Session(options, store, parse, reminder)
+        client = Client(options, store, parse, reminder)
         parse_again(store, parse, options.ask_refused)
         unique = {question.key: question for question in questions}
-        todo = [question for question in unique.values() if session.is_open(question)]
-        print_plan(session, len(questions), len(unique), todo)
+        todo = [question for question in unique.values() if client.is_open(question)]
+        print_plan(client, len(questions), len(unique), todo)
         batch_path = out.with_name(out.name + ".batch.json")
         pending = read_json_object(batch_path)
         if pending:
@@ -43,16 +43,16 @@ def ask_questions(
             print(f"{about}: --batch collects it first", flush=True)
         if options.dry_run:
             return None
-        if (todo or pending) and not session.credentials.key and "api.openai.com" in session.credentials.base_url:
+        if (todo or pending) and not client.credentials.key and "api.openai.com" in client.credentials.base_url:
             raise InputError("set OPENAI_API_KEY, or OPENAI_BASE_URL to a server that needs none")
-        runner = BatchRunner(session, batch_path) if options.batch else Scheduler(session)
-        send_all(session, runner, todo, list(unique))
+        runner = BatchRunner(client, batch_path) if options.batch else Scheduler(client)
+        send_all(client, runner, todo, list(unique))
     finally:
         store.close()
-    still_open = [question.row for question in unique.values() if session.is_open(question)]
-    if reason := session.shutdown.reason or still_open:
+    still_open = [question.row for question in unique.values() if client.is_open(question)]
+    if reason := client.shutdown.reason or still_open:
         kind = Interrupted if isinstance(reason, Interrupted) else WorkError
-        problem = session.shutdown.reason or f"{len(still_open)} rows got no answer ({', '.join(still_open[:5])} …)"
+        problem = client.shutdown.reason or f"{len(still_open)} rows got no answer ({', '.join(still_open[:5])} …)"
         lost = f" except for {len(store.unwritten):,} records that could not be written" if store.unwritten else ""
         raise kind(f"{problem}; the replies are in {store.path}{lost}, the same command continues from there")
     unparsed = [store.of(key) for key in unique if state_of(store.of(key)) == "unparsed"]
@@ -66,34 +66,32 @@ def parse_again(store: Store, parse: Callable[[str], object], ask_refused: bool)
     """Parse what is stored; with `ask_refused`, forget the records of questions without a value for this run."""
     for records in store.by_key.values():
         for record in records:
-            if "reply" in record:
-                record["reply"] = valid_unicode(str(record["reply"]))
             record["value"] = parse(record["reply"]) if "reply" in record and "refused" not in record else None
         if ask_refused and value_of(records) is None:
             records.clear()
 
 
-def send_all(session: Session, runner: BatchRunner | Scheduler, todo: list[Question], keys: list[str]) -> None:
+def send_all(client: Client, runner: BatchRunner | Scheduler, todo: list[Question], keys: list[str]) -> None:
     """Run to the end and print the state of all `keys`, tokens, dollars and speed."""
     started = time.monotonic()
     try:
         asyncio.run(runner.run(todo))
     except WorkError as e:
-        session.shutdown.request(e)
+        client.shutdown.request(e)
     finally:
         with suppress(OSError):  # the run has ended with this error already
-            session.store.flush()
-        states = [state_of(session.store.of(key)) for key in keys]
+            client.store.flush()
+        states = [state_of(client.store.of(key)) for key in keys]
         counts = [f"{states.count(s):,} {s}" for s in ("parsed", "refused", "unparsed", "failed", "open")]
-        budget, retries = session.budget, session.transport.retries
+        budget, retries = client.budget, client.transport.retries
         tokens = f"{budget.tokens_in:,} tokens in, {budget.tokens_out:,} out, ${budget.spent:,.2f} in all"
         speed = (len(todo) - states.count("open")) / max(time.monotonic() - started, 1e-9)
-        without = f"; without {', '.join(sorted(session.unsupported))}, which it rejects" if session.unsupported else ""
+        without = f"; without {', '.join(sorted(client.unsupported))}, which it rejects" if client.unsupported else ""
         print(f"{', '.join(counts)}; {retries:,} retries, {tokens}; {speed:,.1f} rows/s{without}", flush=True)
 
 
-def print_plan(session: Session, questions: int, unique: int, todo: list[Question]) -> None:
-    options, budget = session.options, session.budget
+def print_plan(client: Client, questions: int, unique: int, todo: list[Question]) -> None:
+    options, budget = client.options, client.budget
     tokens = sum(tokens_in(q.messages if q.prompt is None else q.prompt) for q in todo), len(todo) * options.max_tokens
     price = "price unknown: --price-in, --price-out"
     if None not in budget.prices:

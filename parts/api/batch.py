@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 
+from parts.api.client import Client
 from parts.api.questions import Question, tokens_in
 from parts.api.replies import Reply, error_of, is_completion, is_paid
-from parts.api.session import Session
 from parts.api.transport import NoAnswer, Refused, Stopped
 from parts.cli import WorkError, progress
 from parts.files import atomic_write, read_json_object
@@ -24,56 +24,55 @@ MAX_FILE_BYTES, FILE_TIMEOUTS = 2**30, 30  # of an upload or a download; in time
 class BatchRunner:
     """Uploads questions, waits for the batch and records its results; rows that got none go into the next batch.
 
-    The file `path` holds the upload and the batch under way, with their rows and prices: {"file", "batch", "rows": {key:
-    [row, tokens]}, "prices"}. A later run collects that batch first, whatever it asks itself; one that was created just
-    before a kill is found by its upload.
+    The file `path` holds the upload and the batch under way, with their rows and prices: {"file", "batch", "rows":
+    {key: [row, tokens]}, "prices"}. A later run collects that batch first, whatever it asks itself; a batch that was
+    created just before a kill is found by its upload.
     """
 
-    def __init__(self, session: Session, path: Path):
-        self.session, self.path = session, path
+    def __init__(self, client: Client, path: Path):
+        self.client, self.path = client, path
         self.failures: Counter[str] = Counter()  # by key
-        self.recorded = {(r.get("batch"), r["key"]) for records in session.store.by_key.values() for r in records}
-        self.http = session.transport.connect()
+        self.recorded = {(r.get("batch"), r["key"]) for records in client.store.by_key.values() for r in records}
+        self.http = client.transport.connect()
         self.questions: dict[str, Question] = {}  # by key: those of this run
 
     async def run(self, questions: list[Question]) -> None:
-        self.session.shutdown.on_signals()
+        self.client.shutdown.on_signals()
         self.questions = {question.key: question for question in questions}
         with suppress(Stopped):
             async with self.http:
                 if state := read_json_object(self.path):
                     await self.collect(state)
-                while not self.session.shutdown.reason:
-                    todo = [question for question in questions if self.session.is_open(question)]
+                while not self.client.shutdown.reason:
+                    todo = [question for question in questions if self.client.is_open(question)]
                     lines = self.request_lines(todo)
                     if not lines:
                         return
                     await self.collect(await self.create(lines, todo[: len(lines)]))
 
     async def call(self, method: str, path: str, **request) -> Reply:
-        """The reply to a request to /files or /batches. Raises Refused and WorkError, which name it."""
-        send = partial(self.session.transport.fetch, self.http, method, path, MAX_FILE_BYTES, FILE_TIMEOUTS, **request)
-        retries = 0 if (method, path) == ("POST", "/batches") else self.session.options.retries  # no second batch
+        """The reply to a request to /files or /batches. Raises Refused, NoAnswer and WorkError."""
+        send = partial(self.client.transport.fetch, self.http, method, path, MAX_FILE_BYTES, FILE_TIMEOUTS, **request)
+        retries = 0 if (method, path) == ("POST", "/batches") else self.client.options.retries  # no second batch
         try:
-            return await self.session.transport.retry(send, retries)
-        except Refused as e:
-            raise Refused(f"{method} {path}: {e}", e.status) from None
-        except NoAnswer as e:
-            raise WorkError(f"{method} {path}: {e}") from None
+            return await self.client.transport.retry(send, retries)
+        except (Refused, NoAnswer) as e:
+            e.args = (f"{method} {path}: {e}",)
+            raise
 
     def request_lines(self, todo: list[Question]) -> list[bytes]:
         """The lines of a batch's upload: as many questions as the API accepts and the budget allows."""
         lines, size, dollars = [], 0, 0.0
         for question in todo:
-            body = self.session.request_body(question)
+            body = self.client.request_body(question)
             request = {"custom_id": question.key, "method": "POST", "url": f"/v1{question.endpoint}", "body": body}
             line = json.dumps(request).encode() + b"\n"
-            size, dollars = size + len(line), dollars + self.session.budget.max_dollars(body)
+            size, dollars = size + len(line), dollars + self.client.budget.max_dollars(body)
             if len(lines) == MAX_BATCH_ROWS or size > MAX_BATCH_BYTES:
                 break
-            if not self.session.budget.allows(dollars):
+            if not self.client.budget.allows(dollars):
                 if not lines:
-                    self.session.stop_for_budget()
+                    self.client.stop_for_budget()
                 break
             lines.append(line)
         return lines
@@ -82,8 +81,8 @@ class BatchRunner:
         """Upload the lines and create a batch of them; the state is saved before and after."""
         file = ("questions.jsonl", b"".join(lines))
         uploaded = await self.call("POST", "/files", data={"purpose": "batch"}, files={"file": file})
-        rows = {question.key: [question.row, tokens_in(self.session.content(question))] for question in asked}
-        state = {"file": self.checked_id(uploaded.body.get("id")), "rows": rows, "prices": self.session.budget.prices}
+        rows = {question.key: [question.row, tokens_in(self.client.content(question))] for question in asked}
+        state = {"file": self.checked_id(uploaded.body.get("id")), "rows": rows, "prices": self.client.budget.prices}
         atomic_write(self.path, json.dumps(state))
         batch = {"input_file_id": state["file"], "endpoint": f"/v1{asked[0].endpoint}", "completion_window": "24h"}
         state["batch"] = self.checked_id((await self.call("POST", "/batches", json=batch)).body.get("id"))
@@ -92,7 +91,7 @@ class BatchRunner:
 
     def checked_id(self, name) -> str:
         """The id of a file or a batch, which becomes part of a path. Raises WorkError for anything else."""
-        redact, sanitize = self.session.credentials.redact, self.session.credentials.sanitize
+        redact, sanitize = self.client.credentials.redact, self.client.credentials.sanitize
         if not isinstance(name, str) or redact(name) != name or not re.fullmatch(r"[\w.-]{1,200}", name):
             raise WorkError(f"the server gave no id of a file or batch, but {sanitize(str(name))!r}")
         return name
@@ -113,11 +112,11 @@ class BatchRunner:
         except Refused as e:
             if e.status != 404:
                 raise
-            raise WorkError(
-                f"the server does not know batch {state['batch']} of {len(state['rows']):,} rows, or its files (HTTP 404). "
-                "It is collected with the OPENAI_BASE_URL and OPENAI_API_KEY with which it was created. To give up its "
-                f"answers and ask the rows again, delete {self.path}"
-            ) from None
+            problem = (
+                f"the server does not know batch {state['batch']} ({len(state['rows'])} rows) or its files: HTTP 404"
+            )
+            advice = "set OPENAI_BASE_URL and OPENAI_API_KEY as they were when it was created"
+            raise WorkError(f"{problem}; {advice}, or delete {self.path} to ask its rows again") from None
         self.path.unlink()
 
     async def wait_for_end(self, state: dict) -> dict:
@@ -125,21 +124,21 @@ class BatchRunner:
         with progress(len(state["rows"]), f"batch {state['batch']}", "row") as bar:
             while True:
                 batch = (await self.call("GET", f"/batches/{state['batch']}")).body
-                bar.set_postfix_str(self.session.credentials.sanitize(str(batch.get("status"))))
+                bar.set_postfix_str(self.client.credentials.sanitize(str(batch.get("status"))))
                 if batch.get("status") in ("completed", "failed", "expired", "cancelled"):
                     return batch
-                await self.session.shutdown.sleep(self.session.options.batch_poll)
+                await self.client.shutdown.sleep(self.client.options.batch_poll)
 
     async def record_results(self, state: dict, batch: dict) -> None:
         """Record every result of a batch that has ended. Raises WorkError when it failed as a whole."""
         files = [name for name in (batch.get("output_file_id"), batch.get("error_file_id")) if name]
         if batch.get("status") == "failed" or not files:
             self.path.unlink()
-            reason = self.session.credentials.sanitize(str(batch.get("errors") or "without a reason"))
+            reason = self.client.credentials.sanitize(str(batch.get("errors") or "without a reason"))
             raise WorkError(f"the batch {batch.get('status')}: {reason}")
         missing = {key: Question(key, row, [], prompt=[0] * tokens) for key, (row, tokens) in state["rows"].items()}
         missing |= {key: question for key, question in self.questions.items() if key in missing}
-        sent = self.session.request_body(Question("", "", []))  # its parameters, before any of them is learnt here
+        sent = self.client.request_body(Question("", "", []))  # its parameters, before any of them is learnt here
         for name in files:
             content = (await self.call("GET", f"/files/{self.checked_id(name)}/content")).content
             for key, reply, problem in map(read_result, content.split(b"\n")):
@@ -151,26 +150,26 @@ class BatchRunner:
 
     def record_result(self, question: Question, reply: Reply, problem: str, sent: dict, state: dict) -> None:
         """Record a completion, a lost reply or a refusal, or count a failure: then the next batch asks again."""
-        session, about = self.session, {"prices": state["prices"], "batch": state["batch"]}
+        client, about = self.client, {"prices": state["prices"], "batch": state["batch"]}
         if reply.status == 200 and is_completion(reply):
-            session.record_reply(question, reply.body, **about)
+            client.record_reply(question, reply.body, **about)
         elif is_paid(reply):
-            session.record_lost_reply(question, reply, **about)
-        elif not session.learn_unsupported(reply, sent):
-            problem = session.transport.problem_of(reply) if reply.status else session.credentials.sanitize(problem)
+            client.record_lost_reply(question, reply, **about)
+        elif not client.learn_unsupported(reply, sent):
+            problem = client.transport.problem_of(reply) if reply.status else client.credentials.sanitize(problem)
             try:
-                if question.key in self.questions and reply.status and session.transport.is_final(reply):
-                    session.record_failure(question, "refused", problem)
+                if question.key in self.questions and reply.status and client.transport.is_final(reply):
+                    client.record_failure(question, "refused", problem)
                 else:
                     self.count_failure(question, problem)
             except WorkError as e:  # the other results are recorded, too
-                session.shutdown.request(e)
+                client.shutdown.request(e)
 
     def count_failure(self, question: Question, problem: str) -> None:
         self.failures[question.key] += 1
-        asked = question.key in self.questions and self.session.is_open(question)
+        asked = question.key in self.questions and self.client.is_open(question)
         if asked and self.failures[question.key] >= BATCH_TRIES:
-            self.session.record_failure(question, "failed", f"{problem} (in {BATCH_TRIES} batches)")
+            self.client.record_failure(question, "failed", f"{problem} (in {BATCH_TRIES} batches)")
 
 
 def read_result(line: bytes) -> tuple[str, Reply, str]:

@@ -1,4 +1,4 @@
-"""What a judge of difficulty and a judge of answers are told; texts stand in its places between marked lines."""
+"""The prompts for a score of difficulty and for a comparison of two answers."""
 
 from pathlib import Path
 
@@ -89,8 +89,8 @@ JUDGE_REMINDER = (
 
 
 def judge_prompt(path: Path | None, explain: bool) -> str:
-    """The prompt of a file, or the built-in one, with the PLACEHOLDERS of the question and answers. Raises InputError."""
+    """The prompt of a file, or the built-in one, with each of the PLACEHOLDERS once. Raises InputError."""
     prompt = JUDGE_PROMPT if path is None else read_text(path)
-    if any(prompt.count(place) != 1 for place in PLACEHOLDERS):
+    if any(prompt.count(placeholder) != 1 for placeholder in PLACEHOLDERS):
         raise InputError(f"{path}: must hold {', '.join(PLACEHOLDERS)} once each")
     return prompt.replace("{explain}", EXPLAIN if explain else ALONE)

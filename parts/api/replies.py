@@ -47,8 +47,8 @@ UNSUPPORTED = re.compile(  # how servers say that they do not know or accept a p
 def rejected_parameter(body: dict, sent: list[str]) -> str | None:
     """Which of the parameters `sent` an error rejects as unknown or unsupported; None if no one.
 
-    Servers differ: OpenAI's error has `param`, FastAPI's and Mistral's a detail with `loc`, others name it in a text. Of
-    several names in a text the first counts: the others are those that the server knows.
+    Servers differ: OpenAI's error has `param`, FastAPI's and Mistral's a detail with `loc`, others name it in a text.
+    Of several names in a text the first counts: the others are those that the server knows.
     """
     param = error_of(body).get("param")
     for text in error_texts(body):

@@ -6,10 +6,10 @@ from functools import partial
 
 import httpx
 
+from parts.api.client import Client
 from parts.api.questions import Question, describe_unparsed, reason_of, state_of, tokens_in, value_of
 from parts.api.rate_limit import RateLimiter
 from parts.api.replies import Reply, is_completion, is_paid
-from parts.api.session import Session
 from parts.api.transport import TRANSPORT_ERRORS, NoAnswer, Refused, Stopped
 from parts.cli import WorkError, progress
 
@@ -24,8 +24,8 @@ class Scheduler:
     one of them has a usable answer.
     """
 
-    def __init__(self, session: Session):
-        self.session, self.options, self.shutdown = session, session.options, session.shutdown
+    def __init__(self, client: Client):
+        self.client, self.options, self.shutdown = client, client.options, client.shutdown
         self.limiter = RateLimiter(self.options.rpm, self.options.tpm, self.options.concurrency, self.shutdown.sleep)
         self.connections: asyncio.Queue[httpx.AsyncClient] = asyncio.Queue()  # those that are free
         self.parameters_known = self.probe_passed = False
@@ -38,7 +38,7 @@ class Scheduler:
         self.probe, self.waiting, tasks = questions[:PROBE_ROWS], len(questions), []
         async with AsyncExitStack() as stack:
             for _ in range(min(self.options.concurrency, len(questions))):  # a large pool would be slow: one for each
-                self.connections.put_nowait(await stack.enter_async_context(self.session.transport.connect()))
+                self.connections.put_nowait(await stack.enter_async_context(self.client.transport.connect()))
             bar = stack.enter_context(progress(len(questions), self.options.model, "row"))
             with suppress(Stopped):
                 for number, question in enumerate(questions):
@@ -51,7 +51,7 @@ class Scheduler:
                     tasks.append(asyncio.create_task(self.ask_row(http, question, bar)))
             await asyncio.gather(*tasks)
             if not self.shutdown.reason:
-                self.settle_unanswered()
+                self.settle_unanswered(at_end=True)
 
     def may_start(self, number: int) -> bool:
         return number == 0 or (self.parameters_known and (number < PROBE_ROWS or self.probe_passed))
@@ -63,62 +63,64 @@ class Scheduler:
             pass
         except (WorkError, OSError) as e:  # OSError: the disk is full
             self.shutdown.request(e)
+        except Exception as e:
+            self.shutdown.request(e)  # so that run() gets to raise it
+            raise
         finally:
             self.connections.put_nowait(http)
             self.finished += 1
         self.check_probe()
-        bar.set_postfix_str(
-            f"${self.session.budget.spent:.2f}, {self.session.transport.retries} retries", refresh=False
-        )
+        spent, retries = self.client.budget.spent, self.client.transport.retries
+        bar.set_postfix_str(f"${spent:.2f}, {retries} retries", refresh=False)
         bar.update()
 
     async def ask(self, http: httpx.AsyncClient, question: Question) -> None:
         """Ask until there is a value, a refusal or a failure. Raises WorkError for what would fail every row."""
-        session = self.session
-        while session.is_open(question) and not self.shutdown.reason:
-            send, wanted = partial(self.send, http, question), partial(session.is_open, question)
+        client = self.client
+        while client.is_open(question) and not self.shutdown.reason:
+            send, wanted = partial(self.send, http, question), partial(client.is_open, question)
             try:
-                reply = await session.transport.retry(send, self.options.retries, is_completion, wanted)
+                reply = await client.transport.retry(send, self.options.retries, is_completion, wanted)
             except Refused as e:
-                session.record_failure(question, "refused", str(e))
+                client.record_failure(question, "refused", str(e))
             except NoAnswer as e:
                 return self.add_unanswered(question, e)
             else:
-                session.record_reply(question, reply.body)
+                client.record_reply(question, reply.body)
                 self.settle_unanswered()
 
     async def send(self, http: httpx.AsyncClient, question: Question) -> Reply:
         """One try, when rate limit and budget allow it, without the parameters that the server rejects."""
-        tokens = tokens_in(self.session.content(question)) + self.options.max_tokens
+        tokens = tokens_in(self.client.content(question)) + self.options.max_tokens
         while True:
             await self.limiter.wait(tokens)
             body, dollars = await self.reserve(question)
             try:
-                reply = await self.session.transport.fetch(http, "POST", question.endpoint, json=body)
+                reply = await self.client.transport.fetch(http, "POST", question.endpoint, json=body)
             except TRANSPORT_ERRORS:
                 self.parameters_known = True  # nothing speaks against them, and the other rows need not wait
                 raise
             finally:
-                self.session.budget.release(dollars)
+                self.client.budget.release(dollars)
             self.limiter.learn(reply.headers, tokens)
-            if self.session.learn_unsupported(reply, body):
+            if self.client.learn_unsupported(reply, body):
                 continue
             self.parameters_known = True
             if is_paid(reply) and not is_completion(reply):
-                self.session.record_lost_reply(question, reply)
+                self.client.record_lost_reply(question, reply)
             return reply
 
     async def reserve(self, question: Question) -> tuple[dict, float]:
         """The body of the request, and the most that it can cost, reserved. Raises Stopped if that exceeds the budget
         when no request is in flight: those cost less, in the end, than what is reserved for them."""
-        budget = self.session.budget
+        budget = self.client.budget
         while True:
-            body = self.session.request_body(question)
+            body = self.client.request_body(question)
             dollars = budget.max_dollars(body)
             if budget.reserve(dollars):
                 return body, dollars
             if not budget.in_flight:
-                self.session.stop_for_budget()
+                self.client.stop_for_budget()
             await self.shutdown.sleep(0.02)
 
     def add_unanswered(self, question: Question, e: NoAnswer) -> None:
@@ -127,27 +129,28 @@ class Scheduler:
         if len(self.unanswered) >= MAX_UNANSWERED and (self.waiting or not self.has_answered()):
             raise WorkError(f"no answer from the server: {e}")
 
-    def settle_unanswered(self) -> None:
-        """Record the unanswered rows as failed, now that the server answers others; the unreachable ones stay open.
-        Raises WorkError where the server has never answered."""
+    def settle_unanswered(self, at_end: bool = False) -> None:
+        """Record the unanswered rows as failed, since the server answers others; unreachable ones stay open. Raises
+        WorkError where it has never answered, and at the end where it could not be reached."""
         unanswered, self.unanswered = self.unanswered, []
         for question, e in unanswered:
-            if not self.has_answered():
+            if not self.has_answered() or (at_end and e.unreachable):
                 raise WorkError(f"no answer from the server: {e}")
             if not e.unreachable:
-                self.session.record_failure(question, "failed", str(e))
+                self.client.record_failure(question, "failed", str(e))
 
     def has_answered(self) -> bool:
         """Whether the server gave any reply, now or in an earlier run."""
-        return any("reply" in r for records in self.session.store.by_key.values() for r in records)
+        return any("reply" in r for records in self.client.store.by_key.values() for r in records)
 
     def check_probe(self) -> None:
         """Let the other rows start once a row has a value; stop if all rows of the probe are finished without one."""
-        records = [self.session.store.of(question.key) for question in self.probe if not self.session.is_open(question)]
-        if self.probe_passed or (self.finished < PROBE_ROWS and all(value_of(r) is None for r in records)):
+        if self.probe_passed:
             return
-        self.probe_passed = True
-        if not records or any(value_of(r) is not None for r in records):
+        records = [self.client.store.of(question.key) for question in self.probe if not self.client.is_open(question)]
+        parsed = any(value_of(r) is not None for r in records)
+        self.probe_passed = parsed or self.finished == PROBE_ROWS
+        if parsed or not self.probe_passed or not records:
             return
         unparsed = [r for r in records if state_of(r) == "unparsed"]
         problem = f"of the first {PROBE_ROWS} rows no reply can be read, {describe_unparsed(unparsed)}"

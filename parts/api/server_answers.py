@@ -13,11 +13,6 @@ from parts.text.testsets import Prompt, exceeds_context
 LOOKS_SPECIAL = re.compile(r"<\|[\w-]{1,40}\|>|</?s>|<(?:unk|pad|bos|eos)>|\[/?INST\]|<</?SYS>>")
 
 
-def any_reply(reply: str) -> int:
-    """For a client that wants a value of every reply: an empty answer is one, too."""
-    return len(reply)
-
-
 def make_questions(
     prompts: list[Prompt],
     options: ApiOptions,

@@ -120,8 +120,7 @@ class Transport:
             self.ssl = httpx.create_ssl_context()
         except OSError as e:
             names = [f"{k}={os.environ[k]}" for k in ("SSL_CERT_FILE", "SSL_CERT_DIR") if k in os.environ]
-            problem = f"cannot be read: {e.strerror or e}"
-            raise InputError(f"{' and '.join(names) or 'the certificates'} {problem}") from None
+            raise InputError(f"cannot read {' and '.join(names) or 'the certificates'}: {e.strerror or e}") from None
 
     def connect(self) -> httpx.AsyncClient:
         """A pool of connections. Raises InputError for a proxy of the environment that cannot be used."""
@@ -132,18 +131,9 @@ class Transport:
         try:
             return httpx.AsyncClient(base_url=base_url, headers=headers, verify=self.ssl, timeout=timeout)
         except (ValueError, ImportError, httpx.InvalidURL) as e:
-            problem = self.credentials.sanitize(str(e))
-            raise InputError(f"the proxy of the environment cannot be used: {problem}") from None
+            raise InputError(self.credentials.sanitize(f"the proxy of the environment cannot be used: {e}")) from None
 
-    async def fetch(
-        self,
-        http: httpx.AsyncClient,
-        method: str,
-        path: str,
-        max_bytes: int = MAX_REPLY_BYTES,
-        timeouts: int = REPLY_TIMEOUTS,
-        **request,
-    ) -> Reply:
+    async def fetch(self, http, method, path, max_bytes=MAX_REPLY_BYTES, timeouts=REPLY_TIMEOUTS, **request) -> Reply:
         """The reply to one request: of at most `max_bytes`, within so many `timeouts`; `incomplete` where only a part
         of it came. Raises one of TRANSPORT_ERRORS where nothing came."""
         reply = Reply(0, httpx.Headers(), bytearray())
@@ -174,9 +164,9 @@ class Transport:
         """Call `send` until its reply has status 200 and is usable.
 
         Tries again, as the official client does, after connection errors, timeouts, 408, 409, 429, >= 500 and unusable
-        replies, unless x-should-retry says otherwise. Waits 0.5 s doubling to 8 s, with jitter, or as long as
-        the server asks. Raises Refused; NoAnswer after so many `retries` or when the reply is no longer `wanted`;
-        WorkError for what would fail every row: 401, 402, redirections, a used-up quota, a wait above MAX_WAIT.
+        replies, unless x-should-retry says otherwise. Waits 0.5 s doubling to 8 s, with jitter, or as long as the
+        server asks. Raises Refused; NoAnswer after so many `retries` or when the reply is no longer `wanted`; WorkError
+        for what would fail every request: 401, 402, redirections, a used-up quota, a wait above MAX_WAIT.
         """
         for failures in count():
             wait = min(0.5 * 2**failures, 8.0) * random.uniform(0.75, 1.0)

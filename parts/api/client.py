@@ -1,7 +1,7 @@
 """What single requests and batches share: the body of a request, and the records of what came back.
 
-{"key", "id", "reply", "value", "usage", "dollars", "model", "fingerprint", "finish_reason"} is an answer. `value` is the
-parsed reply, None where it could not be parsed; "final" marks a reply after which another try would bring the same.
+{"key", "id", "reply", "value", "usage", "dollars", "model", "fingerprint", "finish_reason"} is an answer. `value` is
+the parsed reply, None where it could not be parsed; "final" marks a reply that another try would only repeat.
 {"key", "id", "lost", "usage", "dollars"} is a complete reply that was billed and cannot be used. {"key", "id",
 "refused"} and {"key", "id", "failed"} say why there is no answer. `dollars` is None where no price was known; "broken"
 is what incomplete replies before this record cost, in dollars.
@@ -30,33 +30,20 @@ def cost_record(body: dict, prices: list[float | None], tokens_in: int, tokens_o
     return {"usage": usage, "dollars": float(sum(p * n / 1e6 for p, n in zip(prices, tokens))) if known else None}
 
 
-def reply_record(
-    question: Question,
-    body: dict,
-    sent: list[dict] | str | list[int],
-    parse: Callable[[str], object],
-    prices: list[float | None],
-    credentials: Credentials,
-) -> dict:
-    """The record of a completion; `sent`: the messages or the prompt that it answers. Secrets are removed."""
-
-    def text_or_none(value) -> str | None:
-        return credentials.sanitize(value) if isinstance(value, str) else None
-
-    choice, message = body["choices"][0], message_of(body)
+def reply_record(question: Question, body: dict, parse: Callable[[str], object], credentials: Credentials) -> dict:
+    """The record of a completion without its cost, and without secrets."""
+    message, reason = message_of(body), body["choices"][0].get("finish_reason")
     text = credentials.redact(valid_unicode(message["content"] or ""))
     record = {"key": question.key, "id": question.row, "reply": text, "value": parse(text)}
-    record |= cost_record(body, prices, tokens_in(sent), len(text) // 4 + 1)
-    record |= {"model": text_or_none(body.get("model")), "fingerprint": text_or_none(body.get("system_fingerprint"))}
-    record["finish_reason"] = text_or_none(choice.get("finish_reason"))
+    about = {"model": body.get("model"), "fingerprint": body.get("system_fingerprint"), "finish_reason": reason}
+    record |= {name: credentials.sanitize(said) if isinstance(said, str) else None for name, said in about.items()}
     refusal = message.get("refusal")
-    if choice.get("finish_reason") == "content_filter" or isinstance(refusal, str):
-        refused = credentials.sanitize(f"{choice.get('finish_reason')}: {refusal or 'content filter'}")
-        record |= {"refused": refused, "value": None}
+    if reason == "content_filter" or isinstance(refusal, str):
+        record |= {"refused": credentials.sanitize(f"{reason}: {refusal or 'content filter'}"), "value": None}
     return record
 
 
-class Session:
+class Client:
     """Asks one server with one set of options and records every reply in `store` as soon as it arrives.
 
     `parse` gives the value of a reply's text, None where it cannot be parsed; then the question is sent again with that
@@ -113,7 +100,9 @@ class Session:
     def record_reply(self, question: Question, body: dict, prices: list | None = None, **more) -> None:
         """Record a completion and count its cost, at `prices` if not today's; `more` goes into the record."""
         sent = self.content(question)
-        record = reply_record(question, body, sent, self.parse, prices or self.budget.prices, self.credentials)
+        record = reply_record(question, body, self.parse, self.credentials)
+        length = len(record["reply"]) // 4 + 1  # an estimate, in tokens
+        record |= cost_record(body, prices or self.budget.prices, tokens_in(sent), length)
         repeated = sent[-2:-1] == [{"role": "assistant", "content": record["reply"]}]
         if repeated and self.options.temperature == 0 and "temperature" not in self.unsupported:
             record["final"] = True  # the next request, and its reply, would be the same again
@@ -121,8 +110,8 @@ class Session:
         self.add(record | more)
 
     def record_lost_reply(self, question: Question, reply: Reply, prices: list | None = None, **more) -> None:
-        """Count what a reply cost that cannot be used, with the longest length that it may have where the server does
-        not state it; record it if it is complete."""
+        """Count what an unusable reply cost, at its longest where the server does not state its length; record it if
+        it is complete."""
         body = self.request_body(question)
         max_tokens = body.get("max_tokens") or body["max_completion_tokens"]
         tokens = tokens_in(self.content(question))
