@@ -121,6 +121,17 @@ def test_answers_of_a_batch_under_way_are_kept_and_counted_wanted_or_not(api, tm
     assert sum(paid(tmp_path).values()) == 44  # the others were wanted later
 
 
+def test_results_that_were_recorded_before_a_kill_are_not_recorded_again(api, tmp_path):
+    env = started_batch(api, tmp_path)
+    files, state = [tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "o.jsonl.batch.json"
+    under_way = state.read_text()
+    compare(env, *files, *BATCH, out="o.jsonl")
+    before = kept(tmp_path)
+    state.write_text(under_way)  # as if it had been killed after the last record
+    compare(env, *files, *BATCH, out="o.jsonl")
+    assert kept(tmp_path) == before and len(before) == 40
+
+
 def test_an_upload_without_a_batch_is_left_alone(api, tmp_path):
     env = api(reply="7 8")
     command = judge_command(tmp_path, 3, *BATCH)
