@@ -201,6 +201,7 @@ def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) 
 def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: str | None, tokenizer) -> None:
     """Ask the model `--server` at OPENAI_BASE_URL; everything that comes is kept in OUT.partial.jsonl at once."""
     from parts.api import ask, server_answers  # here, because training imports this file and needs no httpx
+    from parts.api import options as api
 
     extra = {"top_p": args.top_p} | ({"top_k": args.top_k} if args.top_k else {})
     context, texts, specials = math.inf, [], []
@@ -213,13 +214,13 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
         stop = stop_ids(TEMPLATES[template], tokenizer)
         if stop[0] not in tokenizer.eos_ids:  # at which servers end by themselves; vLLM and SGLang take this as well
             extra["stop_token_ids"] = stop
-    options = ask.api_options(
+    options = api.api_options(
         args, model=args.server, max_tokens=args.max_new_tokens, temperature=args.temperature, extra=extra
     )
     questions, done = server_answers.make_questions(
         prompts, options, args.seed, args.completions, context, texts, specials
     )
-    store = ask.ask_questions(options, args.out, questions, server_answers.any_reply, "")
+    store = ask.ask_questions(options, args.out, questions, len, "")  # every reply has a value: an empty one is usable
     if store is None:
         return
     done |= {q.key: server_answers.answer_of(store.of(q.key)) for q in questions}
@@ -281,7 +282,7 @@ def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    from parts.api import ask  # here, because training imports this file and needs no httpx
+    from parts.api.options import add_api_arguments  # here, because training imports this file and needs no httpx
 
     parser = argparse.ArgumentParser(
         description="Answer prompts with a Llama or Mistral checkpoint.",
@@ -323,7 +324,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="with --server: ask for the completion of what --model's tokenizer and template make of a prompt, sent as "
         "token ids (the default) or as text, instead of sending chat messages",
     )
-    ask.add_api_arguments(parser, sampling=False)
+    add_api_arguments(parser, sampling=False)
     args = parser.parse_args(argv)
     if args.prompts and args.out is None:
         parser.error("--prompts needs --out")

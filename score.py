@@ -60,7 +60,8 @@ def format_conversation(row: Row) -> list[str]:
 
 
 def difficulty_command(args: argparse.Namespace) -> None:
-    from parts.api.ask import api_options, ask_questions  # here, because training imports this file and needs no httpx
+    from parts.api.ask import ask_questions  # here, because training imports this file and needs no httpx
+    from parts.api.options import api_options
     from parts.api.replies import parse_difficulty
 
     options = api_options(args)
@@ -502,7 +503,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Difficulty of instructions; stages and selections made from it.", epilog=EXIT_CODES
     )
-    from parts.api.ask import add_api_arguments  # here, so that training needs no httpx
+    from parts.api.options import add_api_arguments  # here, so that training needs no httpx
 
     commands = parser.add_subparsers(dest="command", required=True)
     make = partial(commands.add_parser, formatter_class=HelpFormatter)

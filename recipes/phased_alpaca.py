@@ -83,7 +83,7 @@ def plan(args: argparse.Namespace) -> None:
     import train
     from model import read_config
     from parts import memory_plan
-    from parts.api.ask import api_options
+    from parts.api.options import api_options
     from parts.api.prompts import difficulty_prompt, judge_prompt
     from parts.api.questions import fence, fill, tokens_in
     from parts.options import Weights

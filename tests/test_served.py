@@ -169,13 +169,13 @@ def test_refusals_empty_answers_and_what_a_server_does_not_take(api, tmp_path):
     assert "--ask-refused" in run(generate, env, *arguments(tmp_path, "--top-k", "5"), expect=1).stderr
 
 
-def test_a_server_that_takes_text_only_is_told_of(api, tmp_path):
+def test_the_error_of_a_server_that_accepts_text_only_is_shown(api, tmp_path):
     write_prompts(tmp_path, many(30))
     done = run(generate, api(text_only=True), *arguments(tmp_path, "--completions", "--model", DEMO), expect=1)
     assert "prompt must be a string" in done.stderr and sum(paid(tmp_path).values()) == 0
 
 
-def test_tokens_that_a_server_does_not_count_are_not_held_against_ours(api, tmp_path):
+def test_token_counts_are_compared_only_if_the_server_states_them(api, tmp_path):
     write_prompts(tmp_path, many(3))
     done = run(generate, api(usage=False), *arguments(tmp_path, "--completions", "text", "--model", DEMO))
     assert "another number" not in done.stdout and len(answers(tmp_path)) == 3

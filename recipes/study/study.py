@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import TEMPLATES, choose_template
-from parts.api.ask import ApiOptions
+from parts.api.options import ApiOptions
 from parts.api.prompts import judge_prompt
 from parts.checkpoints.lock import lock_folder
 from parts.cli import (
