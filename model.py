@@ -124,15 +124,8 @@ def parse_config(raw: dict) -> Config:
     n_heads = integer("num_attention_heads", high=2**14)
     kv_heads = n_heads if "num_key_value_heads" in raw else defaults.kv_heads or n_heads
     n_kv_heads = integer("num_key_value_heads", kv_heads, high=2**14)
-    if raw.get("head_dim") is None and dim % n_heads:
-        errors.append(
-            f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}, and head_dim is not given"
-        )
     head_dim = integer("head_dim", max(1, dim // n_heads), high=2**14)
-    if head_dim % 2:
-        errors.append(f"head_dim must be even for rotary embeddings, is {head_dim}")
-    if n_heads % n_kv_heads:
-        errors.append(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
+    check_heads(raw, dim, n_heads, n_kv_heads, head_dim, errors)
     for key, supported in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
         if raw.get(key) not in (None, supported):
             errors.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
@@ -163,6 +156,17 @@ def parse_config(raw: dict) -> Config:
     if errors:
         raise InputError("; ".join(errors))
     return config
+
+
+def check_heads(raw: dict, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, errors: list[str]) -> None:
+    if raw.get("head_dim") is None and dim % n_heads:
+        errors.append(
+            f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}, and head_dim is not given"
+        )
+    if head_dim % 2:
+        errors.append(f"head_dim must be even for rotary embeddings, is {head_dim}")
+    if n_heads % n_kv_heads:
+        errors.append(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
 
 
 def read_number(source: dict, key: str, default, kind: type, low, high, errors: list[str]):

@@ -293,35 +293,15 @@ def ifd_command(args: argparse.Namespace) -> None:
         dtype = compute_dtype(args.dtype)
         about = f"{checksum(dict(model.named_parameters()))} {args.template} {dtype} {SCORE.key}".encode()
         keys = [content_key(about, documents, d) for d in range(len(documents))]
-        known = broadcast(set(store.by_key) if store else None)
-        todo = np.array([d for d, key in enumerate(keys) if key not in known], np.int64)
-        tokens = 0
-        with progress(len(todo), "ifd", "row", shown=ranks.rank == 0) as bar:
-            for a in range(0, len(todo), CHUNK * ranks.world_size):
-                chosen = todo[a : a + CHUNK * ranks.world_size]
-                chunk = data.subset(documents, chosen)
-                found = SCORE.measure(model, chunk, args.micro_tokens, ranks.rank, ranks.world_size)
-                tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
-                for d, score in zip(chosen, found.tolist()):
-                    if store:
-                        store.add({"key": keys[d], SCORE.key: None if math.isnan(score) else score})
-                bar.update(len(chosen))
+        todo, tokens = measure_missing(model, documents, keys, store, args.micro_tokens, ranks)
         if store is None:
             return
         store.close()
     took = time.monotonic() - started
     scores = {where: store.of(key)[-1][SCORE.key] for where, key in zip(documents.source, keys)}
-    lines, without, reason = [], [], f"{SCORE.key}_reason"
-    for where, raw, _, problem in rows:
-        line = raw | {SCORE.key: scores.get(where)}
-        if line[SCORE.key] is None:
-            line[reason] = problem or (
-                "nothing of the answer can be predicted, or there is no prompt"
-                if where in scores
-                else f"no answer is left within --max-len {args.max_len}"
-            )
-            without.append(f"{where}: {line[reason]}")
-        lines.append(line)
+    lines = [add_score(where, raw, problem, scores, args.max_len) for where, raw, _, problem in rows]
+    reason = f"{SCORE.key}_reason"
+    without = [f"{where}: {line[reason]}" for (where, *_), line in zip(rows, lines) if line[SCORE.key] is None]
     values = np.array([s for s in scores.values() if s is not None])
     print_list("rows have no score", without)
     if not len(values):
@@ -332,9 +312,46 @@ def ifd_command(args: argparse.Namespace) -> None:
         + (f"; {np.mean(SCORE.worth(values) < 0):.1%} at {SCORE.worthless}" if SCORE.worthless else "")
     )
     print(
-        f"{args.out}: {len(lines):,} rows, {len(todo):,} scored now in {took:,.1f} s ({len(todo) / took:,.1f} rows/s, "
+        f"{args.out}: {len(lines):,} rows, {todo:,} scored now in {took:,.1f} s ({todo / took:,.1f} rows/s, "
         f"{tokens / took:,.0f} tokens/s)"
     )
+
+
+def measure_missing(
+    model: Transformer,
+    documents: Documents,
+    keys: list[str],
+    store: Store | None,
+    micro_tokens: int,
+    ranks: DistributedEnv,
+) -> tuple[int, int]:
+    """Score the documents whose keys are not in the first rank's store, and keep what is found there after every chunk.
+    Returns how many documents and tokens that were."""
+    known = broadcast(set(store.by_key) if store else None)
+    todo, tokens = np.array([d for d, key in enumerate(keys) if key not in known], np.int64), 0
+    with progress(len(todo), SCORE.key, "row", shown=ranks.rank == 0) as bar:
+        for a in range(0, len(todo), CHUNK * ranks.world_size):
+            chosen = todo[a : a + CHUNK * ranks.world_size]
+            chunk = data.subset(documents, chosen)
+            found = SCORE.measure(model, chunk, micro_tokens, ranks.rank, ranks.world_size)
+            tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
+            for d, score in zip(chosen, found.tolist()):
+                if store:
+                    store.add({"key": keys[d], SCORE.key: None if math.isnan(score) else score})
+            bar.update(len(chosen))
+    return len(todo), tokens
+
+
+def add_score(where: str, raw: dict, problem: str | None, scores: dict[str, float | None], max_len: int) -> dict:
+    """The row with its score, or with the reason why it has none."""
+    line = raw | {SCORE.key: scores.get(where)}
+    if line[SCORE.key] is None:
+        line[f"{SCORE.key}_reason"] = problem or (
+            "nothing of the answer can be predicted, or there is no prompt"
+            if where in scores
+            else f"no answer is left within --max-len {max_len}"
+        )
+    return line
 
 
 def content_key(about: bytes, documents: Documents, d: int) -> str:

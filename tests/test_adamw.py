@@ -186,7 +186,7 @@ def test_other_ranks_take_the_same_steps(bench, straight, tmp_path):
 
 def test_everything_is_held_and_saved_in_bf16_and_exported_as_usual(bench, straight, tmp_path):
     state = load_file(sorted((straight / "resume").iterdir())[0] / "rank00000.safetensors")
-    assert {name.split("/")[0] for name in state} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert {name.rpartition("/")[0] for name in state} == {"weight", "optimizer/exp_avg", "optimizer/exp_avg_sq"}
     assert all(t.dtype == torch.bfloat16 for t in state.values())
     assert all(w.dtype == torch.float32 and torch.equal(w, w.bfloat16().float()) for w in weights(straight).values())
     more = ["--save-dtype", "bf16", "--checkpoint-activations", "--replay", "0.5", "--dtype", "bf16"]
