@@ -24,6 +24,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 import data
 import generate
+import prepare
 import score
 import train
 from parts import cli, distributed, optimizer
@@ -363,7 +364,7 @@ def test_a_signal_while_the_first_rank_reads_ends_the_rank_that_gets_it_at_once(
             while True:
                 time.sleep(0.01)
 
-        train.read_data = read
+        prepare.read_data = read
         return train.main(argv)
 
     run = Forked(main, training(tmp_path / "o"), bench, ranks=2).wait_until((tmp_path / "reading").exists)
