@@ -29,7 +29,8 @@ from parts.checkpoints.weights import (
 from parts.cli import InputError
 from parts.distributed import full_tensor, is_first_rank, local_part
 from parts.files import atomic_write, read_json_object
-from parts.kernels import cross_entropy, rms_norm, rotate, swiglu, varlen_attention
+from parts.kernels import TrainingLoss, cross_entropy, plain_loss, rms_norm, rotate, swiglu, varlen_attention
+from parts.keyed_random import token_keys
 
 # ---------------------------------------------------------------- configuration
 
@@ -123,15 +124,8 @@ def parse_config(raw: dict) -> Config:
     n_heads = integer("num_attention_heads", high=2**14)
     kv_heads = n_heads if "num_key_value_heads" in raw else defaults.kv_heads or n_heads
     n_kv_heads = integer("num_key_value_heads", kv_heads, high=2**14)
-    if raw.get("head_dim") is None and dim % n_heads:
-        errors.append(
-            f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}, and head_dim is not given"
-        )
     head_dim = integer("head_dim", max(1, dim // n_heads), high=2**14)
-    if head_dim % 2:
-        errors.append(f"head_dim must be even for rotary embeddings, is {head_dim}")
-    if n_heads % n_kv_heads:
-        errors.append(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
+    check_heads(raw, dim, n_heads, n_kv_heads, head_dim, errors)
     for key, supported in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
         if raw.get(key) not in (None, supported):
             errors.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
@@ -162,6 +156,17 @@ def parse_config(raw: dict) -> Config:
     if errors:
         raise InputError("; ".join(errors))
     return config
+
+
+def check_heads(raw: dict, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, errors: list[str]) -> None:
+    if raw.get("head_dim") is None and dim % n_heads:
+        errors.append(
+            f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}, and head_dim is not given"
+        )
+    if head_dim % 2:
+        errors.append(f"head_dim must be even for rotary embeddings, is {head_dim}")
+    if n_heads % n_kv_heads:
+        errors.append(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
 
 
 def read_number(source: dict, key: str, default, kind: type, low, high, errors: list[str]):
@@ -300,9 +305,7 @@ class Block(nn.Module):
         self.attention = Attention(c)
         self.mlp_norm = RMSNorm(c)
         self.mlp = MLP(c)
-        self.activation_checkpointing = (
-            False  # keep only the block's input for the backward pass, compute the rest again
-        )
+        self.activation_checkpointing = False  # keep only the block's input for backward, compute the rest again
 
     def forward(self, *inputs) -> Tensor:
         return recompute(self.compute, *inputs) if self.activation_checkpointing else self.compute(*inputs)
@@ -341,25 +344,45 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:  # (V, C)
         return self.embed.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, targets: Tensor | None = None):
-        """Logits (T, V) without `targets`. With them the sum of losses at the N positions where `targets` (T,) is not
-        -100, differentiable, and each of these losses (N,), for measuring only; both fp32."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        targets: Tensor | None = None,
+        training_loss: TrainingLoss = plain_loss,
+        keys: Tensor | None = None,
+    ):
+        """Logits (T, V) without `targets`. With them the sum of `training_loss` at the N positions where `targets`
+        (T,) is not -100, differentiable, and the cross-entropy at each of them (N,), for measuring only; both fp32.
+
+        `keys` (D,) int64, given in training, are what random numbers are made from (see `embed_tokens`)."""
         lengths = cu_seqlens.diff()
         within = VarlenAttention(cu_seqlens, int(lengths.max()), self.config.sliding_window)
-        x = self.hidden(tokens, positions, lengths.repeat_interleave(lengths), [within] * len(self.layers))
+        keys = None if keys is None else token_keys(keys, positions, lengths)
+        x = self.hidden(tokens, positions, lengths.repeat_interleave(lengths), [within] * len(self.layers), keys)
         if targets is None:
             return self.logits(x)
         supervised = (targets != -100).nonzero().squeeze(1)  # (N,)
-        return cross_entropy(self.norm(x.index_select(0, supervised)), self.head_weight, targets[supervised])
+        x, targets = self.norm(x.index_select(0, supervised)), targets[supervised]
+        return cross_entropy(x, self.head_weight, targets, self.head_logits, training_loss)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable]) -> Tensor:
-        """What the last block gives, (T, C). `lengths` (T,): of each token's sequence; `attentions`: one a block."""
-        x = F.embedding(tokens, self.embed.weight, sparse=self.embed.sparse)  # (T, C)
-        x = x.to(self.compute_dtype or x.dtype)
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable], keys: Tensor | None = None
+    ) -> Tensor:
+        """What the last block gives, (T, C). `lengths` (T,): of each token's sequence; `attentions`: one a block;
+        `keys` as in `embed_tokens`."""
+        x = self.embed_tokens(tokens, lengths, keys)
         cos, sin = (t.to(x.dtype) for t in rope_tables(self.config, positions, lengths))
         for layer, attention in zip(self.layers, attentions):
             x = layer(x, cos, sin, attention)
         return x
+
+    def embed_tokens(self, tokens: Tensor, lengths: Tensor, keys: Tensor | None) -> Tensor:
+        """(T, C). Noise or dropout, under `if self.training:`, takes its random numbers from `keyed_uniform(keys, …)`:
+        the `keys` (T,) depend on seed, step, document and position, and so on no micro-batch, rank or kill."""
+        x = F.embedding(tokens, self.embed.weight, sparse=self.embed.sparse)
+        return x.to(self.compute_dtype or x.dtype)
 
     def logits_at(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable], rows) -> Tensor:
         """What generation asks for: fp32 logits (n, V) at `rows`, an index of the tokens."""
@@ -367,7 +390,12 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, V) of what the last block gave (n, C)."""
-        return F.linear(self.norm(x), self.head_weight.to(x.dtype))
+        return self.head_logits(self.norm(x), lambda x: F.linear(x, self.head_weight.to(x.dtype)))
+
+    def head_logits(self, x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, V) of the normed x (n, C); `linear` multiplies by the head's weight. Loss, IFD and generation all take
+        their logits from here, so a cap of the logits goes here."""
+        return linear(x)
 
     # ---- adapters (LoRA)
 
@@ -449,7 +477,7 @@ def load_weights(model: Transformer, files: dict[str, Path]) -> None:
 def load_model(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`.
+    """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`, in eval mode.
 
     Nothing is allocated before all headers are checked against config.json; memory stays near that of the weights.
     Raises InputError.
@@ -461,7 +489,7 @@ def load_model(
         model = Transformer(config).to(dtype)
     files = find_weight_files(model, folder)
     load_weights(model.to_empty(device=device), files)
-    return model
+    return model.eval()
 
 
 @torch.no_grad()

@@ -566,7 +566,9 @@ def bench_iterit(folder: Path) -> None:
             for a in range(0, len(documents), 256)
         ]
         tokenizer = load_tokenizer(folder)
-        score.choose_rows(torch.cat(found).numpy(), [tokenizer.decode(a.tolist()) for a in answers], 100)
+        score.choose_rows(
+            score.IFD.worth(torch.cat(found).numpy()), [tokenizer.decode(a.tolist()) for a in answers], 100
+        )
 
     times = {bare: [], ours: []}
     for _ in range(3):

@@ -53,7 +53,7 @@ def training(folder: Path, flags: list[str]) -> dict:
     """train.py's own step."""
     where = ["--model", folder, "--stages", folder / "rows.jsonl", "--out", folder / "out", "--lr", "1e-5"]
     args = train.parse_args([*map(str, where), "--micro-tokens", str(MICRO), "--dtype", "bf16", *flags])
-    train.find_weights, train.load_weights = lambda *a: {}, fill
+    train.find_weight_files, train.load_weights = lambda *a: {}, fill
     documents = train.read_data(args, first=False)[0][0].documents
     config = train.read_config(folder)
     kinds = (dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))

@@ -170,12 +170,12 @@ def patch_modules(tracker_of: dict) -> None:
     torch.Tensor.__int__ = lambda self: self.item()
     adamw.local_part = weights.local_part = local_part
     train.build_meta_model = fake_model
-    train.find_weights = lambda model, folder: {}
+    train.find_weight_files = lambda model, folder: {}
     train.load_weights = lambda model, files: None
     Transformer.to_empty = lambda self, device: self
     Transformer.init_lora = lambda self, seed: None
     for module in (model_file, weights):
-        module.write_tensors = module.write_file = lambda *args: None
+        module.write_tensors = module.atomic_write = lambda *args: None
     resize = torch.UntypedStorage.resize_
 
     def resize_and_count(storage, size):  # with which FSDP allocates and frees what it gathers

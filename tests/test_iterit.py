@@ -130,7 +130,8 @@ def test_the_choice_of_every_epoch_is_that_of_transformers_and_scikit_learn(shar
 )
 def test_rows_at_1_or_above_come_only_when_the_better_ones_are_used_up(values, budget, diverse):
     ifd = np.array(values, np.float32)
-    picks = score.choose_rows(ifd, [f"word{i} again" for i in range(len(ifd))] if diverse else None, budget)
+    answers = [f"word{i} again" for i in range(len(ifd))] if diverse else None
+    picks = score.choose_rows(score.IFD.worth(ifd), answers, budget)
     assert len(set(picks.tolist())) == len(picks) == min(budget, int((~np.isnan(ifd)).sum()))
     good = ifd[picks] < 1
     assert good.sum() == min(budget, (ifd < 1).sum()) and (np.diff(good.astype(int)) <= 0).all()
@@ -201,7 +202,7 @@ def test_a_signal_inside_the_scoring_keeps_what_is_scored(bench, tmp_path):
     go(bench, tmp_path / "straight", *more, stages=stages)
 
     def told_to_stop_in_the_second_chunk(argv):
-        real, calls = score.measure_ifd, []
+        real, calls = score.SCORE.measure, []
 
         def measured(*a):
             calls.append(1)
@@ -209,7 +210,7 @@ def test_a_signal_inside_the_scoring_keeps_what_is_scored(bench, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*a)
 
-        score.measure_ifd = measured
+        score.SCORE.measure = measured
         return train.main(argv)
 
     go(bench, tmp_path / "o", *more, stages=stages, code=130, main=told_to_stop_in_the_second_chunk)

@@ -63,9 +63,9 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
     config = json.loads((out / "stage1" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 12, sorted(TARGETS))
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS))
-    with train.join_ranks() as ranks:
+    with train.init_distributed() as ranks:
         args = train.parse_args(training(tmp_path / "x", *more, stages=("s1",)))
-        kinds = (train.from_arguments(kind, args) for kind in (train.Weights, train.Computation))
+        kinds = (train.dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
         model = train.build_model(folder, train.read_config(folder), *kinds, ranks)
     initial = {train.hf_name(n): p for n, p in model.named_parameters() if "lora" in n}
     found = dict(theirs.named_parameters())
@@ -203,9 +203,9 @@ def peak():  # ru_maxrss begins with the parent's
     return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 folder, flags = sys.argv[1], sys.argv[2:]
 args = train.parse_args(["--model", folder, "--stages", "x", "--lr", "1", "--dtype", "bf16", *flags])
-with train.join_ranks() as ranks:
+with train.init_distributed() as ranks:
     before = peak()
-    kinds = (train.from_arguments(kind, args) for kind in (train.Weights, train.Computation))
+    kinds = (train.dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
     model = train.build_model(train.Path(folder), train.read_config(folder), *kinds, ranks)
     print(peak() - before)
 """

@@ -221,7 +221,7 @@ def test_replay_mixes_in_that_share_of_every_earlier_stage(bench, tmp_path, monk
     monkeypatch.chdir(bench)
     args = train.parse_args(training(tmp_path, "--replay", "0.5", "--template", "phased"))
     stages, _, _ = train.read_data(args, first=False)
-    assert [s.replayed for s in stages] == [0, 15, 15 + 11] and [len(s.documents) for s in stages] == [30, 37, 52]
+    assert [s.mixed_in for s in stages] == [0, 15, 15 + 11] and [len(s.documents) for s in stages] == [30, 37, 52]
     ids = stages[2].documents.ids
     assert (
         sum(i.startswith("s1") for i in ids) == 15
