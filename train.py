@@ -3,8 +3,7 @@
     torchrun train.py --stages s1 s2 s3
 
 Without arguments it trains the bundled demo. `phased_training` is the algorithm, `batch_gradients` its step;
-parts/checkpoints/saver.py saves. Above them: the model; below them: the start of a run, of which prepare.py has the
-data, the checks and the plan.
+parts/checkpoints/saver.py saves, prepare.py reads the data, checks and plans.
 """
 
 import argparse
@@ -494,11 +493,12 @@ def train(
             recover_folder(args.out / stage.name)
     state = TrainingState(trained, stage_optimizer(trained, optimization, 0), Progress(), more_state(trained))
     found = resume(state, args.out / "resume", optimization, ranks)
-    done, peak = state.progress, memory_plan.peak_flops(ranks.device, model.compute_dtype)
+    done = state.progress
     log = RunLog(args.out if ranks.rank == 0 else None, done.metrics_size, done.order_size)
     if found:
         at = f"stage {done.stage + 1}, step {done.step}" if done.stage < len(stages) else "all stages done"
         log.info(f"Going on from {found}: {at}.")
+    peak = memory_plan.peak_flops(ranks.device, model.compute_dtype)
     run = Run(
         model=model,
         state=state,

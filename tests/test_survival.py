@@ -94,7 +94,9 @@ def test_the_second_run_in_a_folder_says_who_has_it(bench, tmp_path):
     assert f"in use by process {run.pids[0]} on" in done.stderr
     run.kill()
     done = Forked(train.main, training(tmp_path / "o", "--epochs", "50"), bench)
-    done.wait_until(lambda: (tmp_path / "o" / "metrics.jsonl").stat().st_size > 0).send_signal(signal.SIGTERM)
+    done.wait_until((tmp_path / "o" / "lock").exists)
+    done.wait_until(lambda: f"process {done.pids[0]} " in (tmp_path / "o" / "lock").read_text())
+    done.send_signal(signal.SIGTERM)
     assert done.wait().returncode == 130
 
 
