@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from parts.checkpoints.config import read_config
 
-from data import TEMPLATES, check_vocabulary, choose_template, render, stop_ids
-from model import Transformer, load_model, read_config
+from data import check_vocabulary
+from model import Transformer, load_model
 from parts.api.questions import state_of
 from parts.api.store import Store
 from parts.checkpoints.weights import checksum
@@ -46,6 +47,7 @@ from parts.files import atomic_write, check_output_paths, read_json_object
 from parts.kv_cache import describe_groups, raise_oom_with_advice
 from parts.memory import free_memory, oom_message
 from parts.text.rows import Turn, has_exact_answer
+from parts.text.templates import TEMPLATES, choose_template, render, stop_ids
 from parts.text.testsets import Prompt, exceeds_context, read_prompts
 from parts.text.tokenizers import load_tokenizer
 

@@ -48,6 +48,7 @@ from parts.diversity import pick_diverse, tf_idf
 from parts.files import check_output_paths, write_lines
 from parts.report.figures import plot_histogram, print_histogram
 from parts.text.rows import Row, each_row, finite_number, messages_of, read_good_rows
+from parts.text.templates import TEMPLATES, choose_template
 from parts.text.tokenizers import load_tokenizer
 
 # ---------------------------------------------------------------- difficulty from an LLM
@@ -203,15 +204,6 @@ def answer_text(row: Row) -> str:
 # ---------------------------------------------------------------- IFD from a local model
 
 
-def has_prompt_and_answer(documents: Documents) -> np.ndarray:
-    """(D,) bool: whether a document has both a prompt behind its first token and an answer of which something is
-    predicted."""
-    first = np.zeros_like(documents.loss_mask)
-    first[documents.offsets[:-1]] = True
-    prompt = np.add.reduceat(~(documents.loss_mask | first), documents.offsets[:-1], dtype=np.int64)
-    return (documents.target_counts > 0) & (prompt > 0)
-
-
 @torch.no_grad()
 def measure_ifd(
     model: Transformer, documents: Documents, micro_tokens: int = 4096, rank: int = 0, world_size: int = 1
@@ -248,7 +240,7 @@ def measure_ifd(
     if world_size > 1:
         dist.all_reduce(scores)
     scores = scores.float().cpu()
-    scores[torch.from_numpy(~has_prompt_and_answer(documents))] = math.nan
+    scores[torch.from_numpy(~data.has_prompt_and_answer(documents))] = math.nan
     scores[~scores.isfinite()] = math.nan
     return scores
 
@@ -281,7 +273,7 @@ def ifd_command(args: argparse.Namespace) -> None:
     raise_if_any(
         [f"{where}: {problem}" for where, raw, _, problem in rows if not isinstance(raw, dict)], "lines are no rows"
     )
-    args.template, notes = data.choose_template(args.model, load_tokenizer(args.model), args.template)
+    args.template, notes = choose_template(args.model, load_tokenizer(args.model), args.template)
     documents = data.tokenize_files([args.input], args.model, args.template, args.max_len, shown=is_first_rank())
     if is_first_rank():
         print("\n".join(notes))
@@ -391,11 +383,6 @@ class Selection:
         return np.array(self.scores, np.float32)[self.candidates]
 
 
-def rows_to_choose(ratio: float, rows: int) -> int:
-    """How many rows a ratio below 1 (a share of them) or from 1 on (a count) asks for."""
-    return max(1, round(ratio * rows)) if ratio < 1 else min(rows, int(ratio))
-
-
 def read_precomputed_scores(scored: dict[Path, Documents]) -> dict[str, float]:
     """The scores that files of `score.py ifd` hold, by the content of their tokenised rows; NaN where they hold none.
     Raises InputError for one that is negative or not finite."""
@@ -415,7 +402,7 @@ def match_precomputed_scores(documents: Documents, given: dict[str, float], sour
     keys = [content_key(b"", documents, d) for d in range(len(documents))]
     missing = [where for where, key in zip(documents.source, keys) if key not in given]
     raise_if_any(missing, f"of {len(documents)} rows of {source} are not in --scores")
-    return [given[key] if possible else math.nan for key, possible in zip(keys, has_prompt_and_answer(documents))]
+    return [given[key] if possible else math.nan for key, possible in zip(keys, data.has_prompt_and_answer(documents))]
 
 
 def choose_rows(worth: np.ndarray, answers: list[str] | None, count: int, decay: float = 0.1) -> np.ndarray:
@@ -492,7 +479,7 @@ def select_epoch_rows(
     Every rank must exhaust it.
     """
     if selection.scoring != epoch:
-        usable = np.flatnonzero(has_prompt_and_answer(documents))
+        usable = np.flatnonzero(data.has_prompt_and_answer(documents))
         plan_scoring(selection, usable, epoch, most=round(options.update_ratio * count))
     for _ in score_candidates(selection, model, documents, ranks, micro_tokens):
         yield selection.scored, len(selection.candidates)
@@ -530,7 +517,7 @@ def select_command(args: argparse.Namespace) -> None:
     check_output_paths([args.out], [args.scored])
     rows = read_good_rows(args.scored, args.skip_bad_rows)
     answers = [answer_text(row) for row in rows]
-    count, started, note = rows_to_choose(args.ratio, len(rows)), time.monotonic(), ""
+    count, started, note = data.rows_to_choose(args.ratio, len(rows)), time.monotonic(), ""
     if args.by == "random":
         chosen = np.random.default_rng(args.seed).permutation(len(rows))[:count]
     elif args.by == "length":
@@ -592,7 +579,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the rows as they are, and ifd")
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
-    p.add_argument("--template", choices=data.TEMPLATES, help=template_help)
+    p.add_argument("--template", choices=TEMPLATES, help=template_help)
     p.add_argument("--max-len", type=positive_int, default=2048, help="tokens; longer rows are cut at the end")
     p.add_argument("--micro-tokens", type=positive_int, default=4096, help="tokens that go through the model at once")
     p.add_argument(

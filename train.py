@@ -3,16 +3,18 @@
     torchrun train.py --stages s1 s2 s3
 
 Without arguments it trains the bundled demo. `phased_training` is the algorithm, `batch_gradients` its step;
-parts/checkpoints/saver.py saves, prepare.py reads the data, checks and plans.
+parts/checkpoints/saver.py saves.
 """
 
 import argparse
+import json
 import math
 import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from parts.cli import handle_signals_and_parent
@@ -24,17 +26,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 import data
 import generate
 import score
-from data import TEMPLATES, Documents
-from model import Config, Transformer, find_weight_files, hf_name, load_weights, read_config, save_model, weights_dtype
-from parts import memory_plan
+from data import Documents, Stage
+from model import (
+    DTYPES,
+    Transformer,
+    build_meta_model,
+    build_model,
+    find_weight_files,
+    hf_name,
+    save_model,
+    weights_dtype,
+)
+from parts import memory_plan, options
+from parts.checkpoints.config import UNTIED_HEAD_NOTE, Config, read_config
 from parts.checkpoints.export import write_folder, write_notes
 from parts.checkpoints.lock import Lock, lock_folder
-from parts.checkpoints.run_log import RunLog, write_eval_matrix
+from parts.checkpoints.run_log import (
+    LOG_FILES,
+    RunLog,
+    check_foreign_files,
+    check_same_run,
+    describe_run,
+    print_stages,
+    write_eval_matrix,
+)
 from parts.checkpoints.saver import Saver
 from parts.checkpoints.state import TrainingState, check_optimizer, newest_state, read_state, restore_training
 from parts.checkpoints.weights import check_weights
@@ -58,54 +77,20 @@ from parts.distributed import (
     is_first_rank,
     rendezvous,
     reshard,
-    shard_model,
 )
-from parts.files import recover_folder
+from parts.files import atomic_write, read_json_object, recover_folder, sha256
 from parts.keyed_random import random_key
 from parts.memory import memory_in_use, oom_advice
 from parts.optimizer import clip_gradients, learning_rate, make_optimizer
 from parts.options import Computation, Optimization, Output, Weights
-from parts.text.tokenizers import copy_tokenizer, load_tokenizer
-from prepare import Stage, check_out_folder, choose_template, parse_args, prepare, read_data
+from parts.run_plan import print_memory, print_plan
+from parts.text.templates import TEMPLATES, chat_template, choose_template, stop_ids
+from parts.text.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
 from score import Selection, SelectionOptions
 
-# ---------------------------------------------------------------- the model and what is trained of it
+DEMO = Path(__file__).resolve().parent / "demo"
 
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def build_meta_model(config: Config, weights: Weights, dtype: torch.dtype) -> Transformer:
-    """The model as it is trained, on meta: without memory. `dtype` is that of the computation; beside adapters (LoRA)
-    the frozen weights have it, too."""
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype if weights.lora else DTYPES[weights.weights])
-        if weights.lora:
-            model.add_lora(weights.lora, weights.lora_alpha, weights.lora_targets)
-    model.compute_dtype = dtype
-    return model.eval()  # but for gradient steps
-
-
-def build_model(
-    folder: Path, config: Config, weights: Weights, computation: Computation, ranks: DistributedEnv
-) -> Transformer:
-    """The model of an HF folder, sharded over the ranks (FSDP2). Each rank reads its part."""
-    dtype = compute_dtype(computation.dtype)
-    model = build_meta_model(config, weights, dtype)
-    files = find_weight_files(model, folder)
-    for block in model.layers:
-        block.activation_checkpointing = computation.checkpoint_activations
-        if computation.compile:
-            block.compute = torch.compile(block.compute, dynamic=True)
-    if ranks.world_size > 1:  # a rank alone would only make copies
-        shard_model(model, model.layers, dtype, ranks.mesh)
-        register_fsdp_forward_method(model, "logits_at")  # for --sample
-    elif ranks.device.type == "cpu":
-        model.embed.sparse = True  # its gradient only at the words that occur
-    model.to_empty(device=ranks.device)
-    load_weights(model, files)
-    model.init_lora(weights.seed)
-    return model
+# ---------------------------------------------------------------- what is trained, and how
 
 
 def trained_parameters(model: Transformer) -> dict[str, nn.Parameter]:
@@ -448,14 +433,104 @@ def export(folder: Path, model: Transformer, output: Output, ranks: DistributedE
 
     def write_rest(new: Path) -> None:
         template, tokenizer = TEMPLATES[output.template], load_tokenizer(output.model)
-        jinja, stop_ids = data.chat_template(template, tokenizer), data.stop_ids(template, tokenizer)
-        copy_tokenizer(output.model, new, jinja, stop_ids)
+        jinja, ends = chat_template(template, tokenizer), stop_ids(template, tokenizer)
+        copy_tokenizer(output.model, new, jinja, ends)
         write_notes(folder, new, output.template, samples)
 
     write_folder(folder, ranks.rank, write_weights, write_rest)
 
 
 # ---------------------------------------------------------------- the start
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return options.parse_args(argv, list(TEMPLATES), DEMO)
+
+
+def read_data(args: argparse.Namespace, first: bool) -> tuple[list[Stage], dict[str, Documents], dict[str, str]]:
+    """All stages, the held-out documents by name, and a sha256 of every file. All bad rows in one InputError."""
+    names, cache = dict.fromkeys([*args.stages, *args.eval, *args.scores]), args.out / "cache"
+    folders = [Path("."), DEMO] if args.model == DEMO / "model" else [Path(".")]
+    documents, hashes = data.read_documents(
+        names, folders, args.model, args.template, args.max_len, cache, keep=not args.dry_run, shown=first
+    )
+    used = {name: documents[name] for name in [*args.stages, *args.eval]}
+    data.check_bad_rows(used, args.skip_bad_rows)
+    given = score.read_precomputed_scores({Path(name): documents[name] for name in args.scores})
+    of_stages, stages = [documents[name] for name in args.stages], []
+    for k, (own, name) in enumerate(zip(of_stages, args.stages)):
+        source = min(name, os.path.relpath(name), key=len)
+        stage = data.make_stage(
+            name=f"stage{k + 1}",
+            source=source,
+            own=own,
+            others=data.rows_of_other_stages(k, of_stages, args.replay, args.seed),
+            epochs=args.epochs[k],
+            lr=args.lr[k],
+            batch_size=args.batch_size[k],
+            ratio=None if args.select == "none" else args.ratio,
+            scores=score.match_precomputed_scores(own, given, source) if args.scores else [],
+        )
+        stages.append(stage)
+    return stages, {name: documents[name] for name in args.eval}, hashes
+
+
+def set_template(args: argparse.Namespace) -> None:
+    """Set `args.template` where it was not given, and print which: a run that goes on keeps its own."""
+    arguments = read_json_object(args.out / "run.json").get("arguments", {})
+    before = arguments.get("template") if isinstance(arguments, dict) else None
+    if args.template is None and before in list(TEMPLATES):
+        args.template, notes = before, [f"Template {before}: that of the run in {args.out}."]
+    else:
+        args.template, notes = choose_template(args.model, load_tokenizer(args.model), args.template)
+    if is_first_rank():
+        print("\n".join(notes))
+
+
+def validate(args: argparse.Namespace, model: Transformer) -> tuple[list[Stage], dict[str, Documents], dict[str, str]]:
+    """What can be wrong is found before the first weight is read. Returns what `read_data` does, with a sha256 of every
+    file that was read."""
+    inputs = [args.model, *map(Path, [*args.stages, *args.eval, *args.scores]), *([args.sample] if args.sample else [])]
+    check_foreign_files(args.out, [*(f"stage{k + 1}" for k in range(len(args.stages))), "resume", *LOG_FILES], inputs)
+    stages, held_out, hashes = read_data(args, first=True)
+    tokenizer = load_tokenizer(args.model)
+    highest = max(int(documents.tokens.max()) for documents in [*(s.documents for s in stages), *held_out.values()])
+    if args.sample:
+        prompts = generate.read_prompts(args.sample)
+        generate.print_later_turns(prompts)
+        highest = max(highest, *generate.render_prompts(prompts, tokenizer, args.template))
+    data.check_vocabulary(highest, model.config.vocab_size, args.model)
+    stop_ids(TEMPLATES[args.template], tokenizer)
+    if not args.dry_run or list(args.model.glob("*.safetensors")):  # a plan needs no weights
+        find_weight_files(model, args.model)
+    hashes |= {str(path): sha256(path) for path in [args.model / "config.json", *tokenizer_files(args.model)]}
+    return stages, held_out, hashes
+
+
+def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict[str, Documents]]:
+    """On the first rank: validate, print the plan, record the run in run.json. A dry run writes nothing."""
+    weights = dataclass_from_args(Weights, args)
+    model = build_meta_model(config, weights, compute_dtype(args.dtype))
+    stages, held_out, hashes = validate(args, model)
+    documents = [*(stage.documents for stage in stages), *held_out.values()]
+    run = describe_run(vars(args), {"torch": torch.__version__, "numpy": np.__version__}, hashes)
+    run["skipped_rows"] = [line for d in documents for line in d.bad]
+    defaults = vars(parse_args(["--stages", *args.stages, "--lr", "5e-4"]))
+    before = check_same_run(args.out / "run.json", run, options.RESUMABLE_ARGS, defaults)
+    options.world_sizes(args)  # which raises where --replicas does not divide them
+    print_stages(stages, chosen=args.select != "none")
+    learned = sum(p.numel() for p in trained_parameters(model).values())
+    print_plan(args, model, learned, max(int(d.lengths.max()) for d in documents), run["skipped_rows"])
+    data.print_unencodable(documents)
+    if config.untied_head:
+        print(UNTIED_HEAD_NOTE)
+    if args.dry_run:
+        ways = options.unsupported_combinations(weights)
+        largest = partial(data.largest_micro_batch, stages, micro_tokens=args.micro_tokens)
+        print_memory(args, ways, partial(build_meta_model, config), trained_parameters, largest)
+    else:
+        atomic_write(args.out / "run.json", json.dumps(run | {"weights": before.get("weights")}, indent=1))
+    return stages, held_out
 
 
 def resume(state: TrainingState, folder: Path, optimization: Optimization, ranks: DistributedEnv) -> str | None:
@@ -516,11 +591,10 @@ def train(
 
 def start(args: argparse.Namespace) -> None:
     stop, config, lock = handle_signals_and_parent(), read_config(args.model), None
-    choose_template(args)
+    set_template(args)
     if args.dry_run:
         if is_first_rank():
-            check_out_folder(args)
-            prepare(args, config, build_meta_model, trained_parameters)
+            prepare(args, config)
         return
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -529,9 +603,8 @@ def start(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         with first_rank_works(store) as is_first:
             if is_first:
-                check_out_folder(args)
                 lock = stack.enter_context(lock_folder(args.out))
-                stages, held_out = prepare(args, config, build_meta_model, trained_parameters)
+                stages, held_out = prepare(args, config)
         with init_distributed(args.replicas, store) as ranks, oom_advice(args.micro_tokens):
             check_shared(args.out / "lock")
             if ranks.rank > 0:  # from what the first has cached

@@ -56,8 +56,9 @@ def peak_memory() -> int:
 
 def build(folder: Path, dtype: str, ranks, more: list[str]):
     """train.py's documents, model, trained parameters and optimizer, at a rate of 1e-4; `more` flags."""
+    from parts.checkpoints.config import read_config
+
     import train
-    from model import read_config
     from parts.cli import dataclass_from_args
 
     where = ["--model", str(folder), "--stages", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
@@ -142,8 +143,9 @@ def theirs(folder: Path, dtype: str, steps: int, way: str) -> dict:
     import torch
     import transformers
 
-    from data import TEMPLATES, epoch_batches, render
+    from data import epoch_batches
     from parts.text.rows import read_rows
+    from parts.text.templates import TEMPLATES, render
     from parts.text.tokenizers import load_tokenizer
 
     rows, _ = read_rows(folder / "rows.jsonl")
@@ -218,7 +220,9 @@ def contender(folder: Path, name: str, dtype: str, steps: int) -> dict:
 
 
 def make_folder(folder: Path, size: str, vocab: int = 32000) -> None:
-    from model import Transformer, init_weights, parse_config, save_model
+    from parts.checkpoints.config import parse_config
+
+    from model import Transformer, init_weights, save_model
 
     model = Transformer(parse_config(raw_config(size, vocab)))
     init_weights(model, 0)
@@ -434,10 +438,11 @@ def bench_ifd(folder: Path) -> None:
     import torch
     import transformers
 
-    from data import TEMPLATES, render, tokenize_files
+    from data import tokenize_files
     from model import load_model
     from parts.distributed import compute_dtype, tune_malloc
     from parts.text.rows import read_rows
+    from parts.text.templates import TEMPLATES, render
     from parts.text.tokenizers import load_tokenizer
     from score import measure_ifd
 
@@ -651,10 +656,10 @@ def bench_generate(folder: Path) -> None:
     import torch
     import transformers
 
-    from data import TEMPLATES, render
     from generate import Options, decode
     from model import load_model
     from parts.text.rows import read_rows
+    from parts.text.templates import TEMPLATES, render
     from parts.text.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(folder)

@@ -6,11 +6,11 @@ import torch
 from conftest import Forked, close, go, metrics, run_forked, same, training, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts.checkpoints.config import parse_config
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
-from model import parse_config
 from parts import adamw, memory_plan
 from parts.adamw import StochasticAdamW, stochastic_round_
 from parts.distributed import gradient_norm

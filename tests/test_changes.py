@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import Forked, close, go, metrics, run_forked, same, training, weights
 from safetensors.torch import load_file, save_file
 
-import prepare
+import data
 import score
 import train
 from data import subset, tokenize_files
@@ -278,7 +278,7 @@ def test_stages_that_overlap_choose_from_their_own_rows_only(bench, tmp_path):
         """The first fifth of the next stage."""
         return [subset(d, np.arange(len(d) // 5)) for d in of_stages[k + 1 : k + 2]]
 
-    main = with_changes((prepare, "rows_of_other_stages", overlapping))
+    main = with_changes((data, "rows_of_other_stages", overlapping))
     flags = ["--select", "iterit", "--ratio", "9", "--epochs", "2", "--batch-size", "5"]
     go(bench, tmp_path / "o", *flags, main=main, stages=("s1", "s2", "s3"))
     order = [json.loads(line) for line in (tmp_path / "o/order.jsonl").read_text().splitlines()]

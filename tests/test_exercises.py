@@ -12,11 +12,12 @@ from conftest import ROOT, go, metrics
 import data
 import score
 import train
-from data import TEMPLATES, Template, render, tokenize_files
+from data import tokenize_files
 from model import load_model
 from parts import options
 from parts.distributed import DistributedEnv, init_distributed
 from parts.text.rows import Turn
+from parts.text.templates import TEMPLATES, Template, render
 from parts.text.tokenizers import load_tokenizer
 
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import data
 import generate
 from generate import Options
 from model import load_model
 from parts import decoding
 from parts.api.store import Store
 from parts.cli import InputError, strip_control_chars
+from parts.text import templates
 from parts.text.rows import Turn, read_rows, row_turns
 from parts.text.testsets import parse_prompt, read_prompts
 from parts.text.tokenizers import SentencePieceTokenizer
@@ -70,7 +70,7 @@ def test_greedy_answers_are_those_of_transformers_at_any_batch_size(kind, shared
     hf, model = make(tmp_path, kind)
     tokenizer = SentencePieceTokenizer(shared / "tokenizers" / "llama2.model", {})
     rows, _ = read_rows(shared / "alpaca_scored_stage3.jsonl")
-    prompts = [data.render(r.turns[:1], data.TEMPLATES["phased"], tokenizer)[0] for r in rows[:16]]
+    prompts = [templates.render(r.turns[:1], templates.TEMPLATES["phased"], tokenizer)[0] for r in rows[:16]]
     expected = []
     with torch.no_grad():
         for p in prompts:
@@ -195,8 +195,8 @@ def test_every_row_format_is_a_prompt(row, turns):
 def test_a_prompt_is_token_for_token_what_training_rendered(shared):
     tokenizer = SentencePieceTokenizer(shared / "tokenizers" / "llama2.model", {})
     row = {"instruction": "Translate.", "input": "  bonjour \n", "output": "hello"}
-    trained, loss_mask = data.render(row_turns(row, "alpaca"), data.TEMPLATES["phased"], tokenizer)
-    asked = data.render(parse_prompt(row, "f:1", "f", 0).turns, data.TEMPLATES["phased"], tokenizer)[0]
+    trained, loss_mask = templates.render(row_turns(row, "alpaca"), templates.TEMPLATES["phased"], tokenizer)
+    asked = templates.render(parse_prompt(row, "f:1", "f", 0).turns, templates.TEMPLATES["phased"], tokenizer)[0]
     assert asked == trained[: loss_mask.index(True)]
 
 

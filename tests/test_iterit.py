@@ -20,6 +20,7 @@ import data
 import score
 import train
 from parts.checkpoints.state import read_manifest
+from parts.text import templates
 from parts.text.rows import Turn
 from parts.text.tokenizers import load_tokenizer
 
@@ -70,8 +71,8 @@ def test_the_choice_of_every_epoch_is_that_of_transformers_and_scikit_learn(shar
     tokenizer = load_tokenizer(tmp_path / "m")
     documents = []
     for row in rows:
-        tokens, loss_mask = data.render(
-            [Turn("user", row["data"][0]), Turn("assistant", row["data"][1])], data.TEMPLATES["phased"], tokenizer
+        tokens, loss_mask = templates.render(
+            [Turn("user", row["data"][0]), Turn("assistant", row["data"][1])], templates.TEMPLATES["phased"], tokenizer
         )
         documents.append((torch.tensor(tokens[:140]), torch.tensor(loss_mask[:140])))
     answers = [tokenizer.decode(t[s].tolist()) for t, s in documents]

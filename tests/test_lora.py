@@ -18,9 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from model import Transformer, init_weights, load_model, parse_config, save_model
+from model import Transformer, init_weights, load_model, save_model
 from parts import memory_plan
+from parts.checkpoints import config as config_file
+from parts.checkpoints.config import parse_config
 from parts.options import TARGETS, Weights
+from parts.text import templates
 from parts.text.rows import read_rows
 from parts.text.tokenizers import load_tokenizer
 
@@ -66,7 +69,7 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
     with train.init_distributed() as ranks:
         args = train.parse_args(training(tmp_path / "x", *more, stages=("s1",)))
         kinds = (train.dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
-        model = train.build_model(folder, train.read_config(folder), *kinds, ranks)
+        model = train.build_model(folder, config_file.read_config(folder), *kinds, ranks)
     initial = {train.hf_name(n): p for n, p in model.named_parameters() if "lora" in n}
     found = dict(theirs.named_parameters())
     for name, p in initial.items():
@@ -75,7 +78,7 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
     assert len(learned) == len(initial)
     adam = torch.optim.AdamW(learned, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     rows, tokenizer = read_rows(bench / "s1.jsonl")[0], load_tokenizer(folder)
-    rendered = [data.render(r.turns, data.TEMPLATES["phased"], tokenizer) for r in rows]
+    rendered = [templates.render(r.turns, templates.TEMPLATES["phased"], tokenizer) for r in rows]
     batches = [b for e in range(5) for b in data.epoch_batches(None, np.arange(len(rows)), 8, 0, 0, e)]
     for loss_of_ours, batch in zip(ours, batches, strict=True):
         losses = []
@@ -206,7 +209,7 @@ args = train.parse_args(["--model", folder, "--stages", "x", "--lr", "1", "--dty
 with train.init_distributed() as ranks:
     before = peak()
     kinds = (train.dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
-    model = train.build_model(train.Path(folder), train.read_config(folder), *kinds, ranks)
+    model = train.build_model(train.Path(folder), config_file.read_config(folder), *kinds, ranks)
     print(peak() - before)
 """
 

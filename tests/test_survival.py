@@ -24,7 +24,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 import data
 import generate
-import prepare
 import score
 import train
 from parts import cli, decoding, distributed, optimizer
@@ -366,7 +365,7 @@ def test_a_signal_while_the_first_rank_reads_ends_the_rank_that_gets_it_at_once(
             while True:
                 time.sleep(0.01)
 
-        prepare.read_data = read
+        train.read_data = read
         return train.main(argv)
 
     run = Forked(main, training(tmp_path / "o"), bench, ranks=2).wait_until((tmp_path / "reading").exists)

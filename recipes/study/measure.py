@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import TEMPLATES, Documents, choose_template, micro_batches, render, stop_ids
+from data import Documents, micro_batches
 from generate import Options, decode
 from model import Transformer, load_model
 from parts.cli import HelpFormatter, InputError, positive_int, print_table, run_program
 from parts.distributed import compute_dtype
 from parts.files import atomic_write, json_values
 from parts.text.rows import Turn, has_exact_answer
+from parts.text.templates import TEMPLATES, choose_template, render, stop_ids
 from parts.text.testsets import Prompt, read_prompts
 from parts.text.tokenizers import load_tokenizer
 

@@ -35,7 +35,6 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import TEMPLATES, choose_template
 from parts.api.options import ApiOptions
 from parts.api.prompts import judge_prompt
 from parts.checkpoints.lock import lock_folder
@@ -53,6 +52,7 @@ from parts.cli import (
 from parts.files import atomic_write, check_output_paths, json_values, read_json_object, read_text, sha256, write_lines
 from parts.options import RESUMABLE_ARGS, make_parser
 from parts.text.rows import messages_of
+from parts.text.templates import TEMPLATES, choose_template
 from parts.text.testsets import read_prompts
 from parts.text.tokenizers import load_tokenizer
 from recipes.study.analysis import COMPARISONS, answers_of, file_name, write_findings
