@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import prepare
 import train
 from model import Transformer, init_weights, load_model, parse_config, save_model
 from parts import memory_plan
@@ -275,7 +276,7 @@ def test_the_plan_names_the_first_way_that_fits(bench, tmp_path):
 
 def test_a_machines_memory_is_divided_among_the_planned_ranks_once(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
+    monkeypatch.setattr(prepare, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
     monkeypatch.setattr(memory_plan, "print_memory_plan", lambda planned, free: print(free))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as torchrun says it
         monkeypatch.setenv(name, "2")
