@@ -47,14 +47,7 @@ from model import (
 from parts import memory_plan, options
 from parts.adamw import StochasticAdamW, random_key
 from parts.checkpoints.lock import Lock, lock_folder
-from parts.checkpoints.run_log import (
-    RunLog,
-    check_foreign_files,
-    check_same_run,
-    describe_run,
-    print_stages,
-    write_eval_matrix,
-)
+from parts.checkpoints.run_log import RunLog, check_foreign_files, check_same_run, describe_run, print_stages
 from parts.checkpoints.saver import Saver
 from parts.checkpoints.state import check_optimizer, newest_state, read_state, restore_state
 from parts.checkpoints.weights import check_weights
@@ -96,6 +89,7 @@ from parts.files import (
 )
 from parts.memory import free_memory, memory_in_use
 from parts.options import Computation, Optimization, Output, Weights
+from parts.report.held_out import print_answers_command, write_eval_matrix
 from parts.text.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
 from score import Selection, SelectionOptions
 
@@ -506,6 +500,8 @@ def finish_stage(run: Run, stage: Stage, last: bool) -> None:
             )
         if run.held_out and run.ranks.rank == 0:
             write_eval_matrix(run.output.out)
+            if run.output.model.resolve() == DEMO / "model":
+                print_answers_command(run.output.out, run.output.model)
         run.saver.optimizer.state.clear()
         run.saver.save()
 
