@@ -9,7 +9,6 @@ IFT, section 4). `--judge exact` needs no API: the answer against what the promp
 """
 
 import argparse
-import base64
 import csv
 import io
 import json
@@ -23,7 +22,6 @@ from parts.api.prompts import JUDGE_REMINDER, PLACEHOLDERS, judge_prompt
 from parts.api.questions import fence, fill, make_question, reason_of, state_of, value_of
 from parts.api.replies import parse_scores
 from parts.api.store import Store
-from parts.checkpoints.run_log import eval_matrix
 from parts.cli import (
     EXIT_CODES,
     HelpFormatter,
@@ -34,23 +32,23 @@ from parts.cli import (
     print_table,
     raise_if_any,
     run_program,
-    strip_control_chars,
     valid_unicode,
 )
 from parts.files import atomic_write, check_output_paths, json_values, read_text, write_lines
-from parts.report.figures import FIGURES, MANY, can_draw, report_figures
+from parts.report.figures import FIGURES, can_draw, report_figures
+from parts.report.held_out import eval_matrix
+from parts.report.page import page_data, render_page
 from parts.report.win_rates import (
     CANARIES,
-    POINTS,
     audit_agreement,
     audit_judges,
     check_repeated,
     describe_canaries,
     describe_questions,
-    judge_name,
-    score_margins,
+    exact_verdict,
     summarize,
     verdict,
+    without_canaries,
 )
 from parts.text.rows import has_exact_answer, read_rows
 
@@ -149,11 +147,7 @@ def judge_exact(pairs: list[Pair]) -> list[dict]:
         [f"{p.dataset} {p.id}" for p in pairs if p.expected is None],
         "questions have no `expected`, which --judge exact needs",
     )
-    rows = []
-    for p in pairs:
-        scores = [10.0 if has_exact_answer(answer, p.expected) else 1.0 for answer in (p.answer, p.against)]
-        rows.append({"scores": [scores, scores], "replies": ["", ""], "verdict": verdict([scores[0] - scores[1]])})
-    return rows
+    return [exact_verdict(*(has_exact_answer(text, p.expected) for text in (p.answer, p.against))) for p in pairs]
 
 
 def in_both_orders(pair: Pair, prompt: str, options: ApiOptions, repeat: int) -> list:
@@ -232,11 +226,6 @@ def read_verdicts(paths: list[Path]) -> list[dict]:
     return rows
 
 
-def without_canaries(rows: list[dict]) -> list[dict]:
-    """Without the canaries."""
-    return [row for row in rows if not row.get("canary")]
-
-
 def percent(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.1f}"
 
@@ -245,20 +234,23 @@ def print_report(rows: list[dict], summary: list[dict]) -> None:
     warnings = describe_questions(summary)
     for line in (*describe_canaries(rows), *warnings):
         print(line)
-    counts = (*POINTS, "identical", "unparsed", "refused", "failed")
-    columns = ("win rate %", "95 %", "- 50 %", "p", "orders disagree %", "front wins %", "length-controlled %")
-    columns += ("on the common questions %",) * bool(warnings)
+    counts = {"win": "wins", "tie": "ties", "loss": "losses"}
+    counts |= {k: k for k in ("identical", "unparsed", "refused", "failed") if any(r[k] for r in summary)}
+    columns = ["win rate %", "95 %", "- 50 %", "p"]
+    biases = {"disagree": "orders disagree %", "front": "front wins %", "length_controlled": "length-controlled %"}
+    biases = {} if all(r["judge"] == "exact" for r in summary) else biases  # which knows of no order and no length
+    columns += [*biases.values(), *["on the common questions %"] * bool(warnings)]
     table, several = [], len({r["judge"] for r in summary}) > 1
     for r in summary:
         rates = ("–",) * len(columns)
         if r["n"]:
             interval = f"{percent(r['low'])} to {percent(r['high'])}"
             rates = (percent(r["win_rate"]), interval, f"{100 * r['paper']:+.1f}", f"{r['p']:.2g}")
-            rates += tuple(percent(r[key]) for key in ("disagree", "front", "length_controlled"))
+            rates += tuple(percent(r[key]) for key in biases)
             rates += (f"{percent(r['common_rate'])} (n {r['common']:,})",) * bool(warnings)
         name = f"{r['model']} against {r['baseline']}" + f" by {r['judge']}" * several
         table.append((name, r["dataset"] or "–", f"{r['n']:,}", *(f"{r[v]:,}" for v in counts), *rates))
-    print_table(("", "dataset", "n", "wins", "ties", "losses", "identical", *counts[4:], *columns), table)
+    print_table(("", "dataset", "n", *counts.values(), *columns), table)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -310,70 +302,6 @@ def read_losses(path: Path) -> tuple[str, list[int], list[float]]:
     if not rows:
         raise InputError(f"{path}: no steps of train.py in it")
     return path.resolve().parent.name, [row["global_step"] for row in rows], [row["loss"] for row in rows]
-
-
-PAGE_TEMPLATE = Path(__file__).parent / "parts" / "report" / "page.html"
-PAGE_DATA_MARKER = '<script type="application/json" id="data">'  # the one element of it that is filled
-
-
-def both_orders_cell(row: dict, key: str, missing) -> list:
-    """What is there for each order."""
-    given = row.get(key)
-    return [*(given if isinstance(given, list) else []), missing, missing][:2]
-
-
-def describe_orders(rows: list[dict]) -> str:
-    """How many of the comparisons were made in both orders: answers that are identical, or expected, need none."""
-    asked = sum(judge_name(r) != "exact" and any(both_orders_cell(r, "scores", None)) for r in rows)
-    return ", each in both orders" if asked == len(rows) else f", {asked:,} of them in both orders" if asked else ""
-
-
-def page_data(rows: list[dict], summary: list[dict], drawn: dict[str, dict[str, bytes]]) -> dict:
-    """What the page's script shows; `drawn` are the figures."""
-    names = {(r["model"], r["baseline"], r["judge"]): r["name"] for r in summary}
-    canaries, rows = describe_canaries(rows), without_canaries(rows)
-    texts: dict[str, int] = {}  # every text once
-
-    def index(text: str) -> int:
-        return texts.setdefault(text, len(texts))
-
-    pairs = []
-    for r in rows:
-        pair = {key: r[key] for key in ("baseline", "dataset", "id", "verdict")}
-        who = r["model"], r["baseline"], judge_name(r)
-        pair["model"] = r["model"] + names[tuple(map(strip_control_chars, who))].removeprefix(
-            strip_control_chars(r["model"])
-        )
-        for key in ("instruction", "answer", "against"):
-            pair[key] = index(str(r.get(key, "")))
-        pair["expected"] = index(r["expected"]) if isinstance(r.get("expected"), str) else None
-        pair["scores"] = [
-            x if isinstance(x, list) and len(x) == 2 else None for x in both_orders_cell(r, "scores", None)
-        ]
-        pair["replies"] = [str(x) for x in both_orders_cell(r, "replies", "")]
-        lead = score_margins(r)
-        pair["disagree"] = bool(lead and lead[0] * lead[1] < 0)
-        pairs.append(pair)
-    asked = len({(r["dataset"], r["id"]) for r in rows})
-    judges = " and ".join(dict.fromkeys(map(judge_name, rows)))
-    models, baselines = (list(dict.fromkeys(r[key] for r in rows)) for key in ("model", "baseline"))
-    named = ", ".join(models) if len(models) <= MANY else f"{len(models)} models"
-    about = f"{asked:,} questions, {len(rows):,} comparisons{describe_orders(rows)}. Judge: {judges}."
-    return {
-        "title": f"{named} against {' and '.join(baselines)}",
-        "about": " ".join([*canaries, *describe_questions(summary), about]),
-        "summary": summary,
-        "figures": [{"title": FIGURES[k], "svg": base64.b64encode(v["svg"]).decode()} for k, v in drawn.items()],
-        "rows": pairs,
-        "texts": list(texts),
-    }
-
-
-def render_page(content: dict) -> str:
-    """parts/report/page.html with `content` as its data: ASCII without `<`, so that nothing in it ends the element.
-    The page's script shows it as text; the browser runs no other script, for the page's policy names the hash of it."""
-    before, after = read_text(PAGE_TEMPLATE).split(PAGE_DATA_MARKER)
-    return before + PAGE_DATA_MARKER + json.dumps(content).replace("<", "\\u003c") + after[after.index("</script>") :]
 
 
 def report_command(args: argparse.Namespace) -> None:

@@ -45,15 +45,7 @@ from parts import memory_plan, options
 from parts.checkpoints.config import UNTIED_HEAD_NOTE, Config, read_config
 from parts.checkpoints.export import write_folder, write_notes
 from parts.checkpoints.lock import Lock, lock_folder
-from parts.checkpoints.run_log import (
-    LOG_FILES,
-    RunLog,
-    check_foreign_files,
-    check_same_run,
-    describe_run,
-    print_stages,
-    write_eval_matrix,
-)
+from parts.checkpoints.run_log import LOG_FILES, RunLog, check_foreign_files, check_same_run, describe_run, print_stages
 from parts.checkpoints.saver import Saver
 from parts.checkpoints.state import TrainingState, check_optimizer, newest_state, read_state, restore_training
 from parts.checkpoints.weights import check_weights
@@ -83,6 +75,7 @@ from parts.keyed_random import random_key
 from parts.memory import memory_in_use, oom_advice
 from parts.optimizer import clip_gradients, learning_rate, make_optimizer
 from parts.options import Computation, Optimization, Output, Weights
+from parts.report.held_out import print_answers_command, write_eval_matrix
 from parts.run_plan import print_memory, print_plan
 from parts.text.templates import TEMPLATES, chat_template, choose_template, stop_ids
 from parts.text.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
@@ -421,6 +414,8 @@ def finish_run(run: Run) -> None:
         run.log.info(f"{done.skipped} of {done.global_step} steps were skipped: their loss or gradient is not finite.")
     if run.held_out and run.ranks.rank == 0:
         write_eval_matrix(run.output.out)
+        if run.output.model.resolve() == DEMO / "model":
+            print_answers_command(run.output.out, run.output.model)
     run.state.optimizer.state.clear()
     run.saver.save()
 

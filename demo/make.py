@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from parts.checkpoints.config import parse_config
-
 from model import Transformer, init_weights, save_model
+from parts.checkpoints.config import parse_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -430,6 +429,10 @@ def main() -> None:
                 if a <= i < b
             ],
         )
+    validation = [json.loads(line) for line in (out / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name, (low, high) in {"easy": (1, 1.5), "medium": (1.5, 3.5), "hard": (3.5, 6)}.items():
+        of_stage = [row for row in validation if low <= row["score"] < high]
+        write_rows(out / f"held_out_{name}.jsonl", of_stage[:48])
 
     rng, half = random.Random(args.seed + 1), args.text_rows // 2  # the text stays the same whatever is asked later
     text = [fact_row(rng, world) if i % 2 else story_row(rng, world, 1 + i % 3) for i in range(half)]

@@ -33,7 +33,8 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     demo_stages = [str(demo / f"s{k}.jsonl") for k in (1, 2, 3)]
     stages_help = "a data file, or folder of *.jsonl files, a stage; s1 finds s1.jsonl (without --model also in demo/)"
     add("--stages", nargs="+", default=demo_stages, metavar="F", help=stages_help)
-    add("--eval", nargs="+", default=[], metavar="F", help="held-out data: the loss on it is measured")
+    eval_help = "held-out data: the loss on it is measured (default: none; for the demo its own)"
+    add("--eval", nargs="+", metavar="F", help=eval_help)
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
     add("--template", choices=templates, help=template_help)
     add("--max-len", type=positive_int, default=MAX_LEN, help="tokens; longer rows are cut at the end")
@@ -151,6 +152,9 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
         parser.error("--plan-gpu and --plan-world-size need --dry-run: they plan, and nothing is trained")
     if args.replay is None:  # a model as small as the demo's forgets at once what it no longer sees
         args.replay = 0.1 if args.model is None and args.select == "none" else 0.0
+    if args.eval is None:
+        whole_demo = args.model is None and args.stages == parser.get_default("stages")
+        args.eval = ["held_out_easy", "held_out_medium", "held_out_hard"] if whole_demo else []
     args.model = args.model or demo / "model"
     if args.lora and args.weights == "bf16":
         parser.error(

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from conftest import ROOT, run_forked
 
 import train
 from model import load_model
+from parts.report.held_out import describe_change
+from parts.report.page import PAGE_DATA_MARKER
 from parts.text.testsets import read_prompts
 from recipes.study import measure
 
@@ -223,7 +227,40 @@ def test_the_base_does_as_text_what_it_is_not_able_to_do_when_asked(prompts):
     assert share(DEMO / "model", prompts, told, "exact")[2] <= 0.02
 
 
-def test_training_elicits_what_the_base_knows(prompts, tmp_path):
-    run_forked(train.main, "--out", tmp_path / "out")
+def test_training_elicits_what_the_base_knows_and_ends_with_what_improved_and_how_to_see_it(prompts, tmp_path):
+    done = run_forked(train.main, "--out", tmp_path / "out", cwd=ROOT)
     easiest, _, everything = share(tmp_path / "out" / "stage3", prompts, [], "exact")
     assert easiest >= 0.6 and everything >= 0.45, (easiest, everything)
+    *_, header, easy, medium, hard, _, about_easy, about_medium, about_hard, _, command = done.stdout.splitlines()
+    assert re.split(r" {2,}", header) == ["held-out loss after", "start", "stage1", "stage2", "stage3"]
+    for row, about in ((easy, about_easy), (medium, about_medium), (hard, about_hard)):
+        name, *losses = row.split()
+        start, *_, end = map(float, losses)
+        assert about.startswith(f"{name}: improved, {start:.2f} -> {end:.2f}") and end < 0.3 * start
+    program, script, *words = shlex.split(command)
+    assert Path(program).exists() and script == "recipes/study/measure.py" and "demo/model" in words
+    untrusted = {"instruction": "Say </script><script>alert(1)</script>", "expected": "<b>no</b>"}
+    few = [*PROMPTS[:12], untrusted]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(p) + "\n" for p in few))
+    run_forked(measure.main, *words, "--prompts", tmp_path / "few.jsonl", cwd=ROOT)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script>alert" not in page and "<b>no" not in page
+    data = json.loads(page.split(PAGE_DATA_MARKER)[1].split("</script>")[0])
+    assert [r["model"] for r in data["summary"] if r["total"]] == [str(tmp_path / f"out/stage{k}") for k in (1, 2, 3)]
+    assert {r["baseline"] for r in data["rows"]} == {"demo/model"} and len(data["rows"]) == 3 * len(few)
+    assert sum(r["verdict"] == "win" for r in data["rows"]) >= 12
+
+
+def test_what_was_forgotten_is_said_in_words():
+    stages = ["start", "stage1", "stage2"]
+    assert describe_change(stages, [3.0, 0.5, 0.25]) == "improved, 3.00 -> 0.25."
+    assert describe_change(stages, [3.0, 0.5, 0.503]) == "improved, 3.00 -> 0.50."
+    forgotten = "improved, 3.00 -> 0.60; partly forgotten again, as it was 0.50 after stage1."
+    assert describe_change(stages, [3.0, 0.5, 0.6]) == forgotten
+    assert describe_change(stages, [3.0, 3.5, 3.25]) == "not improved, 3.00 -> 3.25."
+
+
+def test_held_out_rows_of_the_demo_are_of_the_difficulty_that_they_say():
+    for name, (low, high) in {"easy": (1, 1.5), "medium": (1.5, 3.5), "hard": (3.5, 5.01)}.items():
+        of_stage = [row for row in rows("validation.jsonl") if low <= row["score"] < high]
+        assert rows(f"held_out_{name}.jsonl") == of_stage[:48] and len(of_stage) >= 48

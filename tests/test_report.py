@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import judge
 from parts.files import write_lines
 from parts.report import win_rates
+from parts.report.page import PAGE_DATA_MARKER
 
 EVIL = [
     '<script>document.title = "pwned"</script>',
@@ -43,7 +44,7 @@ SCORES = {
 }
 
 
-def make_verdicts(path, n, models=("a/stage1", "a/stage2", "random/stage1"), seed=0, evil=True):
+def make_verdicts(path, n, models=("a/stage1", "a/stage2", "random/stage1"), seed=0, evil=True, judge="j"):
     rng, rows = np.random.default_rng(seed), []
     for model in models:
         for i in range(n):
@@ -59,7 +60,7 @@ def make_verdicts(path, n, models=("a/stage1", "a/stage2", "random/stage1"), see
                     "answer": f"{model} says {i} {text} " + "long " * int(rng.integers(0, 200)),
                     "against": f"base says {i} " + "word " * int(rng.integers(0, 200)),
                     "expected": None,
-                    "judge": "exact",
+                    "judge": judge,
                     "scores": SCORES[verdict],
                     "replies": [f"8 6\n{text}", ""],
                     "verdict": verdict,
@@ -123,7 +124,7 @@ def test_comparisons_on_different_questions_are_warned_of_and_compared_on_the_co
     assert "WARNING" in warning and "6 to 10" in warning and "on the 6 that all have" in warning
     assert " n " in header
     assert all("83.3 (n 6)" in line for line in table[:2])
-    assert "rest on different questions" in (tmp_path / "r.html").read_text().split(judge.PAGE_DATA_MARKER)[1]
+    assert "rest on different questions" in (tmp_path / "r.html").read_text().split(PAGE_DATA_MARKER)[1]
     write_lines(tmp_path / "w.jsonl", made_up(said, model="A") + made_up(["refused"] * 10, model="B"))
     assert "WARNING" not in report(tmp_path / "w.jsonl").stdout  # B has none that could be compared
 
@@ -172,6 +173,13 @@ def test_the_length_controlled_rate_is_that_of_alpaca_evals_own_function(seed):
     better = rng.random(300) < 1 / (1 + np.exp(0.4 * (seed - 3) - np.tanh(lead / 400)))
     points = np.where(rng.random(300) < 0.1, 0.5, better.astype(float))
     assert win_rates.length_controlled(points, lead) == pytest.approx(alpaca_eval_rate(points, lead), abs=0.005)
+
+
+def test_lengths_that_cannot_be_told_from_the_constant_are_no_error():
+    """Wins and ties alone, and a lead that is as good as the same everywhere: the regression is singular."""
+    points, lead = np.repeat([1.0, 0.5], (57, 43)), np.full(100, -120.0)
+    lead[0] = -119
+    assert 0.5 < win_rates.length_controlled(points, lead) <= 1
 
 
 def test_a_judge_that_likes_length_is_seen_through():
@@ -265,11 +273,11 @@ def test_identical_answers_are_counted_apart_and_orders_told_only_where_there_ar
     page = (tmp_path / "r.html").read_text()
     assert (
         "8 comparisons, 5 of them in both orders" in page
-        and "each in both orders" not in page.split(judge.PAGE_DATA_MARKER)[1]
+        and "each in both orders" not in page.split(PAGE_DATA_MARKER)[1]
     )
     write_lines(tmp_path / "v.jsonl", made_up(["win"] * 5, judge="exact"))
     table_of(tmp_path, tmp_path / "v.jsonl")
-    assert "both orders" not in (tmp_path / "r.html").read_text().split(judge.PAGE_DATA_MARKER)[1]
+    assert "both orders" not in (tmp_path / "r.html").read_text().split(PAGE_DATA_MARKER)[1]
     write_lines(tmp_path / "v.jsonl", made_up(["win"] * 5))
     table_of(tmp_path, tmp_path / "v.jsonl")
     assert "5 comparisons, each in both orders" in (tmp_path / "r.html").read_text()
@@ -470,10 +478,97 @@ def test_names_of_models_and_datasets_are_data_and_not_markup(browser, tmp_path)
     assert "<i>k" not in (tmp_path / "p" / "datasets.svg").read_text()
     assert all(ord(c) < 128 for c in page)
     browser.get((tmp_path / "r.html").as_uri())
-    cells = [cell.text for cell in browser.find_elements("css selector", "tbody td:nth-child(-n+2)")]
+    cells = [cell.text for cell in browser.find_elements("css selector", "#summary td:nth-child(-n+2)")]
     assert cells == [c for d in ("vicuna", "<i>k</script><!--", "all") for c in ("<b>m</b> $x$ {data} [2J", d)]
     assert not browser.find_elements("css selector", "table b, table i, h1 b, option b")
     browser.get_log("performance"), browser.get_log("browser")
+
+
+def shown_table(browser, head, body):
+    """The rows of a table of the page that is open, each by column."""
+    header = [cell.text for cell in browser.find_elements("css selector", f"#{head} th")]
+    rows = browser.find_elements("css selector", f"#{body} tr")
+    return [dict(zip(header, [cell.text for cell in row.find_elements("tag name", "td")])) for row in rows]
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Opens the page of given verdicts, 1,100 px wide."""
+
+    def open_(rows):
+        write_lines(tmp_path / "v.jsonl", rows)
+        report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html")
+        size = {"width": 1100, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get((tmp_path / "r.html").as_uri())
+        return browser
+
+    yield open_
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get_log("performance"), browser.get_log("browser")
+
+
+def test_the_page_says_the_result_in_a_sentence_and_claims_nothing_that_the_interval_does_not(open_page):
+    """Better, worse, undecided; and a bound just above 50 % is not rounded to 50."""
+    shares = {"good": (61, 4, 35), "bad": (35, 4, 61), "same": (50, 4, 46), "edge": (586, 0, 516)}
+    rows = []
+    for model, counts in shares.items():
+        said = [v for v, n in zip(("win", "tie", "loss"), counts) for _ in range(n)]
+        rows += made_up(said, model=model, baseline="base")
+    page = open_page(rows)
+    lines = [item.text.replace("\n", " ") for item in page.find_elements("css selector", "#result li")]
+    good, bad, same, edge = lines
+    assert good.startswith("good answered better than base in 61 of 100 questions and worse in 35, with 4 ties: ")
+    low, high = win_rates.rate_interval(np.repeat([1.0, 0.5, 0.0], shares["good"]))
+    assert f"win rate 63 % (95 %: {100 * low:.0f} to {100 * high:.0f}). good answers better." in good
+    assert bad.endswith("base answers better.")
+    assert "do not show which of the two is better" in same and "answers better" not in same
+    low, high = win_rates.rate_interval(np.repeat([1.0, 0.0], (586, 516)))
+    assert 0.5 < low < 0.505 and 0.55 < high < 0.57, (low, high)
+    assert f"(95 %: {100 * low:.1f} to {100 * high:.0f}). edge answers better." in edge
+
+
+def test_of_an_exact_judge_no_order_and_no_length_is_shown_and_columns_without_a_number_are_left_out(open_page):
+    rows = made_up(["win", "loss", "tie"] * 4, judge="exact")
+    page = open_page(rows)
+    assert list(shown_table(page, "head", "summary")[0]) == [
+        "model", "dataset", "", "n", "wins", "ties", "losses", "win rate, %", "- 50 %", "p"
+    ]  # fmt: skip
+    for name in ("judge", "orders", "disagree-label"):
+        assert not page.find_element("id", name).is_displayed(), name
+    assert "AlpacaEval" not in page.find_element("tag name", "body").text
+    page = open_page([r | {"judge": "j"} for r in rows] + made_up(["refused"], first=50))
+    assert "refused" in shown_table(page, "judge-head", "judge-summary")[0]
+    assert "unparsed" not in shown_table(page, "judge-head", "judge-summary")[0]
+    assert page.find_element("id", "orders").is_displayed()
+
+
+def test_nothing_is_cut_off_at_1100_pixels_and_data_sets_are_in_their_natural_order(open_page, tmp_path):
+    rows = make_verdicts(tmp_path / "v.jsonl", 60, models=("phased/stage1", "phased/stage3"), evil=False)
+    for k, row in enumerate(rows):
+        row["dataset"] = ("vicuna", "fifth 10", "fifth 2", "koala")[k % 4]
+    page = open_page(rows)
+    names = [row["dataset"] for row in shown_table(page, "head", "summary")]
+    assert names == ["vicuna", "fifth 2", "fifth 10", "koala", "all"] * 2
+    chosen = [option.text for option in page.find_elements("css selector", "#dataset option")]
+    assert chosen == ["every dataset", *names[:4]]
+    wide = "return [...document.querySelectorAll('.wide, html')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert len(shown_table(page, "judge-head", "judge-summary")[0]) == 10 and page.execute_script(wide) == 0
+
+
+def test_the_answers_of_other_models_to_the_same_question_are_beside_it(open_page):
+    rows = [r for k in (1, 2, 3) for r in made_up(["win", "loss"], model=f"stage{k}", answer=f"<b>of {k}</b>")]
+    page = open_page(rows)
+    assert page.find_element("id", "others").text.split("\n") == [
+        "stage2 win",
+        "<b>of 2</b>",
+        "stage3 win",
+        "<b>of 3</b>",
+    ]
+    page.find_element("id", "next").click()
+    assert page.find_element("id", "others").text.startswith("stage2 loss")
+    page = open_page(rows[:2])
+    assert not page.find_element("id", "others-part").is_displayed()
 
 
 def test_table_and_figures_of_the_page_are_those_of_the_report(browser, tmp_path):
@@ -481,13 +576,10 @@ def test_table_and_figures_of_the_page_are_those_of_the_report(browser, tmp_path
     make_verdicts(tmp_path / "v.jsonl", 90, evil=False)
     report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--json", tmp_path / "t.json")
     browser.get((tmp_path / "r.html").as_uri())
-    header = [cell.text for cell in browser.find_elements("css selector", "thead th")]
-    table = [
-        dict(zip(header, [cell.text for cell in line.find_elements("tag name", "td")]))
-        for line in browser.find_elements("css selector", "tbody tr")
-    ]
+    first, second = shown_table(browser, "head", "summary"), shown_table(browser, "judge-head", "judge-summary")
+    table = [row | more for row, more in zip(first, second)]
     summary = json.loads((tmp_path / "t.json").read_text())
-    assert len(table) == len(summary) == 9 and len(header) == 20
+    assert len(table) == len(first) == len(second) == len(summary) == 9
     for shown, row in zip(table, summary):
         rate, low, high = (100 * row[key] for key in ("win_rate", "low", "high"))
         found = [float(x) for x in re.findall(r"[\d.]+", shown["win rate, %"])]
@@ -508,7 +600,7 @@ def test_table_and_figures_of_the_page_are_those_of_the_report(browser, tmp_path
         "return [...document.querySelectorAll('figure img')].map(image => image.complete && image.naturalWidth > 100)"
     )
     assert browser.execute_script(drawn) == [True, True]
-    assert "Judge: exact" in browser.find_element("id", "about").text
+    assert "Judge: j" in browser.find_element("id", "about").text
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     browser.get_log("performance")
 
@@ -544,6 +636,6 @@ def test_the_policy_of_the_page_names_the_hash_of_its_script(tmp_path):
     assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(", page)
     make_verdicts(tmp_path / "v.jsonl", 5)
     report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html")
-    before, after = page.split(judge.PAGE_DATA_MARKER)
+    before, after = page.split(PAGE_DATA_MARKER)
     made = (tmp_path / "r.html").read_text()  # nothing is changed but the data
-    assert made.startswith(before + judge.PAGE_DATA_MARKER) and made.endswith(after[after.index("</script>") :])
+    assert made.startswith(before + PAGE_DATA_MARKER) and made.endswith(after[after.index("</script>") :])

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from parts.cli import InputError, WorkError, format_list, print_table, progress
-from parts.files import atomic_write, fsync_path, json_values, read_json_object, read_text
+from parts.files import fsync_path, read_json_object
 
 LOG_FILES = ["metrics.jsonl", "order.jsonl", "held_out.json"]
 
@@ -85,23 +85,6 @@ def check_foreign_files(out: Path, written: list[str], inputs: list[Path]) -> No
         raise InputError(
             f"{out} holds {', '.join(there)} and no run.json, so it is no run's folder: give another --out"
         )
-
-
-def eval_matrix(metrics: Path) -> tuple[list[str], dict[str, list[float | None]]]:
-    """What a metrics.jsonl knows of held-out losses: the stages ("start" first), and by evaluation set the loss after
-    each of them."""
-    rows = [row for _, row in json_values(read_text(metrics)) if isinstance(row, dict) and "eval_loss" in row]
-    sets, stages = (list(dict.fromkeys(str(row.get(key)) for row in rows)) for key in ("eval", "stage"))
-    last = {(str(row.get("eval")), str(row.get("stage"))): row["eval_loss"] for row in rows}
-    return stages, {name: [last.get((name, stage)) for stage in stages] for name in sets}
-
-
-def write_eval_matrix(out: Path) -> None:
-    """The matrix of held-out losses of a run: out/held_out.json, and a table on the screen."""
-    stages, losses = eval_matrix(out / "metrics.jsonl")
-    atomic_write(out / "held_out.json", json.dumps({"stages": stages, "losses": losses}, indent=1))
-    rows = [(name, *("–" if x is None else f"{x:.4f}" for x in of)) for name, of in losses.items()]
-    print_table(("held-out loss after", *stages), rows)
 
 
 class AppendLog:

@@ -1,6 +1,7 @@
 """What verdicts add up to: win rates with their uncertainty, length, agreement of judges. Statistics only, no files."""
 
 import math
+import re
 import warnings
 from itertools import combinations, product
 
@@ -17,6 +18,12 @@ def verdict(difference: list[float]) -> str:
     return "win" if signs > 0 else "loss" if signs < 0 else "tie"
 
 
+def exact_verdict(right: bool, baseline_right: bool) -> dict:
+    """Scores, replies and verdict of --judge exact: 10 for the expected answer, else 1; the order does not matter."""
+    scores = [10.0 if x else 1.0 for x in (right, baseline_right)]
+    return {"scores": [scores, scores], "replies": ["", ""], "verdict": verdict([scores[0] - scores[1]])}
+
+
 def sign(x: float) -> int:
     return (x > 0) - (x < 0)
 
@@ -28,6 +35,10 @@ def score_margins(row: dict) -> list[float] | None:
         return [model_1 - baseline_1, model_2 - baseline_2] if row["verdict"] in POINTS else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def without_canaries(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if not row.get("canary")]
 
 
 def judge_name(row: dict) -> str:
@@ -109,6 +120,13 @@ def sign_test(wins: int, losses: int) -> float:
 # ---------------------------------------------------------------- win rates
 
 
+def natural_order(names: list[str]) -> list[str]:
+    """Each name once, in the order of its first appearance; names that differ in a number only, by that number."""
+    stems = {name: re.sub(r"[0-9]+", "0", name) for name in names}  # in the order of `names`
+    order = list(stems.values())
+    return sorted(stems, key=lambda name: (order.index(stems[name]), list(map(int, re.findall(r"[0-9]+", name)))))
+
+
 def summarize(rows: list[dict]) -> list[dict]:
     """A row per dataset of each comparison (model, baseline, judge), and one over all its datasets (`total`).
 
@@ -121,7 +139,7 @@ def summarize(rows: list[dict]) -> list[dict]:
         comparisons.setdefault((r["model"], r["baseline"], judge_name(r)), []).append(r)
     groups = []  # (comparison, dataset, whether it is over all, rows)
     for comparison, mine in comparisons.items():
-        names = list(dict.fromkeys(r["dataset"] for r in mine))
+        names = natural_order([r["dataset"] for r in mine])
         if len(names) > 1:
             groups += [(comparison, name, False, [r for r in mine if r["dataset"] == name]) for name in names]
         groups.append((comparison, "(all)" if "all" in names and len(names) > 1 else "all", True, mine))
@@ -256,7 +274,8 @@ def fit_logistic(x: np.ndarray, points: np.ndarray, strength: float, theta: np.n
     for _ in range(200):
         p = 1 / (1 + np.exp(-np.clip(x @ theta, -500, 500)))
         slope = strength * x.T @ (p - points)
-        curve = strength * (x * (p * (1 - p))[:, None]).T @ x + 1e-12 * np.eye(len(theta))
+        curve = strength * (x * (p * (1 - p))[:, None]).T @ x
+        curve += 1e-10 * (1 + np.trace(curve)) * np.eye(len(theta))  # columns that are the same leave it singular
         new, best = theta, math.inf
         for signs in choices:
             on, t = np.flatnonzero(signs), np.zeros(len(theta))

@@ -1,10 +1,11 @@
 """What models make of prompts: exact answers, or the loss of the answers expected.
 
-    python recipes/study/measure.py demo/model out/stage1 out/stage2 out/stage3
+    python recipes/study/measure.py demo/model out/stage1 out/stage2 out/stage3 --html out/report.html
 
 A greedy answer counts if it is the one expected but for case and white space, as for `judge.py --judge exact`. With
 --what loss it is the mean loss of the tokens of the answer expected that counts. With --what told it is what a model
 that has seen no instruction knows: how it goes on, up to the first full stop, from the `told` of a prompt.
+--html writes a page with the answers of all models side by side, each compared with the first.
 """
 
 import argparse
@@ -21,11 +22,15 @@ from generate import Options, decode
 from model import Transformer, load_model
 from parts.cli import HelpFormatter, InputError, positive_int, print_table, run_program
 from parts.distributed import compute_dtype
-from parts.files import atomic_write, json_values
+from parts.files import atomic_write, check_output_paths, json_values
+from parts.report.page import page_data, render_page
+from parts.report.win_rates import exact_verdict, summarize
 from parts.text.rows import Turn, has_exact_answer
 from parts.text.templates import TEMPLATES, choose_template, render, stop_ids
 from parts.text.testsets import Prompt, read_prompts
 from parts.text.tokenizers import load_tokenizer
+
+PROMPTS = Path(__file__).resolve().parents[2] / "demo" / "prompts.jsonl"
 
 
 def answers(model: Transformer, tokenizer, prompts: list[list[int]], stop: set[int], most: int) -> list[str]:
@@ -80,7 +85,23 @@ def measure(
 TITLES = {"exact": "exact answers, %", "loss": "loss of the answers", "told": "known as text, %", "answers": "answers"}
 
 
+def comparisons(
+    models: list[Path], prompts: list[Prompt], right: list[list[bool]], answers: list[list[str]]
+) -> list[dict]:
+    """Every model's answers and which of them are right, against those of the first, as rows of verdicts."""
+    rows = []
+    for k in range(1, len(models)):
+        for p, ok, base_ok, answer, against in zip(prompts, right[k], right[0], answers[k], answers[0]):
+            row = {"dataset": p.dataset, "id": p.id, "instruction": p.instruction, "expected": p.expected}
+            row |= {"model": str(models[k]), "baseline": str(models[0]), "answer": answer, "against": against}
+            rows.append(row | {"judge": "exact"} | exact_verdict(ok, base_ok))
+    return rows
+
+
 def run(args: argparse.Namespace) -> None:
+    if args.html and (args.what != "exact" or len(args.models) < 2):
+        raise InputError("--html compares exact answers: give two models or more, and no other --what")
+    check_output_paths([path for path in (args.html, args.json) if path], [args.prompts])
     prompts, told = read_prompts(args.prompts), []
     if args.what != "answers" and any(p.expected is None for p in prompts):
         raise InputError(f"{args.prompts}: every prompt must say what answer is `expected`")
@@ -103,18 +124,23 @@ def run(args: argparse.Namespace) -> None:
     print_table((TITLES[args.what], *groups, "all"), table)
     if args.json:
         atomic_write(args.json, json.dumps({"values": values, "answers": written}))
+    if args.html:
+        rows = comparisons(args.models, prompts, values, written)
+        atomic_write(args.html, render_page(page_data(rows, summarize(rows), {})))
+        print(f"-> {args.html}: open it in a browser")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="DIR", help="HF folders")
-    add("--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl", metavar="F", help="with `expected`")
+    add("--prompts", type=Path, default=PROMPTS, metavar="F", help="with `expected`")
     what_help = "exact answers; mean loss of the answers expected; what is known as text; answers alone"
     add("--what", choices=TITLES, default="exact", help=what_help)
     add("--max-new-tokens", type=positive_int, default=96, metavar="N", help="longest answer")
     add("--template", choices=TEMPLATES, help="(default: as the model folder's own chat template, else phased)")
     add("--json", type=Path, metavar="F", help="for each model, for each prompt: its value and its answer")
+    add("--html", type=Path, metavar="F", help="a page with the answers side by side, each model against the first")
     add("--debug", action="store_true", help="show tracebacks")
     return run_program("measure.py", run, parser.parse_args(argv))
 

@@ -1,0 +1,61 @@
+"""The page of a report: one HTML file with the tables, the figures and every answer, which needs no network."""
+
+import base64
+import json
+from pathlib import Path
+
+from parts.cli import strip_control_chars
+from parts.files import read_text
+from parts.report.figures import FIGURES, MANY
+from parts.report.win_rates import describe_canaries, describe_questions, judge_name, without_canaries
+
+PAGE_TEMPLATE = Path(__file__).parent / "page.html"
+PAGE_DATA_MARKER = '<script type="application/json" id="data">'  # the one element of it that is filled
+
+
+def describe_orders(rows: list[dict]) -> str:
+    """How many of the comparisons were made in both orders: answers that are identical, or expected, need none."""
+    asked = sum(judge_name(r) != "exact" and isinstance(r.get("scores"), list) and any(r["scores"]) for r in rows)
+    return ", each in both orders" if asked == len(rows) else f", {asked:,} of them in both orders" if asked else ""
+
+
+def page_data(rows: list[dict], summary: list[dict], drawn: dict[str, dict[str, bytes]]) -> dict:
+    """What the page's script shows; `drawn` are the figures."""
+    names = {(r["model"], r["baseline"], r["judge"]): r["name"] for r in summary}
+    canaries, rows = describe_canaries(rows), without_canaries(rows)
+    texts: dict[str, int] = {}  # every text once
+
+    def index(text: str) -> int:
+        return texts.setdefault(text, len(texts))
+
+    pairs = []
+    for r in rows:
+        pair = {key: r[key] for key in ("baseline", "dataset", "id", "verdict")}
+        pair["judge"] = judge_name(r)
+        pair["model"] = names[tuple(map(strip_control_chars, (r["model"], r["baseline"], pair["judge"])))]
+        for key in ("instruction", "answer", "against"):
+            pair[key] = index(str(r.get(key, "")))
+        pair["expected"] = index(r["expected"]) if isinstance(r.get("expected"), str) else None
+        for key in ("scores", "replies"):  # in both orders
+            pair[key] = r[key] if isinstance(r.get(key), list) else []
+        pairs.append(pair)
+    asked = len({(r["dataset"], r["id"]) for r in rows})
+    judges = " and ".join(dict.fromkeys(map(judge_name, rows)))
+    models, baselines = (list(dict.fromkeys(r[key] for r in rows)) for key in ("model", "baseline"))
+    named = ", ".join(models) if len(models) <= MANY else f"{len(models)} models"
+    about = f"{asked:,} questions, {len(rows):,} comparisons{describe_orders(rows)}. Judge: {judges}."
+    return {
+        "title": f"{named} against {' and '.join(baselines)}",
+        "about": "\n".join([*canaries, *describe_questions(summary), about]),
+        "summary": summary,
+        "figures": [{"title": FIGURES[k], "svg": base64.b64encode(v["svg"]).decode()} for k, v in drawn.items()],
+        "rows": pairs,
+        "texts": list(texts),
+    }
+
+
+def render_page(content: dict) -> str:
+    """parts/report/page.html with `content` as its data: ASCII without `<`, so that nothing in it ends the element.
+    The page's script shows it as text; the browser runs no other script, for the page's policy names the hash of it."""
+    before, after = read_text(PAGE_TEMPLATE).split(PAGE_DATA_MARKER)
+    return before + PAGE_DATA_MARKER + json.dumps(content).replace("<", "\\u003c") + after[after.index("</script>") :]
