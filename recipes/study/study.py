@@ -59,8 +59,9 @@ from recipes.study.analysis import COMPARISONS, answers_of, file_name, write_fin
 from recipes.study.arms import REPLAYED, Arm, StudyData, cut_scores, held_back, make_arms, read_ground, stages_by
 from score import read_score
 
-DEMO = Path(__file__).resolve().parent
-ROOT = DEMO.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DEMO = ROOT / "demo"
 QUICK = ["one-off", "phased", "random stages", "stages 3-2-1", "stage 3 only", "phased, replay 0.1"]
 # Runs are forks of a process that has imported torch, which takes as long as ten steps of the demo.
 FORKS = multiprocessing.get_context("forkserver")
@@ -244,7 +245,7 @@ def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: st
     file = args.out / "data" / f"{prompts}.jsonl"
     how = ["--prompts", file, "--what", what, "--max-new-tokens", args.max_new_tokens, "--template", args.template]
     how += ["--json", path]
-    call([DEMO / "measure.py", *models, *how], ROOT, device)
+    call([HERE / "measure.py", *models, *how], ROOT, device)
     found = json.loads(path.read_text())
     path.unlink()
     return found
@@ -421,9 +422,8 @@ def settings_of(args: argparse.Namespace) -> dict:
     files = {f"--scored {k}, {path.name}": path for k, path in enumerate(args.scored, 1)}
     files |= {"--prompts": args.prompts} | ({"--validation": args.validation} if args.validation else {})
     files |= {f"--model {p.name}": p for p in sorted(args.model.iterdir()) if p.is_file()}
-    code = hashlib.sha256(
-        b"".join(p.read_bytes() for d in (ROOT, ROOT / "parts", DEMO) for p in sorted(d.glob("*.py")))
-    )
+    programs = [*ROOT.glob("*.py"), *(ROOT / "parts").rglob("*.py"), *HERE.glob("*.py")]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(programs)))
     given = {key: getattr(args, key) for key in keys.split()}
     hashes = {name: sha256(path) for name, path in files.items()}
     return {"settings": given, "hashes": hashes, "code": code.hexdigest()[:16]}
@@ -472,7 +472,7 @@ def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | Non
     path = args.out / "ceiling.json"
     if not path.exists():
         how = ["--what", "told", "--prompts", args.out / "data" / "prompts.jsonl", "--template", args.template]
-        call([DEMO / "measure.py", args.model, *how, "--max-new-tokens", args.max_new_tokens, "--json", path], ROOT)
+        call([HERE / "measure.py", args.model, *how, "--max-new-tokens", args.max_new_tokens, "--json", path], ROOT)
     return json.loads(path.read_text())["values"][0]
 
 
