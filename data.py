@@ -341,7 +341,7 @@ def epoch_batches(
 
 
 def micro_batches(
-    chosen: np.ndarray, lengths: np.ndarray, world_size: int, micro_tokens: int
+    chosen: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_tokens: int
 ) -> list[list[np.ndarray]]:
     """Deal a batch to ranks: per rank a list of micro-batches of at most that many tokens (a longer document goes
     alone).
@@ -350,7 +350,7 @@ def micro_batches(
     first, each to the bin with the fewest tokens, with nearly as few bins as keep to it.
     """
     order = chosen[np.argsort(-lengths[chosen], kind="stable")]
-    limit = max(micro_tokens, int(lengths[order[0]]))
+    limit = max(micro_batch_tokens, int(lengths[order[0]]))
     alone = int((lengths[order] > limit / 2).sum())  # no two of these share a bin
     per_rank = max(1, -(-alone // world_size), -(-int(lengths[order].sum()) // (limit * world_size)))
     while True:
@@ -365,13 +365,13 @@ def micro_batches(
         per_rank += 1 + per_rank // 16
 
 
-def largest_micro_batch(stages: list[Stage], world_size: int, micro_tokens: int) -> tuple[int, int]:
+def largest_micro_batch(stages: list[Stage], world_size: int, micro_batch_tokens: int) -> tuple[int, int]:
     """Most tokens and most supervised tokens of a micro-batch, among a hundred batches of each stage."""
     tokens, supervised = [], []
     for stage in stages:
         documents = stage.documents
         for batch in epoch_batches(documents, np.arange(len(documents)), stage.batch_size, 0, 0, 0)[:100]:
-            for rank in micro_batches(batch, documents.lengths, world_size, micro_tokens):
+            for rank in micro_batches(batch, documents.lengths, world_size, micro_batch_tokens):
                 tokens += [int(documents.lengths[part].sum()) for part in rank]
                 supervised += [int(documents.target_counts[part].sum()) for part in rank]
     return max(tokens), max(supervised)

@@ -327,7 +327,7 @@ def build_meta_model(config: Config, weights: Weights, dtype: torch.dtype) -> Tr
     """The model as it is trained, on meta: without memory. `dtype` is that of the computation; beside adapters (LoRA)
     the frozen weights have it, too."""
     with torch.device("meta"):
-        model = Transformer(config).to(dtype if weights.lora else DTYPES[weights.weights])
+        model = Transformer(config).to(dtype if weights.lora else DTYPES[weights.param_dtype])
         if weights.lora:
             model.add_lora(weights.lora, weights.lora_alpha, weights.lora_targets)
     model.compute_dtype = dtype
@@ -347,7 +347,7 @@ def build_model(
             block.compute = torch.compile(block.compute, dynamic=True)
     if ranks.world_size > 1:  # a rank alone would only make copies
         shard_model(model, model.layers, dtype, ranks.mesh)
-        register_fsdp_forward_method(model, "logits_at")  # for --sample
+        register_fsdp_forward_method(model, "logits_at")  # for --sample-prompts
     elif ranks.device.type == "cpu":
         model.embed.sparse = True  # its gradient only at the words that occur
     model.to_empty(device=ranks.device)

@@ -206,7 +206,7 @@ def answer_text(row: Row) -> str:
 
 @torch.no_grad()
 def measure_ifd(
-    model: Transformer, documents: Documents, micro_tokens: int = 4096, rank: int = 0, world_size: int = 1
+    model: Transformer, documents: Documents, micro_batch_tokens: int = 4096, rank: int = 0, world_size: int = 1
 ) -> Tensor:
     """Instruction-following difficulty of each document, (D,) fp32 on the CPU; NaN where there is none.
 
@@ -227,7 +227,7 @@ def measure_ifd(
     device = next(model.parameters()).device
     scores = torch.zeros(D, dtype=torch.float64, device=device)
     lengths = documents.lengths + alone.lengths
-    for part in data.micro_batches(np.arange(D), lengths, world_size, micro_tokens)[rank]:
+    for part in data.micro_batches(np.arange(D), lengths, world_size, micro_batch_tokens)[rank]:
         pairs = np.concatenate([part, D + part])  # each document, then each answer alone
         _, losses = model(*(torch.from_numpy(a).to(device) for a in both.pack(pairs)))
         if len(part):
@@ -286,7 +286,7 @@ def ifd_command(args: argparse.Namespace) -> None:
         dtype = compute_dtype(args.dtype)
         about = f"{checksum(dict(model.named_parameters()))} {args.template} {dtype} {SCORE.key}".encode()
         keys = [content_key(about, documents, d) for d in range(len(documents))]
-        todo, tokens = measure_missing(model, documents, keys, store, args.micro_tokens, ranks)
+        todo, tokens = measure_missing(model, documents, keys, store, args.micro_batch_tokens, ranks)
         if store is None:
             return
         store.close()
@@ -315,7 +315,7 @@ def measure_missing(
     documents: Documents,
     keys: list[str],
     store: Store | None,
-    micro_tokens: int,
+    micro_batch_tokens: int,
     ranks: DistributedEnv,
 ) -> tuple[int, int]:
     """Score the documents whose keys are not in the first rank's store, and keep what is found there after every chunk.
@@ -326,7 +326,7 @@ def measure_missing(
         for a in range(0, len(todo), CHUNK * ranks.world_size):
             chosen = todo[a : a + CHUNK * ranks.world_size]
             chunk = data.subset(documents, chosen)
-            found = SCORE.measure(model, chunk, micro_tokens, ranks.rank, ranks.world_size)
+            found = SCORE.measure(model, chunk, micro_batch_tokens, ranks.rank, ranks.world_size)
             tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
             for d, score in zip(chosen, found.tolist()):
                 if store:
@@ -433,14 +433,14 @@ def plan_scoring(selection: Selection, usable: np.ndarray, epoch: int, most: int
 
 
 def score_candidates(
-    selection: Selection, model: Transformer, documents: Documents, ranks: DistributedEnv, micro_tokens: int
+    selection: Selection, model: Transformer, documents: Documents, ranks: DistributedEnv, micro_batch_tokens: int
 ) -> Iterator[None]:
     """Score those candidates that have not been, on all ranks; yields after every chunk."""
     if not selection.scores:
         selection.scores = [math.nan] * len(documents)
     while selection.scored < len(selection.candidates):
         chunk = np.array(selection.candidates[selection.scored :][: CHUNK * ranks.world_size])
-        found = SCORE.measure(model, data.subset(documents, chunk), micro_tokens, ranks.rank, ranks.world_size)
+        found = SCORE.measure(model, data.subset(documents, chunk), micro_batch_tokens, ranks.rank, ranks.world_size)
         for d, value in zip(chunk.tolist(), found.tolist()):
             selection.scores[d] = value
         selection.scored += len(chunk)
@@ -469,7 +469,7 @@ def select_epoch_rows(
     epoch: int,
     count: int,
     ranks: DistributedEnv,
-    micro_tokens: int,
+    micro_batch_tokens: int,
 ) -> Iterator[tuple[int, int]]:
     """Choose the `count` documents that `epoch` trains on (IterIT, section 3): `selection.chosen`.
 
@@ -481,7 +481,7 @@ def select_epoch_rows(
     if selection.scoring != epoch:
         usable = np.flatnonzero(data.has_prompt_and_answer(documents))
         plan_scoring(selection, usable, epoch, most=round(options.update_ratio * count))
-    for _ in score_candidates(selection, model, documents, ranks, micro_tokens):
+    for _ in score_candidates(selection, model, documents, ranks, micro_batch_tokens):
         yield selection.scored, len(selection.candidates)
     choose_candidates(selection, options, documents, tokenizer, epoch, count)
 
@@ -581,7 +581,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
     p.add_argument("--template", choices=TEMPLATES, help=template_help)
     p.add_argument("--max-len", type=positive_int, default=2048, help="tokens; longer rows are cut at the end")
-    p.add_argument("--micro-tokens", type=positive_int, default=4096, help="tokens that go through the model at once")
+    p.add_argument(
+        "--micro-batch-tokens",
+        "--micro-tokens",
+        type=positive_int,
+        default=4096,
+        help="tokens that go through the model at once",
+    )
     p.add_argument(
         "--dtype",
         choices=["auto", "fp32", "bf16"],

@@ -101,7 +101,7 @@ def trained_parameters(model: Transformer) -> dict[str, nn.Parameter]:
 
 
 def stage_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization, stage: int) -> torch.optim.Optimizer:
-    """A fresh optimizer for stage 0, 1, …; with --weights bf16 each stage rounds by draws of its own."""
+    """A fresh optimizer for stage 0, 1, …; with --param-dtype bf16 each stage rounds by draws of its own."""
     optimizer = make_optimizer(trained, replace(optimization, seed=random_key(optimization.seed, stage)))
     check_optimizer(optimizer, trained)
     return optimizer
@@ -138,7 +138,7 @@ def batch_gradients(
     trained: dict[str, nn.Parameter],
     documents: Documents,
     batch: np.ndarray,
-    micro_tokens: int,
+    micro_batch_tokens: int,
     ranks: DistributedEnv,
     on_micro_batch: Callable[[], None],
     key: int = 0,
@@ -153,7 +153,7 @@ def batch_gradients(
     for p in trained.values():  # kept from step to step: allocated again, they would fragment a CPU's memory
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     scale = ranks.world_size / supervised  # FSDP takes the mean over ranks
-    for part in data.micro_batches(batch, documents.lengths, ranks.world_size, micro_tokens)[ranks.rank]:
+    for part in data.micro_batches(batch, documents.lengths, ranks.world_size, micro_batch_tokens)[ranks.rank]:
         on_micro_batch()
         total += add_gradients(model, documents, part, key, ranks, scale)
     dist.all_reduce(total)
@@ -178,7 +178,7 @@ def add_gradients(
 def held_out_loss(
     model: Transformer,
     documents: Documents,
-    micro_tokens: int,
+    micro_batch_tokens: int,
     ranks: DistributedEnv,
     on_micro_batch: Callable[[], None],
     name: str,
@@ -187,7 +187,7 @@ def held_out_loss(
     progress."""
     total = torch.zeros((), device=ranks.device, dtype=torch.float64)
     everything = np.arange(len(documents))
-    parts = data.micro_batches(everything, documents.lengths, ranks.world_size, micro_tokens)[ranks.rank]
+    parts = data.micro_batches(everything, documents.lengths, ranks.world_size, micro_batch_tokens)[ranks.rank]
     with progress(len(parts), f"held-out loss, {name}", "micro-batch", shown=ranks.rank == 0) as bar:
         for part in parts:
             on_micro_batch()
@@ -227,7 +227,7 @@ class Run:
     log: RunLog
     held_out: dict[str, Documents]
     output: Output
-    micro_tokens: int
+    micro_batch_tokens: int
     flops: memory_plan.Flops  # of training
     ranks: DistributedEnv
 
@@ -263,9 +263,9 @@ def train_step(run: Run, stage: Stage, epoch: int, batch: np.ndarray, lr: float,
     state, done, started = run.state, run.state.progress, time.perf_counter()
     key = random_key(optimization.seed, done.global_step)
     loss = batch_gradients(
-        run.model, state.trained, stage.documents, batch, run.micro_tokens, run.ranks, run.saver.safe_point, key
+        run.model, state.trained, stage.documents, batch, run.micro_batch_tokens, run.ranks, run.saver.safe_point, key
     )
-    norm = clip_gradients(state.trained, optimization.clip, run.ranks)
+    norm = clip_gradients(state.trained, optimization.max_grad_norm, run.ranks)
     if finite := math.isfinite(loss) and math.isfinite(norm):
         update_weights(state, lr)
     else:
@@ -308,7 +308,7 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
     given, tokenizer = epoch == 0 and bool(stage.scores), load_tokenizer(run.output.model)
     count = stage.rows - stage.mixed_in
     scoring = score.select_epoch_rows(
-        selection, options, run.model, stage.own, tokenizer, epoch, count, run.ranks, run.micro_tokens
+        selection, options, run.model, stage.own, tokenizer, epoch, count, run.ranks, run.micro_batch_tokens
     )
     with progress(0, f"{stage.name} {score.SCORE.name}", "row", shown=run.ranks.rank == 0) as bar:
         for scored, bar.total in scoring:
@@ -336,7 +336,7 @@ def evaluate(run: Run, label: str) -> str:
     if done.last_eval_step == done.global_step:
         return ""
     losses = {
-        name: held_out_loss(run.model, documents, run.micro_tokens, run.ranks, run.saver.safe_point, name)
+        name: held_out_loss(run.model, documents, run.micro_batch_tokens, run.ranks, run.saver.safe_point, name)
         for name, documents in run.held_out.items()
     }
     for name, loss in losses.items():
@@ -393,11 +393,11 @@ def finish_stage(run: Run, stage: Stage) -> None:
 
 
 def answer_samples(run: Run, stage: Stage) -> list[dict] | None:
-    """The answers to --sample, None without."""
-    if not run.output.sample:
+    """The answers to --sample-prompts, None without."""
+    if not run.output.sample_prompts:
         return None
     tokenizer = load_tokenizer(run.output.model)
-    answering = generate.answer_samples(run.model, tokenizer, run.output.template, run.output.sample)
+    answering = generate.answer_samples(run.model, tokenizer, run.output.template, run.output.sample_prompts)
     with progress(0, f"{stage.name} samples", "answer", shown=run.ranks.rank == 0) as bar:
         for samples in answering:
             bar.total = len(samples)
@@ -485,13 +485,17 @@ def set_template(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace, model: Transformer) -> tuple[list[Stage], dict[str, Documents], dict[str, str]]:
     """What can be wrong is found before the first weight is read. Returns what `read_data` does, with a sha256 of every
     file that was read."""
-    inputs = [args.model, *map(Path, [*args.stages, *args.eval, *args.scores]), *([args.sample] if args.sample else [])]
+    inputs = [
+        args.model,
+        *map(Path, [*args.stages, *args.eval, *args.scores]),
+        *([args.sample_prompts] if args.sample_prompts else []),
+    ]
     check_foreign_files(args.out, [*(f"stage{k + 1}" for k in range(len(args.stages))), "resume", *LOG_FILES], inputs)
     stages, held_out, hashes = read_data(args, first=True)
     tokenizer = load_tokenizer(args.model)
     highest = max(int(documents.tokens.max()) for documents in [*(s.documents for s in stages), *held_out.values()])
-    if args.sample:
-        prompts = generate.read_prompts(args.sample)
+    if args.sample_prompts:
+        prompts = generate.read_prompts(args.sample_prompts)
         generate.print_later_turns(prompts)
         highest = max(highest, *generate.render_prompts(prompts, tokenizer, args.template))
     data.check_vocabulary(highest, model.config.vocab_size, args.model)
@@ -520,8 +524,8 @@ def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict
     if config.untied_head:
         print(UNTIED_HEAD_NOTE)
     if args.dry_run:
-        ways = options.unsupported_combinations(weights)
-        largest = partial(data.largest_micro_batch, stages, micro_tokens=args.micro_tokens)
+        ways = options.memory_variants(weights)
+        largest = partial(data.largest_micro_batch, stages, micro_batch_tokens=args.micro_batch_tokens)
         print_memory(args, ways, partial(build_meta_model, config), trained_parameters, largest)
     else:
         atomic_write(args.out / "run.json", json.dumps(run | {"weights": before.get("weights")}, indent=1))
@@ -576,7 +580,7 @@ def train(
         log=log,
         held_out=held_out,
         output=dataclass_from_args(Output, args),
-        micro_tokens=args.micro_tokens,
+        micro_batch_tokens=args.micro_batch_tokens,
         flops=memory_plan.training_flops(model, set(trained), peak * ranks.world_size if peak else None),
         ranks=ranks,
     )
@@ -600,7 +604,7 @@ def start(args: argparse.Namespace) -> None:
             if is_first:
                 lock = stack.enter_context(lock_folder(args.out))
                 stages, held_out = prepare(args, config)
-        with init_distributed(args.replicas, store) as ranks, oom_advice(args.micro_tokens):
+        with init_distributed(args.replicas, store) as ranks, oom_advice(args.micro_batch_tokens):
             check_shared(args.out / "lock")
             if ranks.rank > 0:  # from what the first has cached
                 stages, held_out, _ = read_data(args, first=False)

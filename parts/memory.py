@@ -86,12 +86,14 @@ def memory_in_use(device: torch.device) -> int:
 
 
 @contextmanager
-def oom_advice(micro_tokens: int) -> Iterator[None]:
+def oom_advice(micro_batch_tokens: int) -> Iterator[None]:
     """Raise WorkError, with the flags that need less memory, where training needs more than a GPU has."""
     try:
         yield
     except torch.OutOfMemoryError as e:
-        ways = f"--micro-tokens {micro_tokens // 2}, --checkpoint-activations, --weights bf16 or --lora 16"
+        ways = (
+            f"--micro-batch-tokens {micro_batch_tokens // 2}, --checkpoint-activations, --param-dtype bf16 or --lora 16"
+        )
         raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None
 
 

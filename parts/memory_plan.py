@@ -293,7 +293,7 @@ def print_memory_plan(plans: dict[str, dict[int, dict[str, float]]], free: dict[
             advice = (
                 f"{fits} fits"
                 if fits
-                else "no way fits: try --checkpoint-activations, fewer --micro-tokens, more ranks"
+                else "no way fits: try --checkpoint-activations, fewer --micro-batch-tokens, more ranks"
             )
             where = f"the {has / 2**30:,.1f} GiB free on each of {world} rank{'s' * (world > 1)}"
             print(f"{chosen} does not fit into {where}; {advice}.")

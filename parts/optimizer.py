@@ -17,7 +17,7 @@ def make_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization)
     others = [p for p in trained.values() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups, settings = [g for g in groups if g["params"]], {"betas": tuple(optimization.betas), "eps": 1e-8}
-    if any(p.dtype == torch.bfloat16 for p in trained.values()):  # --weights bf16
+    if any(p.dtype == torch.bfloat16 for p in trained.values()):  # --param-dtype bf16
         return StochasticAdamW(groups, **settings, seed=optimization.seed)
     return torch.optim.AdamW(groups, lr=0.0, **settings, fused=True)
 

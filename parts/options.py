@@ -66,7 +66,7 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add("--warmup-ratio", type=fraction, default=0.1, help="share of the steps in which the rate rises")
     add("--weight-decay", type=nonneg_float, default=0.1, help="on matrices, not on norms and biases")
     add("--betas", nargs=2, type=fraction, default=[0.9, 0.95], metavar="B", help="of AdamW")
-    add("--clip", type=nonneg_float, default=1.0, help="largest gradient norm")
+    add("--max-grad-norm", "--clip", type=nonneg_float, default=1.0, help="largest gradient norm")
     state_help = "at a new stage: fresh optimizer and schedule (the paper), or one of each over all stages"
     add("--optimizer-state", choices=["reset", "keep"], default="reset", help=state_help)
     add("--seed", type=nonneg_int, default=0, help="of the order of the rows, of adapters and of rounding")
@@ -74,7 +74,7 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     title = "weights: all in fp32 (16 bytes a parameter in training), all in bf16 (8), or small adapters alone (LoRA)"
     add = parser.add_argument_group(title).add_argument
     weights_help = "of weights, gradients and AdamW's moments; bf16 is rounded stochastically after every step"
-    add("--weights", choices=["fp32", "bf16"], default="fp32", help=weights_help)
+    add("--param-dtype", "--weights", choices=["fp32", "bf16"], default="fp32", help=weights_help)
     lora_help = "freeze the weights and train adapters of rank R beside them; stageN/ is merged, stageN/adapter/ is not"
     add("--lora", type=positive_int, metavar="R", help=lora_help)
     add("--lora-alpha", type=nonneg_float, metavar="X", help="adapters count X / R times (default: 2 R)")
@@ -103,7 +103,13 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add = parser.add_argument_group(title).add_argument
     dtype_help = "of the computation; auto: bf16 where the device has it"
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=dtype_help)
-    add("--micro-tokens", type=positive_int, default=2048, help="tokens that go through the model at once")
+    add(
+        "--micro-batch-tokens",
+        "--micro-tokens",
+        type=positive_int,
+        default=2048,
+        help="tokens that go through the model at once",
+    )
     add("--checkpoint-activations", action="store_true", help="less memory for a third more computation")
     add("--compile", action="store_true", help="torch.compile the blocks")
     replicas_help = "HSDP: shard inside each of this many groups of ranks (say, nodes), replicate across them"
@@ -115,7 +121,7 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add("--save-every", type=positive_int, metavar="N", help=save_help)
     add("--eval-every", type=positive_int, metavar="N", help="steps between measurements on --eval")
     sample_help = "prompts that every stage's model answers: stageN/samples.json, the first few printed"
-    add("--sample", type=Path, metavar="F", help=sample_help)
+    add("--sample-prompts", "--sample", type=Path, metavar="F", help=sample_help)
     skip_help = "skip up to N steps whose loss or gradient is not finite, instead of stopping at the first"
     add("--skip-nonfinite", type=nonneg_int, default=0, metavar="N", help=skip_help)
     add("--dry-run", action="store_true", help="read data and config, print the plan and stop")
@@ -156,9 +162,9 @@ def parse_args(argv: list[str] | None, templates: list[str], demo: Path) -> argp
         whole_demo = args.model is None and args.stages == parser.get_default("stages")
         args.eval = ["held_out_easy", "held_out_medium", "held_out_hard"] if whole_demo else []
     args.model = args.model or demo / "model"
-    if args.lora and args.weights == "bf16":
+    if args.lora and args.param_dtype == "bf16":
         parser.error(
-            "--lora keeps its frozen weights in the dtype of the computation: not together with --weights bf16"
+            "--lora keeps its frozen weights in the dtype of the computation: not together with --param-dtype bf16"
         )
     if not args.lora and (args.lora_alpha is not None or args.lora_targets != TARGETS):
         parser.error("--lora-alpha and --lora-targets need --lora")
@@ -184,9 +190,9 @@ def world_sizes(args: argparse.Namespace) -> list[int]:
 RESUMABLE_ARGS = {
     "out",
     "save_every",
-    "sample",
+    "sample_prompts",
     "skip_nonfinite",
-    "micro_tokens",
+    "micro_batch_tokens",
     "checkpoint_activations",
     "compile",
     "replicas",
@@ -198,7 +204,7 @@ RESUMABLE_ARGS |= {"dry_run", "plan_world_size", "plan_gpu", "debug"}
 class Optimization:
     weight_decay: float
     betas: list[float]
-    clip: float  # largest gradient norm; 0: none
+    max_grad_norm: float  # largest gradient norm; 0: none
     schedule: str  # cosine, linear or constant
     warmup_ratio: float
     optimizer_state: str  # keep: one optimizer and schedule over all stages; reset: fresh ones at each (the paper)
@@ -210,18 +216,18 @@ class Optimization:
 class Weights:
     """In what the model is held, and what of it is trained."""
 
-    weights: str = "fp32"  # or bf16; with LoRA the frozen ones have the dtype of the computation, adapters fp32
+    param_dtype: str = "fp32"  # or bf16; with LoRA the frozen ones have the dtype of the computation, adapters fp32
     lora: int | None = None  # rank of the adapters; None: everything is trained
     lora_alpha: float | None = None  # adapters count lora_alpha / lora times
     lora_targets: Sequence[str] = tuple(TARGETS)
     seed: int = 0  # of the adapters
 
 
-def unsupported_combinations(chosen: Weights) -> dict[str, Weights]:
+def memory_variants(chosen: Weights) -> dict[str, Weights]:
     """The ways to hold and train weights, by their flags: the chosen one, then from the most memory to the least."""
     lora = chosen if chosen.lora else Weights(lora=16, lora_alpha=32.0)
-    ways = {"--weights fp32": Weights(), "--weights bf16": Weights("bf16"), f"--lora {lora.lora}": lora}
-    mine = f"--lora {lora.lora}" if chosen.lora else f"--weights {chosen.weights}"
+    ways = {"--param-dtype fp32": Weights(), "--param-dtype bf16": Weights("bf16"), f"--lora {lora.lora}": lora}
+    mine = f"--lora {lora.lora}" if chosen.lora else f"--param-dtype {chosen.param_dtype}"
     return {mine: chosen} | ways
 
 
@@ -230,7 +236,7 @@ class Computation:
     """Changes speed and memory, not what is computed."""
 
     dtype: str  # auto, bf16 or fp32
-    micro_tokens: int
+    micro_batch_tokens: int
     checkpoint_activations: bool
     compile: bool
 
@@ -243,4 +249,4 @@ class Output:
     save_dtype: str
     save_every: int | None  # steps; None: ten minutes
     eval_every: int | None
-    sample: Path | None  # prompts
+    sample_prompts: Path | None  # prompts

@@ -28,7 +28,7 @@ class Recipe:
     """Of a model: what fits on GPUs of 80 GB (never run on them by us), and the paper's average win rates - 50 %."""
 
     name: str
-    micro_tokens: int
+    micro_batch_tokens: int
     paper: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,13 +59,13 @@ def recipe_of(folder: Path) -> tuple[Recipe, bool]:
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{folder / 'config.json'}: no config of a Llama or Mistral model") from None
     parameters = 12 * layers * dim**2
-    micro_tokens = 2**14 if parameters <= 10e9 else 2**13 if parameters <= 20e9 else 2**12
-    return RECIPES.get(key) or Recipe(folder.name, micro_tokens), parameters > 1e9
+    micro_batch_tokens = 2**14 if parameters <= 10e9 else 2**13 if parameters <= 20e9 else 2**12
+    return RECIPES.get(key) or Recipe(folder.name, micro_batch_tokens), parameters > 1e9
 
 
 def print_flags(args: argparse.Namespace) -> None:
     found, large = recipe_of(args.model)
-    print(f"--micro-tokens {found.micro_tokens}" + " --checkpoint-activations" * large)
+    print(f"--micro-batch-tokens {found.micro_tokens}" + " --checkpoint-activations" * large)
 
 
 # ---------------------------------------------------------------- the plan
@@ -77,7 +77,6 @@ UTILIZATION, BANDWIDTH = 0.3, 1.5e12  # guesses: of a GPU's peak in training; by
 def plan(args: argparse.Namespace) -> None:
     """Print what everything takes from its beginning. Raises InputError where something would fail later."""
     import torch
-    from parts.checkpoints.config import read_config
 
     import data
     import generate
@@ -87,6 +86,7 @@ def plan(args: argparse.Namespace) -> None:
     from parts.api.options import api_options
     from parts.api.prompts import difficulty_prompt, judge_prompt
     from parts.api.questions import fence, fill, tokens_in
+    from parts.checkpoints.config import read_config
     from parts.options import Weights
     from parts.text.rows import read_good_rows
     from parts.text.testsets import read_prompts
@@ -155,7 +155,7 @@ def plan(args: argparse.Namespace) -> None:
         counts = (f"{n:,}" if n else "", f"{tokens:,}" if tokens else "")
         lines.append((what, *counts, money, f"{hours:,.1f}" if hours else "", f"{disk / 1e9:,.1f}" if disk else ""))
     print_table(("from the beginning, estimated", "rows", "tokens", "dollars", "GPU hours", "disk, GB"), lines)
-    micro = training.micro_tokens
+    micro = training.micro_batch_tokens
     shape = (torch.bfloat16, micro, micro, training.checkpoint_activations, True)
     memory = sum(memory_plan.memory_plan(model, trained, args.gpus, *shape).values())
     where = f"{args.gpus} {args.gpu}"

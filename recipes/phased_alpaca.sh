@@ -47,7 +47,7 @@ read -ra usual_training <<< "$(helper usual "$MODEL")"
 read -ra answers <<< "${ANSWERS:-}"
 # The paper's values (its section 4 and its scripts), then what only changes speed and memory.
 training=(--model "$MODEL" --epochs 2 --lr 5e-6 --batch-size 128 --max-len 2048 --schedule cosine --warmup-ratio 0.1
-    --weight-decay 0.1 --betas 0.9 0.95 --clip 1.0 --seed 3517 --dtype bf16 --skip-bad-rows
+    --weight-decay 0.1 --betas 0.9 0.95 --max-grad-norm 1.0 --seed 3517 --dtype bf16 --skip-bad-rows
     ${usual_training[@]+"${usual_training[@]}"} ${given[@]+"${given[@]}"})
 arms=(one-off phased random stage3 ${orders[@]+"${orders[@]}"})
 if [ -n "$dry_run" ] || [ ! -e "$out/scored.jsonl.done" ]; then

@@ -47,7 +47,7 @@ say "three stages of rising difficulty"
 
 say "training"
 "$python" "$root/train.py" --model "$out/model" --stages "$out"/s{1,2,3}.jsonl --max-len 512 --lr 2e-5 --batch-size 16 \
-    --weights bf16 --out "$out/run"
+    --param-dtype bf16 --out "$out/run"
 
 say "answers before and after"
 for name in model run/stage3; do

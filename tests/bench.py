@@ -56,9 +56,8 @@ def peak_memory() -> int:
 
 def build(folder: Path, dtype: str, ranks, more: list[str]):
     """train.py's documents, model, trained parameters and optimizer, at a rate of 1e-4; `more` flags."""
-    from parts.checkpoints.config import read_config
-
     import train
+    from parts.checkpoints.config import read_config
     from parts.cli import dataclass_from_args
 
     where = ["--model", str(folder), "--stages", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
@@ -220,9 +219,8 @@ def contender(folder: Path, name: str, dtype: str, steps: int) -> dict:
 
 
 def make_folder(folder: Path, size: str, vocab: int = 32000) -> None:
-    from parts.checkpoints.config import parse_config
-
     from model import Transformer, init_weights, save_model
+    from parts.checkpoints.config import parse_config
 
     model = Transformer(parse_config(raw_config(size, vocab)))
     init_weights(model, 0)
@@ -261,7 +259,7 @@ def compare(size: str, dtype: str, rounds: int, steps: int, fixed: bool, folder:
 
 def lora(size: str, dtype: str, rounds: int, steps: int, folder: Path) -> None:
     """Speed and memory of LoRA and of weights in bf16 beside training in full, one after the other in every round."""
-    names = ["ours", "ours --lora 16", "ours --weights bf16"]
+    names = ["ours", "ours --lora 16", "ours --param-dtype bf16"]
     results = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:

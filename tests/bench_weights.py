@@ -1,4 +1,4 @@
-"""What it costs to hold weights in bf16: the study behind --weights bf16. By hand: tests/bench.py --parts weights
+"""What it costs to hold weights in bf16: the study behind --param-dtype bf16. By hand: tests/bench.py --parts weights
 
 A model of 25 M parameters is trained for a while in fp32 on one half of the real rows. From there every way takes 300
 steps of few tokens on the other half: at an ordinary rate, and at the paper's, whose updates lie far below half a step
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from parts.checkpoints.config import read_config
 
 import data
 import train
 from model import save_model
 from parts.adamw import StochasticAdamW, stochastic_round_
+from parts.checkpoints.config import read_config
 from parts.cli import dataclass_from_args
 from parts.distributed import init_distributed
 

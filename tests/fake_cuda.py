@@ -200,7 +200,7 @@ def tracked_peak(
     config: Config, chosen: Weights, computation: Computation, ranks: DistributedEnv, tracker: StorageTracker
 ) -> int:
     """Bytes at the peak of an optimizer step, the gradients of the next batch and the export."""
-    tokens = computation.micro_tokens
+    tokens = computation.micro_batch_tokens
     rows = documents(tokens // LENGTH * ranks.world_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = train.build_model(None, config, chosen, computation, ranks)

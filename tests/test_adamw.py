@@ -1,4 +1,4 @@
-"""--weights bf16: the rounding, the optimizer against torch's, what a run with it keeps, saves and goes on from."""
+"""--param-dtype bf16: the rounding, the optimizer against torch's, what a run with it keeps, saves and goes on from."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,13 @@ import torch
 from conftest import Forked, close, go, metrics, run_forked, same, training, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts.checkpoints.config import parse_config
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
 from parts import adamw, memory_plan
 from parts.adamw import StochasticAdamW, stochastic_round_
+from parts.checkpoints.config import parse_config
 from parts.distributed import gradient_norm
 from parts.options import Weights
 

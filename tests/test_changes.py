@@ -229,7 +229,7 @@ def test_an_average_of_the_weights_survives_a_kill(bench, tmp_path):
 
 
 @torch.no_grad()
-def perplexity(llama, documents, micro_tokens=4096, rank=0, world_size=1):
+def perplexity(llama, documents, micro_batch_tokens=4096, rank=0, world_size=1):
     """Of the supervised tokens of each document, (D,) fp32."""
     found = torch.zeros(len(documents))
     for d in range(len(documents)):

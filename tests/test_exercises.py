@@ -79,8 +79,8 @@ def test_a_z_loss_changes_the_gradient_and_no_measured_loss(bench):
     with replaced(train, "training_loss", with_z_loss), init_distributed():
         assert torch.equal(llama(*inputs)[1], measured)
         assert torch.equal(score.measure_ifd(llama, documents), ifd)
-        for micro_tokens in (4096, 64):
-            loss = train.batch_gradients(llama, trained, documents, batch, micro_tokens, alone, lambda: None)
+        for micro_batch_tokens in (4096, 64):
+            loss = train.batch_gradients(llama, trained, documents, batch, micro_batch_tokens, alone, lambda: None)
             assert loss == pytest.approx(cross_entropy.item(), rel=1e-5)  # as measured
             for p, gradient in zip(trained.values(), wanted_gradients):
                 torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
@@ -143,10 +143,10 @@ def test_frozen_embeddings_keep_their_bits_and_all_others_move(bench, tmp_path, 
 
 
 @torch.no_grad()
-def measure_perplexity(llama, documents, micro_tokens=4096, rank=0, world_size=1):
+def measure_perplexity(llama, documents, micro_batch_tokens=4096, rank=0, world_size=1):
     """Of the supervised tokens of each document, (D,) fp32."""
     found = torch.zeros(len(documents))
-    for part in data.micro_batches(np.arange(len(documents)), documents.lengths, 1, micro_tokens)[0]:
+    for part in data.micro_batches(np.arange(len(documents)), documents.lengths, 1, micro_batch_tokens)[0]:
         _, losses = llama(*(torch.from_numpy(a) for a in documents.pack(part)))
         for d, of_document in zip(part, losses.split(documents.target_counts[part].tolist())):
             found[d] = of_document.double().mean().exp()

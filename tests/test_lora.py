@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import numpy as np
-import prepare
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import train
 from model import Transformer, init_weights, load_model, save_model
-from parts import memory_plan
+from parts import memory_plan, run_plan
 from parts.checkpoints import config as config_file
 from parts.checkpoints.config import parse_config
 from parts.options import TARGETS, Weights
@@ -271,15 +270,15 @@ def test_the_plan_of_8_b_fits_a_24_gb_gpu():
 def test_the_plan_names_the_first_way_that_fits(bench, tmp_path):
     dry = ["--dry-run", "--plan-world-size", "2", "--dtype", "auto"]
     plan = go(bench, tmp_path / "o", *dry, "--plan-gpu", "80").stdout
-    assert "with --weights bf16" in plan and "with --lora 16" in plan and "does not fit" not in plan
+    assert "with --param-dtype bf16" in plan and "with --lora 16" in plan and "does not fit" not in plan
     needs = {line.split("  ")[0].strip(): float(line.split()[-2]) for line in plan.splitlines()[-3:]}
-    assert list(needs) == ["together", "with --weights bf16", "with --lora 16"]
+    assert list(needs) == ["together", "with --param-dtype bf16", "with --lora 16"]
     assert "no way fits" in go(bench, tmp_path / "o", *dry, "--plan-gpu", "0.0001").stdout
 
 
 def test_a_machines_memory_is_divided_among_the_planned_ranks_once(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(prepare, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
+    monkeypatch.setattr(run_plan, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
     monkeypatch.setattr(memory_plan, "print_memory_plan", lambda planned, free: print(free))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as torchrun says it
         monkeypatch.setenv(name, "2")

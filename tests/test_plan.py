@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, go
-from parts.checkpoints.config import parse_config
 
 import train
 from parts import memory_plan
+from parts.checkpoints.config import parse_config
 from parts.options import Weights
 
 
@@ -91,7 +91,7 @@ def test_the_table_of_machines_is_what_the_plan_says():
             world = int(re.search(r"(\d+) GPU", column)[1])
             replicas = int((re.search(r"--replicas (\d+)", column) or [0, 1])[1])
             weights = Weights(lora=16, lora_alpha=32.0) if "--lora 16" in column else Weights()
-            weights = Weights("bf16") if "--weights bf16" in column else weights
+            weights = Weights("bf16") if "--param-dtype bf16" in column else weights
             model = train.build_meta_model(SHAPES[name], weights, torch.bfloat16)
             how = (world // replicas, torch.bfloat16, 4096, 4096, True, True, replicas)
             plan = memory_plan.memory_plan(model, set(train.trained_parameters(model)), *how)

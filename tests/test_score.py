@@ -340,9 +340,8 @@ def test_ifd_of_rows_that_cannot_have_one_is_an_error_that_says_why(folder, tmp_
 
 
 def test_documents_without_prompt_or_prediction_have_no_ifd():
-    from parts.checkpoints.config import parse_config
-
     from model import Transformer, init_weights
+    from parts.checkpoints.config import parse_config
 
     model = Transformer(
         parse_config(

@@ -752,8 +752,10 @@ def test_changed_code_is_said_when_a_run_goes_on(bench, tmp_path):
 def test_an_older_run_that_does_not_know_a_flag_goes_on_as_if_at_its_default(bench, tmp_path):
     go(bench, tmp_path / "o", stages=("s1",))
     run = json.loads((tmp_path / "o" / "run.json").read_text())
-    for name in ("clip", "schedule", "epochs", "lr"):
+    for name in ("max_grad_norm", "schedule", "epochs", "lr"):
         del run["arguments"][name]
     (tmp_path / "o" / "run.json").write_text(json.dumps(run))
     assert "all stages done" in go(bench, tmp_path / "o", stages=("s1",)).stdout
-    assert "--clip was 1.0, is 0.5" in go(bench, tmp_path / "o", "--clip", "0.5", stages=("s1",), code=2).stderr
+    assert (
+        "--max-grad-norm was 1.0, is 0.5" in go(bench, tmp_path / "o", "--clip", "0.5", stages=("s1",), code=2).stderr
+    )

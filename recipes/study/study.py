@@ -70,7 +70,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "train", "recipes.study.measure"])
 # What of train.py the arms themselves decide.
 OURS = {"stages", "eval", "replay", "model", "out", "epochs", "lr", "batch_size", "optimizer_state", "seed", "select",
-        "ratio", "scores", "eval_every", "sample", "dry_run"}  # fmt: skip
+        "ratio", "scores", "eval_every", "sample_prompts", "dry_run"}  # fmt: skip
 REAPING = threading.Lock()  # starting a process reads the exit code of any that has ended; it can be read once
 GRID_SEED = 1000  # of the runs that choose a rate; those that are tested have 0, 1, …
 
