@@ -1,17 +1,17 @@
-"""From rows to batches: templates, documents, micro-batches. Numpy only, no torch.
+"""From rows to batches: documents, stages, micro-batches. Numpy only, no torch.
 
-A row of a data file is a list of turns (parts/text/rows.py); `render` turns these into tokens and says which of
-them are supervised; the result is a document. Documents of a file lie end to end in flat arrays (`Documents`).
+A row of a data file is a list of turns (parts/text/rows.py); `render` (parts/text/templates.py) turns these into tokens
+and says which of them are supervised; the result is a document. Documents of a file lie end to end in flat arrays
+(`Documents`).
 """
 
 import hashlib
 import heapq
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,314 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import InputError, ignore_terminal_signals, progress, raise_if_any
-from parts.files import read_json_object, read_text, sha256
+from parts.files import sha256
 from parts.text.memmap import StringArray, map_arrays, save_arrays
-from parts.text.rows import SKIP_ADVICE, Row, Turn, find_files, read_rows
+from parts.text.rows import SKIP_ADVICE, Row, find_files, read_rows
+from parts.text.templates import TEMPLATES, render
 from parts.text.tokenizers import load_tokenizer, tokenizer_files
-
-# ---------------------------------------------------------------- templates
-
-
-@dataclass(frozen=True)
-class Template:
-    """The pieces of a conversation. Each piece is tokenized by itself; {} stands for the turn's text; a piece between
-    ‹ and › is one special token, which nothing but a template can make. Only `answer` is supervised."""
-
-    first: tuple[str, ...]  # the first user turn
-    later: tuple[str, ...]  # further user turns
-    header: tuple[str, ...]  # opens an answer: a prompt for generation ends here
-    answer: tuple[str, ...]
-    system: tuple[str, ...] = ()  # a turn of its own, or else …
-    system_text: str = "{}\n"  # … text in front of the first user turn's
-    begin: tuple[str, ...] = ("‹bos›",)
-    prefix_every_text: bool = False  # every text is tokenized like the first of a document, with its prefix space
-
-    def __post_init__(self):
-        for name in ("begin", "system", "first", "later", "header", "answer"):
-            pieces = getattr(self, name)
-            whole = "".join(pieces)
-            if not isinstance(pieces, tuple):
-                raise ValueError(f"{name} must be a tuple of pieces, is {pieces!r}: a comma is missing")
-            if any(c in piece for piece in pieces for c in "‹›" if not re.fullmatch("‹[^‹›]+›", piece)):
-                raise ValueError(f"{name}: a special token is a piece by itself: {pieces!r}")
-            if whole.count("{}") != (1 if name in ("first", "later", "answer") else bool(whole and name == "system")):
-                raise ValueError(f"{name}: {{}} must stand once where the turn's text goes: {pieces!r}")
-        if not self.answer[-1].startswith("‹") or self.system_text.count("{}") != 1:
-            raise ValueError("an answer must end in a special token, and system_text hold {} once")
-
-
-LLAMA3_TURN = ("‹<|start_header_id|>›", "user", "‹<|end_header_id|>›", "\n\n{}", "‹<|eot_id|>›")
-MISTRAL_USER = ("‹[INST]›", "{}", "‹[/INST]›")
-CHATML_USER = ("‹<|im_start|>›", "user\n{}", "‹<|im_end|>›", "\n")
-
-TEMPLATES = {
-    # Phased IFT's own training format, piece by piece as its code tokenizes it.
-    "phased": Template(
-        first=("User: {}", "‹eos›"), later=("\nUser: {}", "‹eos›"), header=("\nAssistant: ",), answer=("{}", "‹eos›")
-    ),
-    "alpaca": Template(
-        first=(
-            "Below is an instruction that describes a task. Write a response that appropriately "
-            "completes the request.\n\n### Instruction:\n{}\n\n### Response:\n",
-        ),
-        later=("\n\n### Instruction:\n{}\n\n### Response:\n",),
-        header=(),
-        answer=("{}", "‹eos›"),
-        system_text="{}\n\n",
-    ),
-    "llama2": Template(
-        first=("[INST] {} [/INST]",),
-        later=("‹bos›", "[INST] {} [/INST]"),
-        header=(),
-        answer=("{} ", "‹eos›"),
-        system_text="<<SYS>>\n{}\n<</SYS>>\n\n",
-    ),
-    "llama3": Template(
-        first=LLAMA3_TURN,
-        later=LLAMA3_TURN,
-        system=(LLAMA3_TURN[0], "system", *LLAMA3_TURN[2:]),
-        header=(LLAMA3_TURN[0], "assistant", LLAMA3_TURN[2], "\n\n"),
-        answer=("{}", "‹<|eot_id|>›"),
-    ),
-    "mistral": Template(
-        first=("[INST] {} [/INST]",),
-        later=("[INST] {} [/INST]",),
-        header=(),
-        answer=("{}", "‹eos›"),
-        system_text="{}\n\n",
-    ),
-    # Mistral's formats since its tokenizers have control tokens (mistral-common's InstructTokenizerV3 and V7).
-    "mistral-v3": Template(
-        first=MISTRAL_USER,
-        later=MISTRAL_USER,
-        header=(),
-        answer=("{}", "‹eos›"),
-        system_text="{}\n\n",
-        prefix_every_text=True,
-    ),
-    "mistral-v7": Template(
-        first=MISTRAL_USER,
-        later=MISTRAL_USER,
-        system=("‹[SYSTEM_PROMPT]›", "{}", "‹[/SYSTEM_PROMPT]›"),
-        header=(),
-        answer=("{}", "‹eos›"),
-        prefix_every_text=True,
-    ),
-    "chatml": Template(
-        begin=(),
-        first=CHATML_USER,
-        later=("\n", *CHATML_USER),
-        system=(CHATML_USER[0], "system\n{}", *CHATML_USER[2:]),
-        header=(CHATML_USER[0], "assistant\n"),
-        answer=("{}", "‹<|im_end|>›"),
-    ),
-}
-
-
-# What a chat template contains if the model was trained with one of ours; the first that fits decides.
-MARKERS = {
-    "llama3": ("<|start_header_id|>",),
-    "chatml": ("<|im_start|>",),
-    "mistral-v7": ("[SYSTEM_PROMPT]", "[INST]"),
-    "llama2": ("[INST]", "<<SYS>>"),
-    "mistral": ("[INST]",),
-    "alpaca": ("Below is an instruction", "### Response:"),
-}
-
-
-def read_chat_template(folder: Path) -> str:
-    """The Jinja chat template of a model folder, "" where it has none."""
-    file = folder / "chat_template.jinja"
-    if file.exists() and (text := read_text(file)).strip():
-        return text
-    found = read_json_object(folder / "tokenizer_config.json").get("chat_template") or ""
-    if isinstance(found, list):  # several, each {"name", "template"}
-        found = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
-    if isinstance(found, dict):
-        found = found.get("default") or next(iter(found.values()), "")
-    return found if isinstance(found, str) else ""
-
-
-def choose_template(folder: Path, tokenizer, given: str | None) -> tuple[str, list[str]]:
-    """The name of the template for a model folder, and lines that say why and what differs from the folder's own.
-
-    `given` by the user, else that of an export of ours (template.json), else the one that its chat template resembles,
-    else `phased`. Raises InputError.
-    """
-    jinja = re.sub(r"\{#.*?#\}", "", read_chat_template(folder), flags=re.DOTALL)  # without comments
-    own = next((name for name, marks in MARKERS.items() if all(mark in jinja for mark in marks)), None)
-    if own == "mistral" and "[INST]" in tokenizer.specials:
-        own = "mistral-v3"
-    exported = read_json_object(folder / "template.json").get("template")
-    if exported is not None and exported not in list(TEMPLATES):
-        raise InputError(f"{folder / 'template.json'}: unknown template {exported!r} (known: {', '.join(TEMPLATES)})")
-    if given or exported:
-        name, why = (given, "--template") if given else (exported, "template.json of the model folder")
-        differs = (exported or own or "one that none of ours resembles") if jinja and (exported or own) != name else ""
-        notes = [f"The model folder's own chat template ({differs}) is replaced by {name}."] if differs else []
-        return name, [f"Template {name}: given by {why}.", *notes]
-    if not own and not jinja:
-        return "phased", ["Template phased: the model folder has no chat template."]
-    if not own:
-        why = "the model folder's chat template resembles none of ours and is replaced (see --template)"
-        return "phased", [f"Warning: template phased: {why}."]
-    marks = " and ".join(MARKERS.get(own, ("[INST], here a control token",)))
-    notes = [f"Template {own}: the model folder's chat template contains {marks}."]
-    if added := default_system_text(jinja):
-        notes.append(
-            f"Warning: that chat template holds a text of its own, {added[:60]!r}…, for prompts without a system turn "
-            f"or with tools; {own} adds none. Where the model should have one, give rows and prompts a system turn."
-        )
-    return own, notes
-
-
-def default_system_text(jinja: str) -> str:
-    """A sentence that a chat template adds by itself, "" where it adds none: a literal of at least four words that is
-    no error message."""
-    jinja = re.sub(r"raise_exception\(.*?\)\s*[-%}]", "", jinja, flags=re.DOTALL)
-    outside = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "\n", jinja, flags=re.DOTALL)  # is put in as it stands
-    for literal in [*re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", jinja), (outside,)]:
-        text = re.sub(r"<\|.*?\|>|\\n|\[/?\w+\]", "\n", "".join(literal))
-        sentence = next((line for line in text.split("\n") if len(re.findall(r"[A-Za-z]{2,}", line)) >= 4), "")
-        if sentence:
-            return sentence.strip()
-    return ""
-
-
-def special_id(name: str, tokenizer) -> int | None:
-    """The id of a template's special token. A missing BOS is None: some tokenizers have none."""
-    if name == "bos":
-        return tokenizer.bos_id
-    added = tokenizer.text_tokens | tokenizer.specials
-    found = (tokenizer.eos_ids or [None])[0] if name == "eos" else added.get(name)
-    if found is None:
-        raise InputError(
-            f"the template needs the token {name}, which this tokenizer does not have: choose another "
-            f"--template ({', '.join(TEMPLATES)})"
-        )
-    return found
-
-
-def stop_ids(template: Template, tokenizer) -> list[int]:
-    """The ids that end an answer: the template's end of turn and every EOS of the tokenizer."""
-    template = fit_template(template, tokenizer)
-    return list(dict.fromkeys([special_id(template.answer[-1][1:-1], tokenizer), *tokenizer.eos_ids]))
-
-
-@lru_cache(maxsize=64)
-def fit_template(template: Template, tokenizer) -> Template:
-    """The template in the pieces of one tokenizer: what a literal holds of its special tokens' names becomes the tokens
-    (in Mistral's later vocabularies [INST] is one), and a BOS that it lacks is left out. Raises InputError where it
-    lacks another token."""
-    names = sorted(tokenizer.specials, key=len, reverse=True)
-    pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("(?!)")
-    # Where the prefix space stands in front of a document's first text only, the others need it spelled out.
-    space = " " if template.prefix_every_text and tokenizer.prefix_space == "first" else ""
-
-    def fit(pieces: tuple[str, ...]) -> tuple[str, ...]:
-        out = []
-        for piece in pieces:
-            if piece == "‹bos›" and tokenizer.bos_id is None:
-                continue
-            parts = [piece] if piece.startswith("‹") else [part for part in pattern.split(piece) if part]
-            for part in parts:
-                is_name = part in tokenizer.specials
-                out.append(f"‹{part}›" if is_name else part if part.startswith("‹") else space + part)
-                if out[-1].startswith("‹"):
-                    special_id(out[-1][1:-1], tokenizer)
-        return tuple(out)
-
-    names = ("begin", "system", "first", "later", "header", "answer")
-    return replace(template, **{name: fit(getattr(template, name)) for name in names})
-
-
-def render(turns: list[Turn], template: Template, tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation, and which of them are supervised. The one function that makes tokens from turns.
-
-    A conversation that ends in a user turn is a prompt: it ends in the header, ready for an answer. A single turn of
-    role "text" is plain text between BOS and EOS, supervised from its first token.
-    """
-    template = fit_template(template, tokenizer)
-    tokens, loss_mask = [], []
-
-    def add(pieces: tuple[str, ...], text: str, learn: bool, first: bool = False) -> None:
-        for piece in pieces:
-            if piece.startswith("‹"):
-                token = special_id(piece[1:-1], tokenizer)
-                ids = [] if token is None else [token]
-            else:
-                ids = tokenizer.encode(piece.replace("{}", text), first or not tokens)
-            tokens.extend(ids)
-            loss_mask.extend([learn] * len(ids))
-
-    if turns[0].role == "text":
-        add(("‹bos›",), "", False)
-        add(("{}", "‹eos›"), turns[0].text, True, first=True)
-        return tokens, loss_mask
-    add(template.begin, "", False)
-    in_front, first = "", True
-    for turn in turns:
-        if turn.role == "system" and template.system:
-            add(template.system, turn.text, False)
-        elif turn.role == "system":
-            in_front = template.system_text.replace("{}", turn.text)
-        elif turn.role == "user":
-            add(template.first if first else template.later, in_front + turn.text if first else turn.text, False)
-            add(template.header, "", False)
-            first = False
-        else:
-            add(template.answer, turn.text, turn.trained)
-    return tokens, loss_mask
-
-
-def chat_template(template: Template, tokenizer) -> str:
-    """The template as Jinja, for tokenizer_config.json, so that other tools prompt the model with the same tokens.
-
-    They tokenize the text between two special tokens at once, we each piece by itself. Where the tokenizer puts a space
-    in front of every text (SentencePiece), that space stands between the pieces here. docs/data.md lists where tokens
-    of earlier answers may still differ.
-    """
-    template = fit_template(template, tokenizer)
-
-    def is_text(piece: str) -> bool:
-        return not piece.startswith("‹")
-
-    def emit(pieces: tuple[str, ...], text: str = "''", after: tuple[str, ...] = ()) -> str:
-        """`after`: the pieces in front of these."""
-        terms = []
-        for before, piece in zip((*after[-1:], *pieces) if after else ("‹›", *pieces), pieces):
-            if is_text(before) and is_text(piece) and tokenizer.prefix_space == "always":
-                terms.append("' '")
-            if piece in ("‹bos›", "‹eos›"):
-                terms.append(f"{piece[1:-1]}_token")
-            else:
-                parts = [json.dumps(p) for p in piece.strip("‹›").split("{}")]
-                terms.append(f" + {text} + ".join(parts))
-        return "{{ " + " + ".join(terms) + " }}" if terms else ""
-
-    system = "messages[0]['content']"
-    in_front = f" + {system} + ".join(json.dumps(p) for p in template.system_text.split("{}"))
-    return (
-        emit(template.begin)
-        + "{% if messages[0]['role'] == 'system' %}"
-        + (
-            emit(template.system, system) + "{% set front = '' %}"
-            if template.system
-            else f"{{% set front = {in_front} %}}"
-        )
-        + "{% set turns = messages[1:] %}{% else %}{% set front = '' %}{% set turns = messages %}{% endif %}"
-        + "{% for m in turns %}{% if m['role'] == 'user' and loop.first %}"
-        + emit(template.first, "front + m['content']")
-        + "{% elif m['role'] == 'user' %}"
-        + emit(template.later, "m['content']")
-        + "{% elif m['role'] == 'assistant' %}"
-        + emit(template.header + template.answer, "m['content']", after=template.first)
-        + "{% else %}{{ raise_exception('only system, user and assistant turns') }}"
-        + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        + emit(template.header, after=template.first)
-        + "{% endif %}"
-    )
-
 
 # ---------------------------------------------------------------- documents
 
@@ -553,6 +250,84 @@ def check_vocabulary(highest: int, vocab_size: int, folder: Path) -> None:
         )
 
 
+def has_prompt_and_answer(documents: Documents) -> np.ndarray:
+    """(D,) bool: whether a document has both a prompt behind its first token and an answer of which something is
+    predicted."""
+    first = np.zeros_like(documents.loss_mask)
+    first[documents.offsets[:-1]] = True
+    prompt = np.add.reduceat(~(documents.loss_mask | first), documents.offsets[:-1], dtype=np.int64)
+    return (documents.target_counts > 0) & (prompt > 0)
+
+
+# ---------------------------------------------------------------- stages
+
+
+@dataclass
+class Stage:
+    name: str  # stage1, stage2, …
+    source: str  # as given to --stages
+    own: Documents  # which --select chooses from
+    documents: Documents  # these, and behind them rows of other stages
+    epochs: int
+    lr: float
+    batch_size: int
+    rows: int  # that an epoch trains on
+    scores: list[float]  # of its own documents, where --scores gives them
+
+    @property
+    def mixed_in(self) -> int:
+        return len(self.documents) - len(self.own)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    @property
+    def expected_tokens(self) -> int:
+        """That all epochs train on; of a selection, that has yet to be made, as its rows are on average."""
+        return round(self.documents.lengths.mean() * self.rows) * self.epochs
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+def rows_to_choose(ratio: float, rows: int) -> int:
+    """How many rows a ratio below 1 (a share of them) or from 1 on (a count) asks for."""
+    return max(1, round(ratio * rows)) if ratio < 1 else min(rows, int(ratio))
+
+
+def make_stage(
+    name: str,
+    source: str,
+    own: Documents,
+    others: list[Documents],
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    ratio: float | None,
+    scores: list[float],
+) -> Stage:
+    """A stage that trains on its `own` documents and on all those of `others`. `ratio` (see `rows_to_choose`): how many
+    of its own an epoch takes (None: all). Raises InputError where none can be chosen."""
+    rows, documents = len(own), concat([own, *others])
+    if ratio is not None:
+        usable = ~np.isnan(scores) if scores else has_prompt_and_answer(own)
+        if not usable.any():
+            raise InputError(f"{source}: nothing to choose from, no row has both a prompt and an answer")
+        rows = min(rows_to_choose(ratio, rows), int(usable.sum()))
+    rows += len(documents) - len(own)
+    return Stage(name, source, own, documents, epochs, lr, batch_size, rows, scores)
+
+
+def rows_of_other_stages(k: int, of_stages: list[Documents], replay: float, seed: int) -> list[Documents]:
+    """What stage k trains on beside its own rows: a share of every earlier stage (--replay). Stages that overlap would
+    take rows of the next one, too. With --select they are neither scored nor left out: every epoch has all of them."""
+    rng = np.random.default_rng([seed, k])
+    earlier = of_stages[:k] if replay else []
+    return [subset(d, rng.permutation(len(d))[: round(replay * len(d))]) for d in earlier]
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -590,11 +365,13 @@ def micro_batches(
         per_rank += 1 + per_rank // 16
 
 
-def largest_micro_batch(documents: Documents, batch_size: int, world_size: int, micro_tokens: int) -> tuple[int, int]:
-    """Most tokens and supervised tokens of a micro-batch, among a hundred batches in an order of no meaning."""
-    everything, tokens, loss_mask = np.arange(len(documents)), [], []
-    for batch in epoch_batches(documents, everything, batch_size, 0, 0, 0)[:100]:
-        for rank in micro_batches(batch, documents.lengths, world_size, micro_tokens):
-            tokens += [int(documents.lengths[part].sum()) for part in rank]
-            loss_mask += [int(documents.target_counts[part].sum()) for part in rank]
-    return max(tokens), max(loss_mask)
+def largest_micro_batch(stages: list[Stage], world_size: int, micro_tokens: int) -> tuple[int, int]:
+    """Most tokens and most supervised tokens of a micro-batch, among a hundred batches of each stage."""
+    tokens, supervised = [], []
+    for stage in stages:
+        documents = stage.documents
+        for batch in epoch_batches(documents, np.arange(len(documents)), stage.batch_size, 0, 0, 0)[:100]:
+            for rank in micro_batches(batch, documents.lengths, world_size, micro_tokens):
+                tokens += [int(documents.lengths[part].sum()) for part in rank]
+                supervised += [int(documents.target_counts[part].sum()) for part in rank]
+    return max(tokens), max(supervised)

@@ -1,7 +1,7 @@
 """Answers from a checkpoint: `generate.py --model out/stage3 --prompts vicuna.jsonl --out answers.json`.
 
-`decode` is the engine: slots in a key/value cache, prompts prefilled as one flat run of documents (the path of
-training), one token a slot in lockstep; a slot whose answer ends takes the next prompt at once.
+Prompts become tokens as in training, `decode` (parts/decoding.py) answers them, and every answer is on disk as soon as
+it ends. The same prompts can be sent to a server instead.
 """
 
 import argparse
@@ -12,20 +12,17 @@ import os
 import re
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from parts.checkpoints.config import read_config
 
-from data import TEMPLATES, check_vocabulary, choose_template, render, stop_ids
-from model import Transformer, VarlenAttention, load_model, read_config
+from data import check_vocabulary
+from model import Transformer, load_model
 from parts.api.questions import state_of
 from parts.api.store import Store
 from parts.checkpoints.weights import checksum
@@ -44,146 +41,17 @@ from parts.cli import (
     run_program,
     strip_control_chars,
 )
+from parts.decoding import Options, activation_dtype, decode, plan_slots
 from parts.distributed import compute_dtype, init_distributed, is_first_rank
 from parts.files import atomic_write, check_output_paths, read_json_object
-from parts.kv_cache import (
-    MAX_SLOTS,
-    MEMORY_FRACTION,
-    Group,
-    KVCache,
-    decode_attention,
-    describe_groups,
-    plan_groups,
-    prefill_attention,
-    raise_oom_with_advice,
-    slot_bytes,
-    working_bytes,
-)
+from parts.kv_cache import describe_groups, raise_oom_with_advice
 from parts.memory import free_memory, oom_message
 from parts.text.rows import Turn, has_exact_answer
+from parts.text.templates import TEMPLATES, choose_template, render, stop_ids
 from parts.text.testsets import Prompt, exceeds_context, read_prompts
 from parts.text.tokenizers import load_tokenizer
 
-# ---------------------------------------------------------------- the engine
-
-
-def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], slots: list[int]) -> Tensor:
-    """Run prompts through the model as documents of one flat run: fp32 logits (D, V) after the last token of each."""
-    device = cache.k.device
-    capacity, lengths = cache.capacity, torch.tensor([len(p) for p in prompts])
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
-    tokens = torch.tensor([t for p in prompts for t in p], device=device)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    of_document = lengths.repeat_interleave(lengths)
-    owners = torch.tensor(slots).repeat_interleave(lengths)
-    kept = (positions >= of_document - capacity).nonzero().squeeze(1)  # in a window's cache: the last that fit
-    places = owners[kept] * capacity + positions[kept] % capacity
-    within = VarlenAttention(cu_seqlens, int(lengths.max()), model.config.sliding_window)
-    kept, places = kept.to(device), places.to(device)
-    attentions = [partial(prefill_attention, within, rows, kept, places) for rows in zip(*cache.rows())]
-    last = cu_seqlens[1:].long() - 1
-    return model.logits_at(tokens, positions.to(device), of_document.to(device), attentions, last)
-
-
-def decode_step(
-    model: Transformer, cache: KVCache, tokens: Tensor, lengths: Tensor, kv_len: int, masked: bool, logits: Callable
-) -> Tensor:
-    """One more token for each of the first n slots: tokens (n,) at positions `lengths` (n,) -> fp32 logits (n, V).
-
-    The first `kv_len` places of the cache are read, which covers all; `masked` says whether some of them are to be
-    hidden from some slot: those that it has not filled. (What a window hides, the cache no longer has.) `logits` is
-    `token_logits`, or its recording.
-    """
-    n, device, mask = len(tokens), tokens.device, ()
-    if masked:
-        mask = ((torch.arange(kv_len, device=device) <= lengths[:, None])[:, None, None],)  # (n, 1, 1, reach)
-    places = torch.arange(n, device=device) * cache.capacity + lengths % cache.capacity
-    return logits(model, tokens, lengths, places, cache.rows(), cache.read(n, kv_len), *mask)
-
-
-def token_logits(
-    model: Transformer,
-    tokens: Tensor,
-    lengths: Tensor,
-    places: Tensor,
-    rows: tuple[Tensor, Tensor],
-    read: tuple[Tensor, Tensor],
-    mask: Tensor | None = None,
-) -> Tensor:
-    """fp32 logits (n, V) of a token in each of n slots: `decode_step` with the views of the cache that it needs, of all
-    layers: `rows` to write to, at `places` (n,), and what is `read`, where `mask` (n, 1, 1, reach) is true."""
-    layers = zip(zip(*(x.unbind() for x in rows)), zip(*(x.unbind() for x in read)))
-    attentions = [partial(decode_attention, *layer, places, mask) for layer in layers]
-    return model.logits_at(tokens, lengths, lengths + 1, attentions, slice(None))
-
-
-class RecordedLogits:
-    """`token_logits` of one frozen model on a CPU, recorded once by torch.jit.trace and run without Python: the same
-    operators give the same bits, and a step of a small model takes half the time.
-
-    A recording holds for any number of slots and any length. It takes as long as a few dozen steps, so that short
-    answers go without. A model whose Python code asks for the values of tensors cannot be recorded, and runs as it is.
-    """
-
-    FROM_STEP = 32
-
-    def __init__(self):
-        self.steps = 0
-        self.recordings: dict[int, Callable] = {}  # by the number of inputs: without and with a mask
-
-    def __call__(self, model: Transformer, *inputs) -> Tensor:
-        self.steps += 1
-        if self.steps <= self.FROM_STEP:
-            return token_logits(model, *inputs)
-        if len(inputs) not in self.recordings:
-            self.recordings[len(inputs)] = self.record(model, inputs)
-        return self.recordings[len(inputs)](*inputs)
-
-    def record(self, model: Transformer, inputs: tuple) -> Callable:
-        def step(*inputs):
-            return token_logits(model, *inputs)
-
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter(
-                "always"
-            )  # also torch.jit's deprecation in favour of torch.compile, which takes a minute
-            recording = torch.jit.trace(step, inputs, check_trace=False)
-        asked = any(issubclass(w.category, torch.jit.TracerWarning) for w in caught)
-        return step if asked else recording
-
-
-PREFILL_TOKENS = 512  # at once, unless one prompt has more
-
-
-@dataclass(frozen=True)
-class Options:
-    """How answers are made. A prompt's chances come from the seed and its own tokens."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int | None = None  # slots; None: as many as free memory allows. Changes speed and memory only
-    compile: bool = False  # torch.compile on the step, with shapes that change seldom: all slots, a reach that doubles
-
-
-def sample(logits: Tensor, options: Options, chance: Tensor) -> Tensor:
-    """A token from each row of `logits` (n, V); `chance` (n,) in [0, 1) says which.
-
-    As in transformers: temperature, then the `top_k` likeliest, then the fewest that hold `top_p` of the rest.
-    """
-    if options.temperature == 0:
-        return logits.argmax(1)
-    scaled, order = (logits / options.temperature).sort(dim=1, descending=True)
-    if options.top_k:
-        scaled = scaled[:, : options.top_k]
-    p = scaled.double().softmax(1)
-    p = p * (p.cumsum(1) - p < options.top_p)
-    reached = p.cumsum(1)
-    at = torch.searchsorted(reached, (chance.to(p.device) * reached[:, -1])[:, None], right=True).squeeze(1)
-    last = (p > 0).sum(1) - 1
-    return order.gather(1, torch.minimum(at, last)[:, None]).squeeze(1)
+# ---------------------------------------------------------------- prompts and answers as tokens
 
 
 def render_prompts(prompts: list[Prompt], tokenizer, template: str) -> list[int]:
@@ -197,154 +65,6 @@ def print_later_turns(prompts: list[Prompt]) -> None:
     """Say which prompts hold further questions, as MT-bench's do: they are not asked."""
     later = [f"{p.source}: {p.later_turns} more" for p in prompts if p.later_turns]
     print_list("prompts hold further questions; only the first of each is answered", later)
-
-
-@dataclass
-class Slot:
-    prompt: int
-    length: int  # tokens in the cache
-    token: int  # the newest, not in the cache yet
-    new_tokens: int
-    rng: np.random.Generator
-
-
-def compact_slots(slots: list[Slot | None], cache: KVCache) -> None:
-    """Move the last sequences into the slots that are free, and drop those that are free then."""
-    for i in range(len(slots)):
-        while slots and slots[-1] is None:
-            slots.pop()
-        if i < len(slots) and slots[i] is None:
-            cache.move(len(slots) - 1, i, slots[-1].length)
-            slots[i] = slots.pop()
-
-
-def activation_dtype(model: Transformer) -> torch.dtype:
-    return model.compute_dtype or model.embed.weight.dtype
-
-
-def plan_slots(
-    model: Transformer, prompts: list[list[int]], limits: list[int], options: Options, free: int | None = None
-) -> list[Group]:
-    """Which prompts are answered together, the longest first, and with which cache; `free`: bytes (default: those that
-    are). With `batch_size`, or compiled for one shape, all share one. Raises WorkError where not one answer fits."""
-    if not prompts:
-        return []
-    config, dtype, longest = model.config, activation_dtype(model), max(map(len, prompts))
-    needs = [min(config.max_positions, len(p) + n) for p, n in zip(prompts, limits)]
-    if options.batch_size:
-        return plan_groups(needs, lambda _: options.batch_size, config.sliding_window, divided=False)
-    work = working_bytes(model, max(PREFILL_TOKENS, longest), longest, dtype)
-    free = free_memory(model.embed.weight.device) if free is None else free
-
-    def slots_of(capacity: int) -> int:
-        fitting = int((MEMORY_FRACTION * free - work) // slot_bytes(config, capacity, dtype, options.temperature > 0))
-        if fitting < 1:
-            raise WorkError(
-                f"{free / 2**30:,.2f} GiB of memory are free: too little for an answer of {capacity:,} tokens with its "
-                "prompt. Try a smaller --max-new-tokens, shorter prompts, --dtype bf16 (--batch-size 1 tries it anyway)"
-            )
-        return min(fitting, MAX_SLOTS)
-
-    return plan_groups(needs, slots_of, config.sliding_window, divided=not options.compile)
-
-
-@torch.no_grad()  # and not inference_mode: a model that is sharded, and trained on, would not bear it
-def decode(
-    model: Transformer,
-    prompts: list[list[int]],
-    stop: set[int],
-    options: Options,
-    limits: list[int] | None = None,
-    prefill_tokens: int = PREFILL_TOKENS,
-    groups: list[Group] | None = None,
-) -> Iterator[tuple[int, int | None, str]]:
-    """Yields (prompt, token, "") for every new token and (prompt, None, "stop" | "length") when its answer ends.
-
-    An answer does not depend on what else is in the batch. `limits`: most new tokens of each prompt, instead of one
-    number for all. A prompt must be shorter than the context, where an answer ends at the latest. `groups`: of
-    `plan_slots`, for ranks that have to agree on them.
-    """
-    limits = limits or [options.max_new_tokens] * len(prompts)
-    groups = plan_slots(model, prompts, limits, options) if groups is None else groups
-    frozen = not any(p.requires_grad for p in model.parameters())
-    recorded = frozen and model.embed.weight.device.type == "cpu" and not options.compile
-    if recorded and model.recording is None:
-        model.recording = RecordedLogits()
-    logits_of = model.recording if recorded else token_logits
-    for group in groups:
-        yield from decode_group(model, prompts, stop, options, limits, prefill_tokens, group, logits_of)
-
-
-def compiled_step(cache: KVCache):
-    """`decode_step` compiled; on CUDA as a CUDA graph, which must not write into tensors that could move: without the
-    marks, torch would leave it out, and only say so in a log."""
-    for x in (cache.k, cache.v):
-        torch._dynamo.mark_static_address(x)
-    return torch.compile(decode_step, dynamic=False, mode="reduce-overhead" if cache.k.device.type == "cuda" else None)
-
-
-def decode_group(
-    model: Transformer,
-    prompts: list[list[int]],
-    stop: set[int],
-    options: Options,
-    limits: list[int],
-    prefill_tokens: int,
-    group: Group,
-    logits_of: Callable,
-) -> Iterator[tuple[int, int | None, str]]:
-    """The answers to a group's members: slots in one cache, each taking the next prompt as soon as its answer ends."""
-    context, device = model.config.max_positions, model.embed.weight.device
-    slots: list[Slot | None] = [None] * group.slots
-    cache = KVCache(model.config, group.slots, group.capacity, activation_dtype(model), device)
-    advance = compiled_step(cache) if options.compile else decode_step
-    waiting = group.members[::-1]
-
-    def accept(places: list[int], logits: Tensor) -> Iterator[tuple[int, int | None, str]]:
-        """Draw a token for the slots at `places`; one whose answer ends becomes None."""
-        chances = [slots[i].rng.random() if options.temperature else 0.0 for i in places]
-        chance = torch.tensor(chances, dtype=torch.float64)
-        for i, token in zip(places, sample(logits, options, chance).tolist()):
-            slot = slots[i]
-            slot.token, slot.new_tokens = token, slot.new_tokens + 1
-            ended = "stop" if token in stop else ""
-            if not ended:
-                yield slot.prompt, token, ""
-                ended = "length" if slot.new_tokens == limits[slot.prompt] or slot.length + 1 >= context else ""
-            if ended:
-                slots[i] = None
-                yield slot.prompt, None, ended
-
-    while True:
-        places, tokens = [], 0
-        for i in range(len(slots)):
-            if slots[i] is None and waiting and (not places or tokens + len(prompts[waiting[-1]]) <= prefill_tokens):
-                p = waiting.pop()
-                digest = hashlib.sha256(np.array(prompts[p], np.int64).tobytes()).digest()
-                slots[i] = Slot(p, len(prompts[p]), -1, 0, np.random.default_rng([options.seed, *digest[:8]]))
-                places.append(i)
-                tokens += len(prompts[p])
-        if places:
-            yield from accept(places, prefill(model, cache, [prompts[slots[i].prompt] for i in places], places))
-            continue
-        compact_slots(slots, cache)  # every slot is busy, or no prompt waits
-        if not slots:
-            return
-        state = [(s.token, s.length) for s in slots]
-        kv_len = max(length for _, length in state) + 1
-        if options.compile:
-            state += [(0, 0)] * (group.slots - len(slots))
-            kv_len = max(128, 1 << (kv_len - 1).bit_length())
-        kv_len = min(kv_len, group.capacity)
-        masked = options.compile or any(length + 1 < kv_len for _, length in state)
-        newest, lengths = (torch.tensor(x, device=device) for x in zip(*state))
-        # For a single row torch's own product of a matrix with a vector is twice as fast on a CPU as oneDNN's.
-        torch.backends.mkldnn.set_flags(_enabled=len(state) > 1)
-        logits = advance(model, cache, newest, lengths, kv_len, masked, logits_of)[: len(slots)]
-        torch.backends.mkldnn.set_flags(_enabled=True)
-        for slot in slots:
-            slot.length += 1
-        yield from accept(list(range(len(slots))), logits)
 
 
 def generate(
@@ -483,6 +203,7 @@ def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) 
 def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: str | None, tokenizer) -> None:
     """Ask the model `--server` at OPENAI_BASE_URL; everything that comes is kept in OUT.partial.jsonl at once."""
     from parts.api import ask, server_answers  # here, because training imports this file and needs no httpx
+    from parts.api import options as api
 
     extra = {"top_p": args.top_p} | ({"top_k": args.top_k} if args.top_k else {})
     context, texts, specials = math.inf, [], []
@@ -495,13 +216,13 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
         stop = stop_ids(TEMPLATES[template], tokenizer)
         if stop[0] not in tokenizer.eos_ids:  # at which servers end by themselves; vLLM and SGLang take this as well
             extra["stop_token_ids"] = stop
-    options = ask.api_options(
+    options = api.api_options(
         args, model=args.server, max_tokens=args.max_new_tokens, temperature=args.temperature, extra=extra
     )
     questions, done = server_answers.make_questions(
         prompts, options, args.seed, args.completions, context, texts, specials
     )
-    store = ask.ask_questions(options, args.out, questions, server_answers.any_reply, "")
+    store = ask.ask_questions(options, args.out, questions, len, "")  # every reply has a value: an empty one is usable
     if store is None:
         return
     done |= {q.key: server_answers.answer_of(store.of(q.key)) for q in questions}
@@ -563,7 +284,7 @@ def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    from parts.api import ask  # here, because training imports this file and needs no httpx
+    from parts.api.options import add_api_arguments  # here, because training imports this file and needs no httpx
 
     parser = argparse.ArgumentParser(
         description="Answer prompts with a Llama or Mistral checkpoint.",
@@ -605,7 +326,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="with --server: ask for the completion of what --model's tokenizer and template make of a prompt, sent as "
         "token ids (the default) or as text, instead of sending chat messages",
     )
-    ask.add_api_arguments(parser, sampling=False)
+    add_api_arguments(parser, sampling=False)
     args = parser.parse_args(argv)
     if args.prompts and args.out is None:
         parser.error("--prompts needs --out")

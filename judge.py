@@ -16,8 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.api.ask import ApiOptions, add_api_arguments, api_options, ask_questions
-from parts.api.prompts import JUDGE_REMINDER, PLACES, judge_prompt
+from parts.api.ask import ask_questions
+from parts.api.options import ApiOptions, add_api_arguments, api_options
+from parts.api.prompts import JUDGE_REMINDER, PLACEHOLDERS, judge_prompt
 from parts.api.questions import fence, fill, make_question, reason_of, state_of, value_of
 from parts.api.replies import parse_scores
 from parts.api.store import Store
@@ -156,7 +157,7 @@ def in_both_orders(pair: Pair, prompt: str, options: ApiOptions, repeat: int) ->
     questions = []
     for answers in ((pair.answer, pair.against), (pair.against, pair.answer)):
         fenced = [fence(pair.instruction, "question"), fence(answers[0], "answer 1"), fence(answers[1], "answer 2")]
-        text = fill(prompt, dict(zip(PLACES, fenced)))
+        text = fill(prompt, dict(zip(PLACEHOLDERS, fenced)))
         questions.append(make_question(options, text, f"{pair.dataset} {pair.id}", repeat))
     return questions
 

@@ -1,4 +1,4 @@
-"""The transformer: configuration, the blocks, loading and saving Hugging Face folders.
+"""The transformer: its blocks, building and sharding it, loading and saving Hugging Face folders.
 
 One class covers the Llama and Mistral layouts. Its input is a run of documents laid end to end, never a padded
 rectangle: `tokens` (T,), `positions` (T,) restarting at 0 in every document, `cu_seqlens` (D+1,) where they begin.
@@ -9,190 +9,23 @@ Sizes in shape comments: T tokens, D documents, C dim, H query heads, G key/valu
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from parts.checkpoints.weights import (
-    find_tensors,
-    read_slice,
-    save_weights,
-    stored_dtype,
-    tensors_differ,
-    write_tensors,
-)
-from parts.cli import InputError
-from parts.distributed import full_tensor, is_first_rank, local_part
-from parts.files import atomic_write, read_json_object
-from parts.kernels import cross_entropy, rms_norm, rotate, swiglu, varlen_attention
-
-# ---------------------------------------------------------------- configuration
-
-
-@dataclass(frozen=True)
-class Config:
-    """What config.json says about the computation. `raw` keeps the whole file, so that saving loses nothing."""
-
-    dim: int  # C
-    hidden_dim: int  # of the MLP
-    n_layers: int
-    n_heads: int  # H
-    n_kv_heads: int  # G
-    head_dim: int  # hd, need not be dim / n_heads
-    vocab_size: int  # V
-    norm_eps: float
-    max_positions: int
-    rope_theta: float
-    rope_scaling: dict | None  # {"rope_type": "linear" | "dynamic" | "llama3", "factor": ..., ...}
-    sliding_window: int | None  # Mistral: a token sees itself and the window - 1 tokens before it
-    tied: bool  # the output head is the embedding
-    attention_bias: bool
-    mlp_bias: bool
-    raw: dict
-    untied_head: bool = False  # config.json ties the head, but the files hold another one: it is not tied
-
-
-def read_config(folder: str | Path) -> Config:
-    """Read and check `folder`/config.json. Raises InputError, naming every key that cannot be used."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise InputError(f"{path} not found: --model wants a Hugging Face folder with config.json")
-    raw = read_json_object(path)
-    try:
-        config = parse_config(raw)
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from None
-    if (path.parent / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder} holds a LoRA adapter (adapter_config.json), which transformers would add to the weights. Merge "
-            "it first (peft's merge_and_unload), or move it out of the folder"
-        )
-    if config.tied and tensors_differ(path.parent, "lm_head.weight", "model.embed_tokens.weight"):
-        return replace(config, tied=False, untied_head=True, raw=raw | {"tie_word_embeddings": False})
-    return config
-
-
-UNTIED_HEAD_NOTE = (
-    "config.json ties the output head to the embedding, but the files hold another head: kept, and not tied."
-)
-
-
-ROPE_TYPES = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-@dataclass(frozen=True)
-class ModelDefaults:
-    """What a model_type has that another has not: transformers' defaults, and which keys mean something."""
-
-    kv_heads: int | None  # None: as many as heads
-    max_positions: int
-    windowed: bool  # by sliding_window
-    biased: bool  # by attention_bias and mlp_bias
-
-
-MODEL_DEFAULTS = {"llama": ModelDefaults(None, 2048, False, True), "mistral": ModelDefaults(8, 131072, True, False)}
-
-
-def parse_config(raw: dict) -> Config:
-    """A Config from the dictionary of a config.json, with transformers' defaults for keys that are absent.
-
-    Anything that would change the computation and is not supported is an error. Sizes are bounded, so that an absurd
-    file is refused before anything is built.
-    """
-    if not isinstance(raw, dict):
-        raise InputError("is not a JSON object")
-    kind, errors = raw.get("model_type"), []
-    if not isinstance(kind, str) or kind not in MODEL_DEFAULTS:
-        raise InputError(f"model_type must be {' or '.join(map(repr, MODEL_DEFAULTS))}, is {kind!r}")
-    defaults = MODEL_DEFAULTS[kind]
-
-    def integer(key, default=None, high=2**20):
-        return read_number(raw, key, default, int, 1, high, errors)
-
-    dim = integer("hidden_size")
-    n_heads = integer("num_attention_heads", high=2**14)
-    kv_heads = n_heads if "num_key_value_heads" in raw else defaults.kv_heads or n_heads
-    n_kv_heads = integer("num_key_value_heads", kv_heads, high=2**14)
-    if raw.get("head_dim") is None and dim % n_heads:
-        errors.append(
-            f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}, and head_dim is not given"
-        )
-    head_dim = integer("head_dim", max(1, dim // n_heads), high=2**14)
-    if head_dim % 2:
-        errors.append(f"head_dim must be even for rotary embeddings, is {head_dim}")
-    if n_heads % n_kv_heads:
-        errors.append(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
-    for key, supported in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
-        if raw.get(key) not in (None, supported):
-            errors.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
-    rope_theta, rope_scaling = parse_rope(raw, errors)
-    if len(set(map(str, raw.get("layer_types") or []))) > 1:
-        errors.append("layer_types: layers of different kinds are not supported")
-    if head_dim == 2 and rope_scaling and rope_scaling["rope_type"] == "dynamic":
-        errors.append("dynamic rope scaling needs a head_dim above 2")
-    windowed = defaults.windowed and raw.get("sliding_window", 4096) is not None
-    config = Config(
-        dim=dim,
-        hidden_dim=integer("intermediate_size"),
-        n_layers=integer("num_hidden_layers", high=2**12),
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        vocab_size=integer("vocab_size", high=2**24),
-        norm_eps=read_number(raw, "rms_norm_eps", 1e-6, float, 1e-30, 1.0, errors),
-        max_positions=integer("max_position_embeddings", defaults.max_positions, high=2**40),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        sliding_window=integer("sliding_window", 4096, high=2**40) if windowed else None,
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=defaults.biased and bool(raw.get("attention_bias", False)),
-        mlp_bias=defaults.biased and bool(raw.get("mlp_bias", False)),
-        raw=raw,
-    )
-    if errors:
-        raise InputError("; ".join(errors))
-    return config
-
-
-def read_number(source: dict, key: str, default, kind: type, low, high, errors: list[str]):
-    """source[key], or `default` where it is absent or null; if it is no number from low to high, adds to `errors`."""
-    value = default if source.get(key) is None else source[key]
-    kinds = (int,) if kind is int else (int, float)
-    if type(value) not in kinds or not low <= value <= high:
-        noun = "a whole number" if kind is int else "a number"
-        errors.append(f"{key} must be {noun} from {low:,} to {high:,}, is {value!r}")
-        return kind(1)
-    return kind(value)
-
-
-def parse_rope(raw: dict, errors: list[str]) -> tuple[float, dict | None]:
-    """theta and scaling; newer files keep both under rope_parameters, older ones apart."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"rope_scaling must be an object, is {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise InputError(f"rope scaling {kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
-    for source in (raw, rope):
-        if source.get("partial_rotary_factor") not in (None, 1):
-            errors.append(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported (only 1)")
-    nested = [key for key, value in rope.items() if isinstance(value, dict)]
-    if nested:
-        errors.append(f"rope_parameters for each kind of layer ({', '.join(nested)[:60]}) are not supported")
-    theta = read_number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, float, 1e-30, 1e30, errors)
-    scaling = {key: read_number(rope, key, None, float, 1e-30, 1e30, errors) for key in ROPE_TYPES[kind]}
-    return theta, {"rope_type": kind, **scaling} if scaling else None
-
+from parts.checkpoints.config import UNTIED_HEAD_NOTE, Config, read_config
+from parts.checkpoints.weights import find_tensors, read_slice, save_weights, stored_dtype, write_tensors
+from parts.distributed import DistributedEnv, compute_dtype, full_tensor, is_first_rank, local_part, shard_model
+from parts.files import atomic_write
+from parts.kernels import TrainingLoss, cross_entropy, plain_loss, rms_norm, rotate, swiglu, varlen_attention
+from parts.keyed_random import token_keys
+from parts.options import Computation, Weights
 
 # ---------------------------------------------------------------- the transformer
 
@@ -300,9 +133,7 @@ class Block(nn.Module):
         self.attention = Attention(c)
         self.mlp_norm = RMSNorm(c)
         self.mlp = MLP(c)
-        self.activation_checkpointing = (
-            False  # keep only the block's input for the backward pass, compute the rest again
-        )
+        self.activation_checkpointing = False  # keep only the block's input for backward, compute the rest again
 
     def forward(self, *inputs) -> Tensor:
         return recompute(self.compute, *inputs) if self.activation_checkpointing else self.compute(*inputs)
@@ -341,25 +172,45 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:  # (V, C)
         return self.embed.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, targets: Tensor | None = None):
-        """Logits (T, V) without `targets`. With them the sum of losses at the N positions where `targets` (T,) is not
-        -100, differentiable, and each of these losses (N,), for measuring only; both fp32."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        targets: Tensor | None = None,
+        training_loss: TrainingLoss = plain_loss,
+        keys: Tensor | None = None,
+    ):
+        """Logits (T, V) without `targets`. With them the sum of `training_loss` at the N positions where `targets`
+        (T,) is not -100, differentiable, and the cross-entropy at each of them (N,), for measuring only; both fp32.
+
+        `keys` (D,) int64, given in training, are what random numbers are made from (see `embed_tokens`)."""
         lengths = cu_seqlens.diff()
         within = VarlenAttention(cu_seqlens, int(lengths.max()), self.config.sliding_window)
-        x = self.hidden(tokens, positions, lengths.repeat_interleave(lengths), [within] * len(self.layers))
+        keys = None if keys is None else token_keys(keys, positions, lengths)
+        x = self.hidden(tokens, positions, lengths.repeat_interleave(lengths), [within] * len(self.layers), keys)
         if targets is None:
             return self.logits(x)
         supervised = (targets != -100).nonzero().squeeze(1)  # (N,)
-        return cross_entropy(self.norm(x.index_select(0, supervised)), self.head_weight, targets[supervised])
+        x, targets = self.norm(x.index_select(0, supervised)), targets[supervised]
+        return cross_entropy(x, self.head_weight, targets, self.head_logits, training_loss)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable]) -> Tensor:
-        """What the last block gives, (T, C). `lengths` (T,): of each token's sequence; `attentions`: one a block."""
-        x = F.embedding(tokens, self.embed.weight, sparse=self.embed.sparse)  # (T, C)
-        x = x.to(self.compute_dtype or x.dtype)
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable], keys: Tensor | None = None
+    ) -> Tensor:
+        """What the last block gives, (T, C). `lengths` (T,): of each token's sequence; `attentions`: one a block;
+        `keys` as in `embed_tokens`."""
+        x = self.embed_tokens(tokens, lengths, keys)
         cos, sin = (t.to(x.dtype) for t in rope_tables(self.config, positions, lengths))
         for layer, attention in zip(self.layers, attentions):
             x = layer(x, cos, sin, attention)
         return x
+
+    def embed_tokens(self, tokens: Tensor, lengths: Tensor, keys: Tensor | None) -> Tensor:
+        """(T, C). Noise or dropout, under `if self.training:`, takes its random numbers from `keyed_uniform(keys, …)`:
+        the `keys` (T,) depend on seed, step, document and position, and so on no micro-batch, rank or kill."""
+        x = F.embedding(tokens, self.embed.weight, sparse=self.embed.sparse)
+        return x.to(self.compute_dtype or x.dtype)
 
     def logits_at(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable], rows) -> Tensor:
         """What generation asks for: fp32 logits (n, V) at `rows`, an index of the tokens."""
@@ -367,7 +218,12 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, V) of what the last block gave (n, C)."""
-        return F.linear(self.norm(x), self.head_weight.to(x.dtype))
+        return self.head_logits(self.norm(x), lambda x: F.linear(x, self.head_weight.to(x.dtype)))
+
+    def head_logits(self, x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, V) of the normed x (n, C); `linear` multiplies by the head's weight. Loss, IFD and generation all take
+        their logits from here, so a cap of the logits goes here."""
+        return linear(x)
 
     # ---- adapters (LoRA)
 
@@ -449,7 +305,7 @@ def load_weights(model: Transformer, files: dict[str, Path]) -> None:
 def load_model(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`.
+    """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`, in eval mode.
 
     Nothing is allocated before all headers are checked against config.json; memory stays near that of the weights.
     Raises InputError.
@@ -461,6 +317,42 @@ def load_model(
         model = Transformer(config).to(dtype)
     files = find_weight_files(model, folder)
     load_weights(model.to_empty(device=device), files)
+    return model.eval()
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_meta_model(config: Config, weights: Weights, dtype: torch.dtype) -> Transformer:
+    """The model as it is trained, on meta: without memory. `dtype` is that of the computation; beside adapters (LoRA)
+    the frozen weights have it, too."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype if weights.lora else DTYPES[weights.weights])
+        if weights.lora:
+            model.add_lora(weights.lora, weights.lora_alpha, weights.lora_targets)
+    model.compute_dtype = dtype
+    return model.eval()  # but for gradient steps
+
+
+def build_model(
+    folder: Path, config: Config, weights: Weights, computation: Computation, ranks: DistributedEnv
+) -> Transformer:
+    """The model of an HF folder, sharded over the ranks (FSDP2). Each rank reads its part."""
+    dtype = compute_dtype(computation.dtype)
+    model = build_meta_model(config, weights, dtype)
+    files = find_weight_files(model, folder)
+    for block in model.layers:
+        block.activation_checkpointing = computation.checkpoint_activations
+        if computation.compile:
+            block.compute = torch.compile(block.compute, dynamic=True)
+    if ranks.world_size > 1:  # a rank alone would only make copies
+        shard_model(model, model.layers, dtype, ranks.mesh)
+        register_fsdp_forward_method(model, "logits_at")  # for --sample
+    elif ranks.device.type == "cpu":
+        model.embed.sparse = True  # its gradient only at the words that occur
+    model.to_empty(device=ranks.device)
+    load_weights(model, files)
+    model.init_lora(weights.seed)
     return model
 
 

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from parts.diversity import pick_diverse, tf_idf
 from parts.files import check_output_paths, write_lines
 from parts.report.figures import plot_histogram, print_histogram
 from parts.text.rows import Row, each_row, finite_number, messages_of, read_good_rows
+from parts.text.templates import TEMPLATES, choose_template
 from parts.text.tokenizers import load_tokenizer
 
 # ---------------------------------------------------------------- difficulty from an LLM
@@ -60,7 +61,8 @@ def format_conversation(row: Row) -> list[str]:
 
 
 def difficulty_command(args: argparse.Namespace) -> None:
-    from parts.api.ask import api_options, ask_questions  # here, because training imports this file and needs no httpx
+    from parts.api.ask import ask_questions  # here, because training imports this file and needs no httpx
+    from parts.api.options import api_options
     from parts.api.replies import parse_difficulty
 
     options = api_options(args)
@@ -115,8 +117,8 @@ def read_score(row: dict, key: str, where: str) -> float | None:
 
 
 def choose_score_key(rows: list[Row], default: str) -> str:
-    """`score` or `ifd`, whichever alone is in the file; `default` where both are, or neither."""
-    there = [key for key in ("score", "ifd") if any(row.raw.get(key) is not None for row in rows)]
+    """`score` or SCORE.key, whichever alone is in the file; `default` where both are, or neither."""
+    there = [key for key in ("score", SCORE.key) if any(row.raw.get(key) is not None for row in rows)]
     return there[0] if len(there) == 1 else default
 
 
@@ -202,15 +204,6 @@ def answer_text(row: Row) -> str:
 # ---------------------------------------------------------------- IFD from a local model
 
 
-def has_prompt_and_answer(documents: Documents) -> np.ndarray:
-    """(D,) bool: whether a document has both a prompt behind its first token and an answer of which something is
-    predicted."""
-    first = np.zeros_like(documents.loss_mask)
-    first[documents.offsets[:-1]] = True
-    prompt = np.add.reduceat(~(documents.loss_mask | first), documents.offsets[:-1], dtype=np.int64)
-    return (documents.target_counts > 0) & (prompt > 0)
-
-
 @torch.no_grad()
 def measure_ifd(
     model: Transformer, documents: Documents, micro_tokens: int = 4096, rank: int = 0, world_size: int = 1
@@ -247,10 +240,29 @@ def measure_ifd(
     if world_size > 1:
         dist.all_reduce(scores)
     scores = scores.float().cpu()
-    scores[torch.from_numpy(~has_prompt_and_answer(documents))] = math.nan
+    scores[torch.from_numpy(~data.has_prompt_and_answer(documents))] = math.nan
     scores[~scores.isfinite()] = math.nan
     return scores
 
+
+@dataclass
+class Score:
+    """What rows are selected by, and the rule by which its values choose: this is all that is known of a score."""
+
+    key: str  # of the field in files
+    name: str  # in messages
+    measure: Callable[..., Tensor]  # as `measure_ifd`: of each document; zero or above, NaN where there is none
+    worth: Callable[[np.ndarray], np.ndarray]  # higher is chosen first; below zero only when no others are left
+    worthless: str = ""  # in words: the values whose worth is below zero
+
+
+def ifd_worth(ifd: np.ndarray) -> np.ndarray:
+    """IterIT, section 3: the higher, the more is to be learned; at 1 or above the prompt is of no help."""
+    return np.where(ifd < 1, ifd, -ifd)
+
+
+IFD = Score("ifd", "IFD", measure_ifd, ifd_worth, "1 or above")
+SCORE = IFD  # of train.py --select and `score.py ifd`; `score.py select` applies its rule to the field SCORE.key
 
 CHUNK = 64  # documents a rank scores before they are kept
 
@@ -261,7 +273,7 @@ def ifd_command(args: argparse.Namespace) -> None:
     raise_if_any(
         [f"{where}: {problem}" for where, raw, _, problem in rows if not isinstance(raw, dict)], "lines are no rows"
     )
-    args.template, notes = data.choose_template(args.model, load_tokenizer(args.model), args.template)
+    args.template, notes = choose_template(args.model, load_tokenizer(args.model), args.template)
     documents = data.tokenize_files([args.input], args.model, args.template, args.max_len, shown=is_first_rank())
     if is_first_rank():
         print("\n".join(notes))
@@ -271,50 +283,68 @@ def ifd_command(args: argparse.Namespace) -> None:
         model = load_model(args.model, compute_dtype(args.dtype), ranks.device)
         data.check_vocabulary(int(documents.tokens.max(initial=0)), model.config.vocab_size, args.model)
         store = Store(args.out.with_name(args.out.name + ".partial.jsonl")) if ranks.rank == 0 else None
-        about = f"{checksum(dict(model.named_parameters()))} {args.template} {compute_dtype(args.dtype)}".encode()
+        dtype = compute_dtype(args.dtype)
+        about = f"{checksum(dict(model.named_parameters()))} {args.template} {dtype} {SCORE.key}".encode()
         keys = [content_key(about, documents, d) for d in range(len(documents))]
-        known = broadcast(set(store.by_key) if store else None)
-        todo = np.array([d for d, key in enumerate(keys) if key not in known], np.int64)
-        tokens = 0
-        with progress(len(todo), "ifd", "row", shown=ranks.rank == 0) as bar:
-            for a in range(0, len(todo), CHUNK * ranks.world_size):
-                chosen = todo[a : a + CHUNK * ranks.world_size]
-                chunk = data.subset(documents, chosen)
-                found = measure_ifd(model, chunk, args.micro_tokens, ranks.rank, ranks.world_size)
-                tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
-                for d, score in zip(chosen, found.tolist()):
-                    if store:
-                        store.add({"key": keys[d], "ifd": None if math.isnan(score) else score})
-                bar.update(len(chosen))
+        todo, tokens = measure_missing(model, documents, keys, store, args.micro_tokens, ranks)
         if store is None:
             return
         store.close()
     took = time.monotonic() - started
-    scores = {where: store.of(key)[-1]["ifd"] for where, key in zip(documents.source, keys)}
-    lines, without = [], []
-    for where, raw, _, problem in rows:
-        line = raw | {"ifd": scores.get(where)}
-        if line["ifd"] is None:
-            line["ifd_reason"] = problem or (
-                "nothing of the answer can be predicted, or there is no prompt"
-                if where in scores
-                else f"no answer is left within --max-len {args.max_len}"
-            )
-            without.append(f"{where}: {line['ifd_reason']}")
-        lines.append(line)
+    scores = {where: store.of(key)[-1][SCORE.key] for where, key in zip(documents.source, keys)}
+    lines = [add_score(where, raw, problem, scores, args.max_len) for where, raw, _, problem in rows]
+    reason = f"{SCORE.key}_reason"
+    without = [f"{where}: {line[reason]}" for (where, *_), line in zip(rows, lines) if line[SCORE.key] is None]
     values = np.array([s for s in scores.values() if s is not None])
     print_list("rows have no score", without)
     if not len(values):
-        raise InputError(f"{args.input}: none of {len(lines):,} rows has an IFD; {args.out} is not written")
+        raise InputError(f"{args.input}: none of {len(lines):,} rows has an {SCORE.name}; {args.out} is not written")
     write_lines(args.out, lines)
     print(
-        f"IFD: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}; "
-        f"{np.mean(values >= 1):.1%} at 1 or above"
+        f"{SCORE.name}: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}"
+        + (f"; {np.mean(SCORE.worth(values) < 0):.1%} at {SCORE.worthless}" if SCORE.worthless else "")
     )
     print(
-        f"{args.out}: {len(lines):,} rows, {len(todo):,} scored now in {took:,.1f} s ({len(todo) / took:,.1f} rows/s, "
+        f"{args.out}: {len(lines):,} rows, {todo:,} scored now in {took:,.1f} s ({todo / took:,.1f} rows/s, "
         f"{tokens / took:,.0f} tokens/s)"
     )
+
+
+def measure_missing(
+    model: Transformer,
+    documents: Documents,
+    keys: list[str],
+    store: Store | None,
+    micro_tokens: int,
+    ranks: DistributedEnv,
+) -> tuple[int, int]:
+    """Score the documents whose keys are not in the first rank's store, and keep what is found there after every chunk.
+    Returns how many documents and tokens that were."""
+    known = broadcast(set(store.by_key) if store else None)
+    todo, tokens = np.array([d for d, key in enumerate(keys) if key not in known], np.int64), 0
+    with progress(len(todo), SCORE.key, "row", shown=ranks.rank == 0) as bar:
+        for a in range(0, len(todo), CHUNK * ranks.world_size):
+            chosen = todo[a : a + CHUNK * ranks.world_size]
+            chunk = data.subset(documents, chosen)
+            found = SCORE.measure(model, chunk, micro_tokens, ranks.rank, ranks.world_size)
+            tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
+            for d, score in zip(chosen, found.tolist()):
+                if store:
+                    store.add({"key": keys[d], SCORE.key: None if math.isnan(score) else score})
+            bar.update(len(chosen))
+    return len(todo), tokens
+
+
+def add_score(where: str, raw: dict, problem: str | None, scores: dict[str, float | None], max_len: int) -> dict:
+    """The row with its score, or with the reason why it has none."""
+    line = raw | {SCORE.key: scores.get(where)}
+    if line[SCORE.key] is None:
+        line[f"{SCORE.key}_reason"] = problem or (
+            "nothing of the answer can be predicted, or there is no prompt"
+            if where in scores
+            else f"no answer is left within --max-len {max_len}"
+        )
+    return line
 
 
 def content_key(about: bytes, documents: Documents, d: int) -> str:
@@ -344,52 +374,90 @@ class Selection:
 
     epoch: int = -1  # that `chosen` is for
     chosen: list[int] = field(default_factory=list)  # best first
-    ifd: list[float] = field(default_factory=list)  # (D,) the newest known of each document; NaN: none
+    scores: list[float] = field(default_factory=list)  # (D,) the newest known of each document; NaN: none
     scoring: int = -1  # the epoch for which …
     candidates: list[int] = field(default_factory=list)  # … these are scored …
     scored: int = 0  # … of which so many have been
 
-
-def rows_to_choose(ratio: float, rows: int) -> int:
-    """How many rows a ratio below 1 (a share of them) or from 1 on (a count) asks for."""
-    return max(1, round(ratio * rows)) if ratio < 1 else min(rows, int(ratio))
+    def candidate_scores(self) -> np.ndarray:
+        return np.array(self.scores, np.float32)[self.candidates]
 
 
-def read_precomputed_ifd(scored: dict[Path, Documents]) -> dict[str, float]:
-    """The IFD that files of `score.py ifd` hold, by the content of their tokenised rows; NaN where they hold none.
+def read_precomputed_scores(scored: dict[Path, Documents]) -> dict[str, float]:
+    """The scores that files of `score.py ifd` hold, by the content of their tokenised rows; NaN where they hold none.
     Raises InputError for one that is negative or not finite."""
-    given = {}
+    given, key = {}, SCORE.key
     for path, documents in scored.items():
-        ifd = {where: read_score(raw, "ifd", where) for where, raw, row, _ in each_row(path) if row}
-        negative = [f"{where}: ifd {value:g}" for where, value in ifd.items() if value is not None and value < 0]
-        raise_if_any(negative, "rows of --scores have a negative ifd, which is none")
+        scores = {where: read_score(raw, key, where) for where, raw, row, _ in each_row(path) if row}
+        negative = [f"{where}: {key} {value:g}" for where, value in scores.items() if value is not None and value < 0]
+        raise_if_any(negative, f"rows of --scores have a negative {key}, which is none")
         for d, where in enumerate(documents.source):
-            given[content_key(b"", documents, d)] = math.nan if ifd[where] is None else ifd[where]
+            given[content_key(b"", documents, d)] = math.nan if scores[where] is None else scores[where]
     return given
 
 
-def match_precomputed_ifd(documents: Documents, given: dict[str, float], source: str) -> list[float]:
-    """The given IFD of each document; NaN where it can have none, whatever is given. Raises InputError where one is
+def match_precomputed_scores(documents: Documents, given: dict[str, float], source: str) -> list[float]:
+    """The given score of each document; NaN where it can have none, whatever is given. Raises InputError where one is
     missing."""
     keys = [content_key(b"", documents, d) for d in range(len(documents))]
     missing = [where for where, key in zip(documents.source, keys) if key not in given]
     raise_if_any(missing, f"of {len(documents)} rows of {source} are not in --scores")
-    return [given[key] if possible else math.nan for key, possible in zip(keys, has_prompt_and_answer(documents))]
+    return [given[key] if possible else math.nan for key, possible in zip(keys, data.has_prompt_and_answer(documents))]
 
 
-def choose_rows(ifd: np.ndarray, answers: list[str] | None, count: int, decay: float = 0.1) -> np.ndarray:
-    """IterIT's choice of at most `count` rows, best first (int64): by IFD (N,) times diversity of the `answers`, or
-    without answers by IFD alone.
+def choose_rows(worth: np.ndarray, answers: list[str] | None, count: int, decay: float = 0.1) -> np.ndarray:
+    """IterIT's choice of at most `count` rows, best first (int64): by `worth` (N,) times diversity of the `answers`, or
+    without answers by worth alone.
 
-    TF-IDF and choice are among the rows below 1. Only when these are used up come those at 1 or above, where the prompt
-    is of no help, the lowest first. Rows whose IFD is NaN are never chosen.
+    TF-IDF and choice are among the rows whose worth is not below zero. Only when these are used up come the others, the
+    highest first. Rows whose worth is NaN are never chosen.
     """
-    good, hard = np.flatnonzero(ifd < 1), np.flatnonzero(ifd >= 1)
+    good, others = np.flatnonzero(worth >= 0), np.flatnonzero(worth < 0)
     if answers is None or not len(good):
-        best = np.argsort(-ifd[good], kind="stable")
+        best = np.argsort(-worth[good], kind="stable")
     else:
-        best = pick_diverse(ifd[good].astype(np.float64), tf_idf(answers[i] for i in good), count, decay)
-    return np.concatenate([good[best], hard[np.argsort(ifd[hard], kind="stable")]])[:count].astype(np.int64)
+        best = pick_diverse(worth[good].astype(np.float64), tf_idf(answers[i] for i in good), count, decay)
+    return np.concatenate([good[best], others[np.argsort(-worth[others], kind="stable")]])[:count].astype(np.int64)
+
+
+def plan_scoring(selection: Selection, usable: np.ndarray, epoch: int, most: int) -> None:
+    """Which documents are scored for `epoch`: before the first all `usable` ones (none, where scores are given), before
+    a later one at most `most`: those chosen last, then the others by their newest score."""
+    candidates, given = usable, epoch == 0 and bool(selection.scores)
+    if epoch > 0:
+        known = np.array(selection.scores, np.float32)
+        ranked = choose_rows(SCORE.worth(known), None, len(known)).tolist()
+        candidates = np.array(list(dict.fromkeys([*selection.chosen, *ranked]))[:most])
+    selection.scoring, selection.candidates = epoch, candidates.tolist()
+    selection.scored = len(candidates) if given else 0
+
+
+def score_candidates(
+    selection: Selection, model: Transformer, documents: Documents, ranks: DistributedEnv, micro_tokens: int
+) -> Iterator[None]:
+    """Score those candidates that have not been, on all ranks; yields after every chunk."""
+    if not selection.scores:
+        selection.scores = [math.nan] * len(documents)
+    while selection.scored < len(selection.candidates):
+        chunk = np.array(selection.candidates[selection.scored :][: CHUNK * ranks.world_size])
+        found = SCORE.measure(model, data.subset(documents, chunk), micro_tokens, ranks.rank, ranks.world_size)
+        for d, value in zip(chunk.tolist(), found.tolist()):
+            selection.scores[d] = value
+        selection.scored += len(chunk)
+        yield
+
+
+def choose_candidates(
+    selection: Selection, options: SelectionOptions, documents: Documents, tokenizer, epoch: int, count: int
+) -> None:
+    """Choose among those scored: `selection.chosen`. Rank 0 does, the others get its choice."""
+    candidates, best = np.array(selection.candidates), None
+    if is_first_rank():
+        answers = [decode_answer(documents, d, tokenizer) for d in candidates] if options.score_type == "both" else None
+        worth = SCORE.worth(selection.candidate_scores())
+        worth[np.isnan(worth)] = -math.inf  # measured, and no number: the last
+        best = choose_rows(worth, answers, count, options.diversity_decay)
+    selection.chosen, selection.epoch = candidates[broadcast(best)].tolist(), epoch
 
 
 def select_epoch_rows(
@@ -405,42 +473,26 @@ def select_epoch_rows(
 ) -> Iterator[tuple[int, int]]:
     """Choose the `count` documents that `epoch` trains on (IterIT, section 3): `selection.chosen`.
 
-    Before the first epoch every document is scored (unless `selection.ifd` holds scores), before a later one the best
-    `update_ratio` times as many as an epoch trains on: those chosen last, then the others by their newest IFD. The
-    choice is among those just scored. Yields how many are scored, and of how many, after every chunk: then `selection`
-    may be saved, and the work left and taken up again. Every rank must exhaust it.
+    Every document is scored before the first epoch (unless `selection.scores` holds scores), the best `update_ratio`
+    times as many as an epoch trains on before a later one; the choice is among those just scored. Yields how many are
+    scored, and of how many, after every chunk: then `selection` may be saved, and the work left and taken up again.
+    Every rank must exhaust it.
     """
     if selection.scoring != epoch:
-        candidates = np.flatnonzero(has_prompt_and_answer(documents))
-        if epoch > 0:
-            by_ifd = choose_rows(np.array(selection.ifd, np.float32), None, len(documents))
-            ranked = list(dict.fromkeys([*selection.chosen, *by_ifd.tolist()]))
-            candidates = np.array(ranked[: round(options.update_ratio * count)])
-        selection.scoring, selection.candidates = epoch, candidates.tolist()
-        selection.scored = len(candidates) if epoch == 0 and selection.ifd else 0
-    if not selection.ifd:
-        selection.ifd = [math.nan] * len(documents)
-    while selection.scored < len(selection.candidates):
-        chunk = np.array(selection.candidates[selection.scored :][: CHUNK * ranks.world_size])
-        found = measure_ifd(model, data.subset(documents, chunk), micro_tokens, ranks.rank, ranks.world_size)
-        for d, value in zip(chunk.tolist(), found.tolist()):
-            selection.ifd[d] = math.inf if math.isnan(value) else value  # too large for a number: worst of all
-        selection.scored += len(chunk)
+        usable = np.flatnonzero(data.has_prompt_and_answer(documents))
+        plan_scoring(selection, usable, epoch, most=round(options.update_ratio * count))
+    for _ in score_candidates(selection, model, documents, ranks, micro_tokens):
         yield selection.scored, len(selection.candidates)
-    candidates, best = np.array(selection.candidates), None
-    if ranks.rank == 0:
-        answers = [decode_answer(documents, d, tokenizer) for d in candidates] if options.score_type == "both" else None
-        best = choose_rows(np.array(selection.ifd, np.float32)[candidates], answers, count, options.diversity_decay)
-    selection.chosen = candidates[broadcast(best)].tolist()
-    selection.epoch = epoch
+    choose_candidates(selection, options, documents, tokenizer, epoch, count)
 
 
 def describe_selection(selection: Selection) -> str:
-    """In words: how many of how many were chosen, and their IFD."""
-    ifd = np.array(selection.ifd)[selection.chosen]
-    hard = int((ifd >= 1).sum())
-    more = f"; {hard:,} of them at 1 or above, since no better were left" if hard else ""
-    return f"{len(ifd):,} of {len(selection.candidates):,} chosen, IFD {ifd.min():.3f} to {ifd.max():.3f}{more}"
+    """In words: how many of how many were chosen, and their scores."""
+    values = np.array(selection.scores)[selection.chosen]
+    others = int((SCORE.worth(values) < 0).sum())
+    note = f"; {others:,} of them at {SCORE.worthless}, since no better were left" if others else ""
+    chosen = f"{len(values):,} of {len(selection.candidates):,} chosen"
+    return f"{chosen}, {SCORE.name} {values.min():.3f} to {values.max():.3f}{note}"
 
 
 def decode_answer(documents: Documents, d: int, tokenizer) -> str:
@@ -449,14 +501,15 @@ def decode_answer(documents: Documents, d: int, tokenizer) -> str:
 
 
 def write_selection(path: Path, documents: Documents, selection: Selection) -> None:
-    """A line for each scored document: those chosen first, best first, then the others by IFD."""
+    """A line for each scored document: those chosen first, best first, then the others by score."""
     chosen, candidates = set(selection.chosen), np.array(selection.candidates)
-    by_ifd = candidates[choose_rows(np.array(selection.ifd, np.float32)[candidates], None, len(candidates))].tolist()
+    worth = np.nan_to_num(SCORE.worth(selection.candidate_scores()), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    ranked = candidates[choose_rows(worth, None, len(candidates))].tolist()
     lines = []
-    for rank, d in enumerate(dict.fromkeys([*selection.chosen, *by_ifd]), 1):
-        ifd = selection.ifd[d] if math.isfinite(selection.ifd[d]) else None
-        line = {"id": documents.ids[d], "where": documents.source[d], "ifd": ifd, "rank": rank, "chosen": d in chosen}
-        lines.append(line)
+    for rank, d in enumerate(dict.fromkeys([*selection.chosen, *ranked]), 1):
+        value = selection.scores[d] if math.isfinite(selection.scores[d]) else None
+        about = {"id": documents.ids[d], "where": documents.source[d], SCORE.key: value}
+        lines.append(about | {"rank": rank, "chosen": d in chosen})
     write_lines(path, lines)
 
 
@@ -464,24 +517,26 @@ def select_command(args: argparse.Namespace) -> None:
     check_output_paths([args.out], [args.scored])
     rows = read_good_rows(args.scored, args.skip_bad_rows)
     answers = [answer_text(row) for row in rows]
-    count, started, note = rows_to_choose(args.ratio, len(rows)), time.monotonic(), ""
+    count, started, note = data.rows_to_choose(args.ratio, len(rows)), time.monotonic(), ""
     if args.by == "random":
         chosen = np.random.default_rng(args.seed).permutation(len(rows))[:count]
     elif args.by == "length":
         chosen = np.argsort([-len(a) for a in answers], kind="stable")[:count]
     else:
-        args.score_key = args.score_key or choose_score_key(rows, "ifd")
+        args.score_key = args.score_key or choose_score_key(rows, SCORE.key)
         found = [read_score(row.raw, args.score_key, row.source) for row in rows]
         scores = np.array([math.nan if s is None else s for s in found])
         if (scores < 0).any():
             raise InputError(f"{rows[int(np.argmax(scores < 0))].source}: {args.score_key} is negative")
         note = f" {int(np.isnan(scores).sum()):,} without {args.score_key} left out;"
-        if args.score_key == "ifd":
-            chosen = choose_rows(scores, answers if args.by == "diversity" else None, count, args.diversity_decay)
-            hard = int((scores[chosen] >= 1).sum())
-            note += f" {hard:,} taken at IFD 1 or above, since no better were left;" if hard else ""
+        if args.score_key == SCORE.key:
+            worth = SCORE.worth(scores)
+            chosen = choose_rows(worth, answers if args.by == "diversity" else None, count, args.diversity_decay)
+            others = int((worth[chosen] < 0).sum())
+            if others:
+                note += f" {others:,} taken at {SCORE.name} {SCORE.worthless}, since no better were left;"
         elif args.by == "score":
-            chosen = np.argsort(-scores, kind="stable")[: min(count, int((~np.isnan(scores)).sum()))]  # NaN last
+            chosen = choose_rows(scores, None, count)
         else:
             chosen = pick_diverse(scores, tf_idf(answers), count, args.diversity_decay)
     if not len(chosen):
@@ -502,7 +557,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Difficulty of instructions; stages and selections made from it.", epilog=EXIT_CODES
     )
-    from parts.api.ask import add_api_arguments  # here, so that training needs no httpx
+    from parts.api.options import add_api_arguments  # here, so that training needs no httpx
 
     commands = parser.add_subparsers(dest="command", required=True)
     make = partial(commands.add_parser, formatter_class=HelpFormatter)
@@ -524,7 +579,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the rows as they are, and ifd")
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
-    p.add_argument("--template", choices=data.TEMPLATES, help=template_help)
+    p.add_argument("--template", choices=TEMPLATES, help=template_help)
     p.add_argument("--max-len", type=positive_int, default=2048, help="tokens; longer rows are cut at the end")
     p.add_argument("--micro-tokens", type=positive_int, default=4096, help="tokens that go through the model at once")
     p.add_argument(

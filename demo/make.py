@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import Transformer, init_weights, parse_config, save_model
+from model import Transformer, init_weights, save_model
+from parts.checkpoints.config import parse_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

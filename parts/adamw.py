@@ -4,12 +4,11 @@ bf16 keeps 8 bits of a number: an update below half of its last place would be l
 time. Rounded stochastically, up as often as the part cut off is large, it counts on average (arXiv 2010.06192).
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from parts.distributed import local_part
+from parts.keyed_random import random_key
 
 CHUNK = {"cpu": 2**18, "cuda": 2**23}  # numbers; on a CPU what its caches hold, and enough for several cores
 LARGEST = torch.finfo(torch.float32).max
@@ -22,11 +21,6 @@ def stochastic_round_(x: Tensor, bits: Tensor) -> Tensor:
     endless = torch.sub(x, endless, out=endless)  # 0, or inf and NaN, in whose bits one cannot add
     x.view(torch.int32).add_(bits).bitwise_and_(-65536)
     return x.add_(endless)
-
-
-def random_key(*numbers: int) -> int:
-    """63 bits that depend on these numbers, on every machine alike."""
-    return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
 
 
 class StochasticAdamW(torch.optim.Optimizer):

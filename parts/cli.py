@@ -220,13 +220,13 @@ def print_list(what: str, lines: list[str]) -> None:
 
 
 def print_summary(text: str, total: int, failed: dict[str, int]) -> None:
-    """`text` and how many of `total` rows came to nothing, by what befell them. Raises WorkError where it is more than
-    5 %, and where any has "failed": always an error of the server."""
+    """Print `text` and how many of `total` rows have no result, by state. Raises WorkError for more than 5 % of them,
+    and for any that "failed"."""
     bad = ", ".join(f"{n:,} {what}" for what, n in failed.items() if n)
     print(text + (f"; {bad}" if bad else ""), flush=True)
     if failed.get("failed") or sum(failed.values()) > 0.05 * total:
         more = "more than 5 % of " if sum(failed.values()) > 0.05 * total else "of "
-        raise WorkError(f"{more}{total:,} rows came to nothing: {bad} (--ask-refused asks them again)")
+        raise WorkError(f"{more}{total:,} rows have no result: {bad} (--ask-refused asks them again)")
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

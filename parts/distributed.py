@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -96,22 +96,21 @@ def wait_for_key(store: dist.Store, key: str, end: float = math.inf) -> bytes:
 
 
 @contextmanager
-def first_rank_works(store: dist.Store) -> Iterator[None]:
-    """On the first rank: work that the others are waiting for in `wait_for_first_rank`."""
+def first_rank_works(store: dist.Store) -> Iterator[bool]:
+    """Yields whether this is the first rank, whose block the others then wait for before theirs. Raises InputError,
+    which the first rank explains, on the others where it failed."""
+    if not is_first_rank():
+        if wait_for_key(store, "first rank") == b"failed":
+            raise InputError("")
+        yield False
+        return
     try:
-        yield
+        yield True
     except BaseException:
         store.set("first rank", "failed")
         time.sleep(0.5 if "RANK" in os.environ else 0)  # in which the others read it, and need not complain
         raise
     store.set("first rank", "done")
-
-
-def wait_for_first_rank(store: dist.Store) -> None:
-    """Wait until the block of `first_rank_works` has ended on the first rank. Raises InputError, which that rank
-    explains, where it failed."""
-    if wait_for_key(store, "first rank") == b"failed":
-        raise InputError("")
 
 
 @contextmanager
@@ -235,3 +234,12 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def shard_model(
+    model: torch.nn.Module, blocks: Sequence[torch.nn.Module], dtype: torch.dtype, mesh: DeviceMesh
+) -> None:
+    """FSDP2 of each block and of the rest: computed in `dtype`, gradients reduced in fp32."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in [*blocks, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)

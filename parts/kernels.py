@@ -6,7 +6,7 @@ N supervised tokens, V vocabulary. Statistics are computed in fp32 at least.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import signature
 
 import torch
@@ -263,18 +263,72 @@ def attention_weights(q: Tensor, k: Tensor, sliding_window: int | None) -> Tenso
 # ---------------------------------------------------------------- output head and loss
 
 
-def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = F.linear(x, weight.to(x.dtype)).to(at_least_fp32(x))
-    losses = logits.logsumexp(1) - logits.gather(1, targets[:, None]).squeeze(1)
-    return losses.sum(), losses.detach()
+def plain_token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.to(at_least_fp32(logits))
+    log_z = logits.logsumexp(1)
+    return log_z - logits.gather(1, targets[:, None]).squeeze(1), log_z
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the targets (N,) under the head `weight` (V, C) at the hidden states x (N, C).
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each target (n,) under its logits (n, V), and the logarithm of the softmax's normalizer; both
+    (n,), fp32 and differentiable. Overwrites the logits: a function that made them and needs its result for the
+    backward pass, as torch.tanh does, must not be the last (`30 * tanh(x / 30)` is right); autograd says so."""
+    return TokenLosses.apply(logits, targets)
 
-    Returns its sum, differentiable, and each token's (N,), for measuring only; both fp32.
+
+class TokenLosses(torch.autograd.Function):
+    """In place: the logits become their exponentials, and these their gradient."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        wide, target = logits.detach().to(at_least_fp32(logits)), targets[:, None]
+        chosen, top = wide.gather(1, target), wide.amax(1, keepdim=True)
+        total = wide.sub_(top).exp_().sum(1, keepdim=True)
+        log_z = total.log() + top
+        ctx.save_for_backward(wide, total, target)
+        ctx.dtype = logits.dtype
+        return (log_z - chosen).squeeze(1), log_z.squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_grad: Tensor, log_z_grad: Tensor):
+        wide, total, target = ctx.saved_tensors  # softmax = wide / total
+        loss_grad, log_z_grad = loss_grad[:, None], log_z_grad[:, None]
+        grad = wide.mul_((loss_grad + log_z_grad) / total).scatter_add_(1, target, -loss_grad)
+        return grad.to(ctx.dtype), None
+
+
+Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+TrainingLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def plain_head(x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+    return linear(x)
+
+
+def plain_loss(losses: Tensor, log_z: Tensor, at: Tensor) -> Tensor:
+    return losses
+
+
+def plain_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, head: Head = plain_head, training_loss: TrainingLoss = plain_loss
+) -> tuple[Tensor, Tensor]:
+    logits = head(x, lambda h: F.linear(h, weight.to(h.dtype)))
+    losses, log_z = plain_token_losses(logits, targets)
+    return training_loss(losses, log_z, torch.arange(len(x), device=x.device)).sum(), losses.detach()
+
+
+def cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, head: Head = plain_head, training_loss: TrainingLoss = plain_loss
+) -> tuple[Tensor, Tensor]:
+    """Loss of the targets (N,) at the hidden states x (N, C), under the logits head(x, linear), where `linear` is the
+    product with the head's `weight` (V, C).
+
+    Returns the sum of training_loss(losses, log_z, at), which is differentiable, and the cross-entropy of each token
+    (N,), for measuring only; both fp32. The training loss gets what `token_losses` returns and which of the N tokens
+    they are, of some of them at a time. Gradients are those of x and weight: `head` has no other parameters.
     """
-    return apply_function(CrossEntropy, x, weight, targets)
+    return apply_function(CrossEntropy, x, weight, targets, head, training_loss)
 
 
 MAX_LOGITS = 2**24  # numbers; 64 MiB in fp32, whatever the vocabulary
@@ -284,33 +338,58 @@ class CrossEntropy(torch.autograd.Function):
     """Logits in chunks; the gradients of the sum are made in the same pass, then the logits are forgotten."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        head, chunk = weight.to(x.dtype), max(1, MAX_LOGITS // len(weight))
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, head: Head, training_loss: TrainingLoss
+    ) -> tuple[Tensor, Tensor]:
+        narrow, chunk = weight.detach().to(x.dtype), max(1, MAX_LOGITS // len(weight))
         losses = x.new_empty(len(x), dtype=at_least_fp32(x))
+        total = losses.new_zeros(())
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight, dtype=at_least_fp32(x)) if ctx.needs_input_grad[1] else None
+        dweight = torch.zeros_like(weight, dtype=losses.dtype) if ctx.needs_input_grad[1] else None
+        learns = dx is not None or dweight is not None
+
+        def linear(h: Tensor) -> Tensor:
+            return HeadLinear.apply(h, narrow, dweight)
+
         for a in range(0, len(x), chunk):
-            rows, target = slice(a, a + chunk), targets[a : a + chunk, None]
-            logits = F.linear(x[rows], head).to(losses.dtype)
-            chosen, top = logits.gather(1, target), logits.amax(1, keepdim=True)
-            total = logits.sub_(top).exp_().sum(1, keepdim=True)
-            losses[rows] = (total.log() + top - chosen).squeeze(1)
-            if dx is None and dweight is None:
-                continue
-            # d loss / d logits = softmax - one-hot
-            p = logits.div_(total).scatter_add_(1, target, -torch.ones_like(total)).to(x.dtype)
-            if dx is not None:
-                dx[rows] = p @ head
-            if dweight is not None and p.dtype == dweight.dtype:
-                dweight.addmm_(p.T, x[rows])  # without a second matrix of that size
-            elif dweight is not None:
-                dweight += p.T @ x[rows]
+            rows, at = slice(a, a + chunk), torch.arange(a, min(a + chunk, len(x)), device=x.device)
+            with torch.set_grad_enabled(learns):
+                chunk_x = x[rows].detach().requires_grad_(learns)
+                chunk_losses, log_z = token_losses(head(chunk_x, linear), targets[rows])
+                chunk_sum = training_loss(chunk_losses, log_z, at).sum()
+            losses[rows] = chunk_losses.detach()
+            total += chunk_sum.detach()
+            if learns:
+                (chunk_dx,) = torch.autograd.grad(chunk_sum, chunk_x)  # and `linear` adds to dweight
+                if dx is not None:
+                    dx[rows] = chunk_dx
         ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return total, losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _):
         # In place: dweight is as large as the vocabulary.
-        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None
+        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None
+
+
+class HeadLinear(torch.autograd.Function):
+    """x (n, C) times weight (V, C); its backward adds the gradient of the weight to `dweight`, without a second matrix
+    of that size where the dtypes agree."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, dweight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dweight = dweight
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        if ctx.dweight is not None and grad.dtype == ctx.dweight.dtype:
+            ctx.dweight.addmm_(grad.T, x)
+        elif ctx.dweight is not None:
+            ctx.dweight += grad.T @ x
+        return grad @ weight, None, None

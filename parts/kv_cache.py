@@ -108,7 +108,7 @@ class KVCache:
 
     def __init__(self, config, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layers, slots, capacity, config.n_kv_heads, config.head_dim)
-        self.capacity = capacity
+        self.slots, self.capacity = slots, capacity
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def rows(self) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -81,6 +83,16 @@ def memory_in_use(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def oom_advice(micro_tokens: int) -> Iterator[None]:
+    """Raise WorkError, with the flags that need less memory, where training needs more than a GPU has."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        ways = f"--micro-tokens {micro_tokens // 2}, --checkpoint-activations, --weights bf16 or --lora 16"
+        raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None
 
 
 def oom_message(e: BaseException) -> str:

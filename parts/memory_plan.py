@@ -52,6 +52,7 @@ class Flops:
     per_pair: float  # of a token with one that it attends to
     per_supervised: float  # output head
     sliding_window: int | None
+    peak: float | None = None  # what all ranks can do in a second, where that is known
 
     def of_batch(self, lengths: np.ndarray, supervised: int) -> float:
         """Of documents of these lengths: attention over the causal (windowed) pairs of each; nothing counted twice."""
@@ -59,6 +60,10 @@ class Flops:
         w = np.minimum(n, self.sliding_window or math.inf)
         pairs = (n * w - w * (w - 1) / 2).sum()
         return self.per_token * n.sum() + self.per_pair * pairs + self.per_supervised * supervised
+
+    def utilization(self, lengths: np.ndarray, supervised: int, seconds: float) -> float | None:
+        """MFU: the share of `peak` that a batch used which took so long."""
+        return round(self.of_batch(lengths, supervised) / max(seconds, 1e-6) / self.peak, 4) if self.peak else None
 
 
 PLACES = {"attention_norm": 0, "q": 1, "k": 1, "v": 1, "o": 2, "mlp_norm": 3, "gate": 4, "up": 4, "down": 5}
@@ -72,7 +77,7 @@ def place(name: str, layers: int) -> tuple[int, int, bool]:
     return (int(block), PLACES.get(module, 0), kind == "lora_B")
 
 
-def training_flops(model: torch.nn.Module, trained: set[str]) -> Flops:
+def training_flops(model: torch.nn.Module, trained: set[str], peak: float | None = None) -> Flops:
     """A product costs 2 a matrix entry forward, 2 for the gradient of its input where something before it is trained,
     and 2 for that of the matrix where it is trained itself."""
     config, parameters = model.config, dict(model.named_parameters())
@@ -89,6 +94,7 @@ def training_flops(model: torch.nn.Module, trained: set[str]) -> Flops:
         (4 * config.n_layers + 8 * blocks_back) * config.n_heads * config.head_dim,
         (2 + head_gradients) * config.dim * config.vocab_size,
         config.sliding_window,
+        peak,
     )
 
 
@@ -270,7 +276,7 @@ def fsdp_peaks(s: StepSizes, shards: int, replicas: int) -> list[tuple[float, fl
 
 def print_memory_plan(plans: dict[str, dict[int, dict[str, float]]], free: dict[int, float | None]) -> None:
     """Memory plans by way (flags), the chosen one first, and by number of ranks, side by side; then what each other way
-    would need, and the first of them that fits where the chosen one does not. `free`: bytes a rank has."""
+    would need, and the first of them that fits where the chosen one does not. `free`: bytes that each rank has."""
     chosen, *others = plans
 
     def gib(way: str, part: str | None = None) -> list[str]:

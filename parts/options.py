@@ -18,6 +18,7 @@ from parts.cli import (
     positive_int,
 )
 
+MAX_LEN = 2048  # tokens of a row, unless --max-len says otherwise
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -35,7 +36,7 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add("--eval", nargs="+", metavar="F", help="held-out data: the loss on it is measured (the demo has its own)")
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
     add("--template", choices=templates, help=template_help)
-    add("--max-len", type=positive_int, default=2048, help="tokens; longer rows are cut at the end")
+    add("--max-len", type=positive_int, default=MAX_LEN, help="tokens; longer rows are cut at the end")
     replay_help = "share of every earlier stage's rows mixed into a stage (default: 0; in the demo 0.1)"
     add("--replay", type=fraction, metavar="X", help=replay_help)
     add("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")

@@ -16,6 +16,7 @@ from pathlib import Path
 from parts.cli import InputError, dataclass_from_args, print_table, raise_if_any, run_program
 from parts.files import read_json_object
 from parts.report.win_rates import describe_questions
+from parts.text.templates import choose_template
 
 ORDERS = ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1")
 NAMES = {"phased": "phased (1-2-3)", "random": "random stages", "stage3": "stage 3 only"}
@@ -76,14 +77,14 @@ UTILIZATION, BANDWIDTH = 0.3, 1.5e12  # guesses: of a GPU's peak in training; by
 def plan(args: argparse.Namespace) -> None:
     """Print what everything takes from its beginning. Raises InputError where something would fail later."""
     import torch
+    from parts.checkpoints.config import read_config
 
     import data
     import generate
     import score
     import train
-    from model import read_config
     from parts import memory_plan
-    from parts.api.ask import api_options
+    from parts.api.options import api_options
     from parts.api.prompts import difficulty_prompt, judge_prompt
     from parts.api.questions import fence, fill, tokens_in
     from parts.options import Weights
@@ -101,7 +102,7 @@ def plan(args: argparse.Namespace) -> None:
         places.setdefault((p.dataset, p.id), []).append(p.source)
     raise_if_any([" and ".join(w) for w in places.values() if len(w) > 1], "prompts have the same data set and id")
     rows = read_good_rows(args.alpaca, skip_bad=True)
-    template, _ = data.choose_template(training.model, load_tokenizer(training.model), training.template)
+    template, _ = choose_template(training.model, load_tokenizer(training.model), training.template)
     documents = data.tokenize_files([args.alpaca], training.model, template, training.max_len, shown=True)
     model = train.build_meta_model(read_config(training.model), dataclass_from_args(Weights, training), torch.bfloat16)
     learned = train.trained_parameters(model)

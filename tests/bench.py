@@ -56,8 +56,9 @@ def peak_memory() -> int:
 
 def build(folder: Path, dtype: str, ranks, more: list[str]):
     """train.py's documents, model, trained parameters and optimizer, at a rate of 1e-4; `more` flags."""
+    from parts.checkpoints.config import read_config
+
     import train
-    from model import read_config
     from parts.cli import dataclass_from_args
 
     where = ["--model", str(folder), "--stages", str(folder / "rows.jsonl"), "--out", str(folder / "out")]
@@ -142,8 +143,9 @@ def theirs(folder: Path, dtype: str, steps: int, way: str) -> dict:
     import torch
     import transformers
 
-    from data import TEMPLATES, epoch_batches, render
+    from data import epoch_batches
     from parts.text.rows import read_rows
+    from parts.text.templates import TEMPLATES, render
     from parts.text.tokenizers import load_tokenizer
 
     rows, _ = read_rows(folder / "rows.jsonl")
@@ -218,7 +220,9 @@ def contender(folder: Path, name: str, dtype: str, steps: int) -> dict:
 
 
 def make_folder(folder: Path, size: str, vocab: int = 32000) -> None:
-    from model import Transformer, init_weights, parse_config, save_model
+    from parts.checkpoints.config import parse_config
+
+    from model import Transformer, init_weights, save_model
 
     model = Transformer(parse_config(raw_config(size, vocab)))
     init_weights(model, 0)
@@ -434,10 +438,11 @@ def bench_ifd(folder: Path) -> None:
     import torch
     import transformers
 
-    from data import TEMPLATES, render, tokenize_files
+    from data import tokenize_files
     from model import load_model
     from parts.distributed import compute_dtype, tune_malloc
     from parts.text.rows import read_rows
+    from parts.text.templates import TEMPLATES, render
     from parts.text.tokenizers import load_tokenizer
     from score import measure_ifd
 
@@ -566,7 +571,9 @@ def bench_iterit(folder: Path) -> None:
             for a in range(0, len(documents), 256)
         ]
         tokenizer = load_tokenizer(folder)
-        score.choose_rows(torch.cat(found).numpy(), [tokenizer.decode(a.tolist()) for a in answers], 100)
+        score.choose_rows(
+            score.IFD.worth(torch.cat(found).numpy()), [tokenizer.decode(a.tolist()) for a in answers], 100
+        )
 
     times = {bare: [], ours: []}
     for _ in range(3):
@@ -649,10 +656,10 @@ def bench_generate(folder: Path) -> None:
     import torch
     import transformers
 
-    from data import TEMPLATES, render
     from generate import Options, decode
     from model import load_model
     from parts.text.rows import read_rows
+    from parts.text.templates import TEMPLATES, render
     from parts.text.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -739,7 +746,8 @@ MEMORY = """
 import json, os, sys, torch
 os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}  # as generate.py's run does
 sys.path.insert(0, sys.argv[1])
-from generate import Cache, Options, decode
+from generate import Options, decode
+from parts.kv_cache import KVCache
 from model import load_model
 from parts.distributed import keep_memory
 keep_memory()
@@ -752,7 +760,7 @@ model = load_model(sys.argv[2], torch.bfloat16)
 for _ in decode(model, prompts, set(), Options(), limits): pass
 capacity = max(len(p) + n for p, n in zip(prompts, limits))
 used = peak() - before
-cache = Cache(model.config, 128, capacity, torch.bfloat16, torch.device("cpu"))
+cache = KVCache(model.config, 128, capacity, torch.bfloat16, torch.device("cpu"))
 print(used / (sum(2 * p.numel() for p in model.parameters()) + cache.k.nbytes + cache.v.nbytes))
 """
 

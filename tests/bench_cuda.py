@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ import torch
 import data
 import generate
 import train
-from model import Transformer, parse_config
+from model import Transformer
 from parts import memory_plan
+from parts.checkpoints import config as config_file
+from parts.checkpoints.config import parse_config
 from parts.cli import dataclass_from_args, print_table
 from parts.distributed import init_distributed
 from parts.memory import memory_in_use
@@ -53,9 +56,9 @@ def training(folder: Path, flags: list[str]) -> dict:
     """train.py's own step."""
     where = ["--model", folder, "--stages", folder / "rows.jsonl", "--out", folder / "out", "--lr", "1e-5"]
     args = train.parse_args([*map(str, where), "--micro-tokens", str(MICRO), "--dtype", "bf16", *flags])
-    train.find_weights, train.load_weights = lambda *a: {}, fill
+    train.find_weight_files, train.load_weights = lambda *a: {}, fill
     documents = train.read_data(args, first=False)[0][0].documents
-    config = train.read_config(folder)
+    config = config_file.read_config(folder)
     kinds = (dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
     with init_distributed() as ranks:
         model = train.build_model(folder, config, *kinds, ranks)
@@ -71,7 +74,7 @@ def training(folder: Path, flags: list[str]) -> dict:
 
         seconds = timed(step, documents, ranks.device)
         flops = memory_plan.training_flops(model, set(trained))
-        most = data.largest_micro_batch(documents, BATCH, 1, MICRO)
+        most = data.largest_micro_batch([SimpleNamespace(documents=documents, batch_size=BATCH)], 1, MICRO)
         cuda = ranks.device.type == "cuda"
         plan = memory_plan.memory_plan(model, set(trained), 1, torch.bfloat16, *most, args.checkpoint_activations, cuda)
         return measured(documents, seconds, flops, ranks.device) | {"plan": sum(plan.values())}

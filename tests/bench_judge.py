@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import TEMPLATES, choose_template, render
 from model import Transformer, load_model
 from parts.api.store import Store
 from parts.checkpoints.weights import checksum
 from parts.cli import InputError, positive_int, print_table, progress, run_program
 from parts.files import read_text
 from parts.text.rows import Turn
+from parts.text.templates import TEMPLATES, choose_template, render
 from parts.text.tokenizers import load_tokenizer
 
 MICRO_BATCH_TOKENS = 4096

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from parts.checkpoints.config import read_config
 
 import data
 import train
-from model import read_config, save_model
+from model import save_model
 from parts.adamw import StochasticAdamW, stochastic_round_
 from parts.cli import dataclass_from_args
 from parts.distributed import init_distributed

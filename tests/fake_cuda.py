@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import model as model_file
 import train
-from model import Config, Transformer, parse_config
+from model import Transformer
 from parts import adamw, kernels, memory_plan
 from parts.checkpoints import weights
+from parts.checkpoints.config import Config, parse_config
 from parts.distributed import DistributedEnv
 from parts.options import Computation, Optimization, Weights
 
@@ -142,7 +143,7 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
-def fake_model(config: Config, chosen: Weights, dtype: torch.dtype, outline=train.build_meta_model) -> Transformer:
+def fake_model(config: Config, chosen: Weights, dtype: torch.dtype, outline=model_file.build_meta_model) -> Transformer:
     """`build_meta_model`, its parameters fake tensors instead of meta ones."""
     with unset_fake_temporarily():
         model = outline(config, chosen, dtype)
@@ -169,13 +170,13 @@ def patch_modules(tracker_of: dict) -> None:
     torch.Generator = lambda device=None: generator()
     torch.Tensor.__int__ = lambda self: self.item()
     adamw.local_part = weights.local_part = local_part
-    train.build_meta_model = fake_model
-    train.find_weights = lambda model, folder: {}
-    train.load_weights = lambda model, files: None
+    model_file.build_meta_model = fake_model
+    model_file.find_weight_files = lambda model, folder: {}
+    model_file.load_weights = lambda model, files: None
     Transformer.to_empty = lambda self, device: self
     Transformer.init_lora = lambda self, seed: None
     for module in (model_file, weights):
-        module.write_tensors = module.write_file = lambda *args: None
+        module.write_tensors = module.atomic_write = lambda *args: None
     resize = torch.UntypedStorage.resize_
 
     def resize_and_count(storage, size):  # with which FSDP allocates and frees what it gathers
@@ -245,7 +246,7 @@ def run_case(case: str, tracker_of: dict) -> tuple[int, dict[str, float]]:
     return peak, memory_plan.memory_plan(model, trained, world // replicas, *how, replicas)
 
 
-OUTLINE = train.build_meta_model
+OUTLINE = model_file.build_meta_model
 
 
 def main(cases: list[str]) -> None:

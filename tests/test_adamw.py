@@ -6,13 +6,14 @@ import torch
 from conftest import Forked, close, go, metrics, run_forked, same, training, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts.checkpoints.config import parse_config
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
-from model import parse_config
 from parts import adamw, memory_plan
 from parts.adamw import StochasticAdamW, stochastic_round_
+from parts.distributed import gradient_norm
 from parts.options import Weights
 
 EVERY_DRAW = torch.arange(2**16, dtype=torch.int32)
@@ -135,7 +136,7 @@ def sharded_step(out):
 
     def main(argv):
         adamw.CHUNK["cpu"] = 64
-        with train.join_ranks() as ranks:
+        with train.init_distributed() as ranks:
             torch.manual_seed(0)
             whole, grad = torch.randn(37, 5).bfloat16(), torch.randn(37, 5).bfloat16()
             p = torch.nn.Parameter(distribute_tensor(whole, ranks.mesh, [Shard(0)]))
@@ -185,7 +186,7 @@ def test_other_ranks_take_the_same_steps(bench, straight, tmp_path):
 
 def test_everything_is_held_and_saved_in_bf16_and_exported_as_usual(bench, straight, tmp_path):
     state = load_file(sorted((straight / "resume").iterdir())[0] / "rank00000.safetensors")
-    assert {name.split("/")[0] for name in state} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert {name.rpartition("/")[0] for name in state} == {"weight", "optimizer/exp_avg", "optimizer/exp_avg_sq"}
     assert all(t.dtype == torch.bfloat16 for t in state.values())
     assert all(w.dtype == torch.float32 and torch.equal(w, w.bfloat16().float()) for w in weights(straight).values())
     more = ["--save-dtype", "bf16", "--checkpoint-activations", "--replay", "0.5", "--dtype", "bf16"]
@@ -228,8 +229,8 @@ def test_no_two_steps_of_a_run_draw_the_same_bits(killed, bench, tmp_path):
 def test_the_norm_of_a_bf16_gradient_is_exact():
     torch.manual_seed(0)
     gradients = [torch.randn(n).bfloat16() for n in (3, 5000, 2**20 + 7)]
-    with train.join_ranks() as ranks:
-        found = train.gradient_norm(gradients, ranks)
+    with train.init_distributed() as ranks:
+        found = gradient_norm(gradients, ranks)
     assert found == pytest.approx(torch.cat(gradients).double().norm().item(), rel=1e-5)
 
 

@@ -22,7 +22,8 @@ import data
 import score
 from parts.api.prompts import DIFFICULTY_PROMPT, INSTRUCTION_PROMPT
 from parts.api.questions import fence
-from parts.api.replies import parse_difficulty, parse_seconds, retry_after
+from parts.api.rate_limit import parse_seconds, retry_after
+from parts.api.replies import parse_difficulty
 from parts.api.store import Store
 from parts.cli import WorkError
 
@@ -249,6 +250,7 @@ def test_ctrl_c_waits_for_what_is_in_flight(api, tmp_path):
     command = judge_command(tmp_path, 100, "--concurrency", "8")
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not partial.exists() or partial.read_bytes().count(b"\n") < 20:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 import data
-from data import TEMPLATES, render
 from parts.cli import InputError
 from parts.files import sha256
-from parts.text import bpe
+from parts.text import bpe, templates
 from parts.text.bpe import BPETokenizer, read_tiktoken
 from parts.text.pre_tokenization import LLAMA3_PATTERN, compile_pattern
 from parts.text.rows import Turn, read_rows
+from parts.text.templates import TEMPLATES, render
 from parts.text.tokenizers import SentencePieceTokenizer, load_tokenizer
 
 relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -412,7 +412,7 @@ def test_a_prompt_is_the_prefix_of_the_document_it_was_trained_in(name, system, 
     end_of_turn = TEMPLATES[name].answer[-1].strip("‹›").replace("eos", "</s>")
     pad = " " if name == "llama2" else ""
     assert learnt == "".join(a + pad + end_of_turn for a in answers)
-    assert data.stop_ids(TEMPLATES[name], byte_tokenizer)[0] == document[-1]
+    assert templates.stop_ids(TEMPLATES[name], byte_tokenizer)[0] == document[-1]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -423,7 +423,7 @@ def test_the_exported_chat_template_renders_what_we_render(name, turns, byte_tok
     import jinja2
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers compiles it
-    text = environment.from_string(data.chat_template(TEMPLATES[name], byte_tokenizer)).render(
+    text = environment.from_string(templates.chat_template(TEMPLATES[name], byte_tokenizer)).render(
         messages=[{"role": r, "content": t} for r, t, _ in turns],
         bos_token="<s>",
         eos_token="</s>",
@@ -704,6 +704,6 @@ def test_an_epoch_takes_every_document_once_in_an_order_of_its_own():
 ])  # fmt: skip
 def test_a_template_that_would_train_on_something_else_is_an_error(changes):
     good = dict(first=("User: {}", "‹eos›"), later=("User: {}", "‹eos›"), header=("A: ",), answer=("{}", "‹eos›"))
-    data.Template(**good)
+    templates.Template(**good)
     with pytest.raises(ValueError):
-        data.Template(**(good | changes))
+        templates.Template(**(good | changes))

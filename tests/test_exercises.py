@@ -1,7 +1,6 @@
 """Solutions of the exercises of docs/tour.md, applied to the running program, and what they promise."""
 
 import json
-import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,15 +10,14 @@ import torch.nn.functional as F
 from conftest import ROOT, go, metrics
 
 import data
-import model
 import score
 import train
-from data import TEMPLATES, Template, render, tokenize_files
+from data import tokenize_files
 from model import load_model
 from parts import options
 from parts.distributed import DistributedEnv, init_distributed
-from parts.kernels import cross_entropy
 from parts.text.rows import Turn
+from parts.text.templates import TEMPLATES, Template, render
 from parts.text.tokenizers import load_tokenizer
 
 
@@ -60,11 +58,9 @@ def test_a_new_template_trains_and_its_prompts_begin_its_documents(bench, tmp_pa
 # ---------------------------------------------------------------- 2. a z-loss
 
 
-def with_z_loss(x, weight, targets):
-    """PaLM (arXiv 2204.02311, section 5): the loss that is trained gets 1e-4 log² Z; the losses measured do not."""
-    total, losses = cross_entropy(x, weight, targets)
-    z = F.linear(x, weight.to(x.dtype)).float().logsumexp(1)
-    return total + 1e-4 * z.square().sum(), losses
+def with_z_loss(losses, log_z, at):
+    """PaLM (arXiv 2204.02311, section 5)."""
+    return losses + 1e-4 * log_z.square()
 
 
 def test_a_z_loss_changes_the_gradient_and_no_measured_loss(bench):
@@ -74,17 +70,18 @@ def test_a_z_loss_changes_the_gradient_and_no_measured_loss(bench):
     inputs = [torch.from_numpy(a) for a in documents.pack(batch)]
     logits, targets = llama(*inputs[:3]), inputs[3]
     logits, targets = logits[targets != -100], targets[targets != -100]
-    wanted = F.cross_entropy(logits, targets) + 1e-4 * logits.logsumexp(1).square().mean()
+    cross_entropy = F.cross_entropy(logits, targets)
+    wanted = cross_entropy + 1e-4 * logits.logsumexp(1).square().mean()
     wanted_gradients = torch.autograd.grad(wanted, list(trained.values()))
 
     measured, ifd = llama(*inputs)[1], score.measure_ifd(llama, documents)
     alone = DistributedEnv(0, 1, torch.device("cpu"), None)
-    with replaced(model, "cross_entropy", with_z_loss), init_distributed():
+    with replaced(train, "training_loss", with_z_loss), init_distributed():
         assert torch.equal(llama(*inputs)[1], measured)
         assert torch.equal(score.measure_ifd(llama, documents), ifd)
         for micro_tokens in (4096, 64):
             loss = train.batch_gradients(llama, trained, documents, batch, micro_tokens, alone, lambda: None)
-            assert loss == pytest.approx(wanted.item(), rel=1e-5)
+            assert loss == pytest.approx(cross_entropy.item(), rel=1e-5)  # as measured
             for p, gradient in zip(trained.values(), wanted_gradients):
                 torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
     total, losses = llama(*inputs)  # without the solution the gradient is another one
@@ -146,18 +143,21 @@ def test_frozen_embeddings_keep_their_bits_and_all_others_move(bench, tmp_path, 
 
 
 @torch.no_grad()
-def improbability(llama, documents, micro_tokens=4096, rank=0, world_size=1):
-    """1 - 1/p of each document, (D,) fp32: p is the perplexity of its supervised tokens. Below 1, high where hard."""
+def measure_perplexity(llama, documents, micro_tokens=4096, rank=0, world_size=1):
+    """Of the supervised tokens of each document, (D,) fp32."""
     found = torch.zeros(len(documents))
     for part in data.micro_batches(np.arange(len(documents)), documents.lengths, 1, micro_tokens)[0]:
         _, losses = llama(*(torch.from_numpy(a) for a in documents.pack(part)))
         for d, of_document in zip(part, losses.split(documents.target_counts[part].tolist())):
-            found[d] = 1 - math.exp(-of_document.double().mean())
+            found[d] = of_document.double().mean().exp()
     return found
 
 
+PERPLEXITY = score.Score("perplexity", "perplexity", measure_perplexity, worth=lambda values: values)
+
+
 def test_a_new_score_selects_the_rows_with_the_highest_perplexity(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "measure_ifd", improbability)
+    monkeypatch.setattr(score, "SCORE", PERPLEXITY)
     flags = ("--select", "iterit", "--score-type", "ifd", "--ratio", "6")
     go(bench, tmp_path / "o", *flags, stages=("s1",))
     chosen = json.loads((tmp_path / "o/order.jsonl").read_text().splitlines()[0])["ids"]

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import data
 import generate
 from generate import Options
 from model import load_model
+from parts import decoding
 from parts.api.store import Store
 from parts.cli import InputError, strip_control_chars
+from parts.text import templates
 from parts.text.rows import Turn, read_rows, row_turns
 from parts.text.testsets import parse_prompt, read_prompts
 from parts.text.tokenizers import SentencePieceTokenizer
@@ -69,7 +70,7 @@ def test_greedy_answers_are_those_of_transformers_at_any_batch_size(kind, shared
     hf, model = make(tmp_path, kind)
     tokenizer = SentencePieceTokenizer(shared / "tokenizers" / "llama2.model", {})
     rows, _ = read_rows(shared / "alpaca_scored_stage3.jsonl")
-    prompts = [data.render(r.turns[:1], data.TEMPLATES["phased"], tokenizer)[0] for r in rows[:16]]
+    prompts = [templates.render(r.turns[:1], templates.TEMPLATES["phased"], tokenizer)[0] for r in rows[:16]]
     expected = []
     with torch.no_grad():
         for p in prompts:
@@ -90,9 +91,9 @@ def test_greedy_answers_are_those_of_transformers_at_any_batch_size(kind, shared
 def test_prompts_longer_than_the_trained_context_keep_dynamic_rope(tmp_path):
     hf, model = make(tmp_path, "dynamic")
     tokens = torch.randint(1, 32000, (90,), generator=torch.Generator().manual_seed(0))
-    cache = generate.KVCache(model.config, 1, 100, torch.float32, torch.device("cpu"))
+    cache = decoding.KVCache(model.config, 1, 100, torch.float32, torch.device("cpu"))
     with torch.inference_mode():
-        ours = generate.prefill(model, cache, [tokens.tolist()], [0])
+        ours = decoding.prefill(model, cache, [tokens.tolist()], [0])
     with torch.no_grad():
         assert torch.allclose(ours[0], hf(tokens[None]).logits[0, -1], atol=1e-3)
 
@@ -137,7 +138,7 @@ def test_samples_come_from_the_distribution_of_transformers(seed, temperature, t
     warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
     p = TopPLogitsWarper(top_p)(None, warped).softmax(1)[0].double() if top_p < 1 else warped.softmax(1)[0].double()
     chances = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    ours = generate.sample(logits.expand(4000, -1), Options(1, temperature, top_k, top_p), chances)
+    ours = decoding.sample(logits.expand(4000, -1), Options(1, temperature, top_k, top_p), chances)
     shares = torch.bincount(ours, minlength=12) / 4000
     assert (shares - p).abs().max() < 1e-3
 
@@ -194,8 +195,8 @@ def test_every_row_format_is_a_prompt(row, turns):
 def test_a_prompt_is_token_for_token_what_training_rendered(shared):
     tokenizer = SentencePieceTokenizer(shared / "tokenizers" / "llama2.model", {})
     row = {"instruction": "Translate.", "input": "  bonjour \n", "output": "hello"}
-    trained, loss_mask = data.render(row_turns(row, "alpaca"), data.TEMPLATES["phased"], tokenizer)
-    asked = data.render(parse_prompt(row, "f:1", "f", 0).turns, data.TEMPLATES["phased"], tokenizer)[0]
+    trained, loss_mask = templates.render(row_turns(row, "alpaca"), templates.TEMPLATES["phased"], tokenizer)
+    asked = templates.render(parse_prompt(row, "f:1", "f", 0).turns, templates.TEMPLATES["phased"], tokenizer)[0]
     assert asked == trained[: loss_mask.index(True)]
 
 
@@ -296,14 +297,14 @@ def test_a_recorded_step_gives_the_same_answers(kind, tmp_path, monkeypatch):
     prompts = [rng.integers(3, 32000, n).tolist() for n in (5, 30, 90, 12, 60)]
     given = {"limits": [40, 20, 60, 50, 30], "batch_size": 3, "temperature": 0.8}
     expected, new_tokens = collect(model, prompts, **given), []
-    record = generate.RecordedLogits.record
+    record = decoding.RecordedLogits.record
 
     def watched(self, model, inputs):
         new_tokens.append(record(self, model, inputs))
         return new_tokens[-1]
 
-    monkeypatch.setattr(generate.RecordedLogits, "record", watched)
-    monkeypatch.setattr(generate.RecordedLogits, "FROM_STEP", 5)
+    monkeypatch.setattr(decoding.RecordedLogits, "record", watched)
+    monkeypatch.setattr(decoding.RecordedLogits, "FROM_STEP", 5)
     assert collect(model.requires_grad_(False), prompts, **given) == expected
     assert [type(m) for m in new_tokens] == [torch.jit.ScriptFunction] * 2  # with and without a mask
 
@@ -317,7 +318,7 @@ def test_a_model_that_asks_for_values_is_not_recorded(tmp_path, monkeypatch):
         return forward(self, x) * (1 if x.sum() > 0 else -1)
 
     monkeypatch.setattr(type(model.norm), "forward", changed)
-    monkeypatch.setattr(generate.RecordedLogits, "FROM_STEP", 0)
+    monkeypatch.setattr(decoding.RecordedLogits, "FROM_STEP", 0)
     prompts = [[5, 6, 7], [9, 10]]
     expected = collect(model, prompts, n=30, batch_size=2)
     assert collect(model.requires_grad_(False), prompts, n=30, batch_size=2) == expected

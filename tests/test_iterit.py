@@ -20,6 +20,7 @@ import data
 import score
 import train
 from parts.checkpoints.state import read_manifest
+from parts.text import templates
 from parts.text.rows import Turn
 from parts.text.tokenizers import load_tokenizer
 
@@ -70,8 +71,8 @@ def test_the_choice_of_every_epoch_is_that_of_transformers_and_scikit_learn(shar
     tokenizer = load_tokenizer(tmp_path / "m")
     documents = []
     for row in rows:
-        tokens, loss_mask = data.render(
-            [Turn("user", row["data"][0]), Turn("assistant", row["data"][1])], data.TEMPLATES["phased"], tokenizer
+        tokens, loss_mask = templates.render(
+            [Turn("user", row["data"][0]), Turn("assistant", row["data"][1])], templates.TEMPLATES["phased"], tokenizer
         )
         documents.append((torch.tensor(tokens[:140]), torch.tensor(loss_mask[:140])))
     answers = [tokenizer.decode(t[s].tolist()) for t, s in documents]
@@ -130,7 +131,8 @@ def test_the_choice_of_every_epoch_is_that_of_transformers_and_scikit_learn(shar
 )
 def test_rows_at_1_or_above_come_only_when_the_better_ones_are_used_up(values, budget, diverse):
     ifd = np.array(values, np.float32)
-    picks = score.choose_rows(ifd, [f"word{i} again" for i in range(len(ifd))] if diverse else None, budget)
+    answers = [f"word{i} again" for i in range(len(ifd))] if diverse else None
+    picks = score.choose_rows(score.IFD.worth(ifd), answers, budget)
     assert len(set(picks.tolist())) == len(picks) == min(budget, int((~np.isnan(ifd)).sum()))
     good = ifd[picks] < 1
     assert good.sum() == min(budget, (ifd < 1).sum()) and (np.diff(good.astype(int)) <= 0).all()
@@ -201,7 +203,7 @@ def test_a_signal_inside_the_scoring_keeps_what_is_scored(bench, tmp_path):
     go(bench, tmp_path / "straight", *more, stages=stages)
 
     def told_to_stop_in_the_second_chunk(argv):
-        real, calls = score.measure_ifd, []
+        real, calls = score.SCORE.measure, []
 
         def measured(*a):
             calls.append(1)
@@ -209,7 +211,7 @@ def test_a_signal_inside_the_scoring_keeps_what_is_scored(bench, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*a)
 
-        score.measure_ifd = measured
+        score.SCORE.measure = measured
         return train.main(argv)
 
     go(bench, tmp_path / "o", *more, stages=stages, code=130, main=told_to_stop_in_the_second_chunk)

@@ -1,6 +1,7 @@
 """parts/kernels.py: each memory-saving version has the values and gradients of its plain formula, and only those
 asked."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -106,6 +107,15 @@ def test_varlen_attention(data):
         kernels.QUERY_BLOCK, kernels.SDPA_MIN_TOKENS = before
 
 
+def capped(x, linear):
+    return 2 * torch.tanh(linear(x) / 2)
+
+
+def reweighted(losses, log_z, at):
+    """A weight by the place, one by the loss itself, and a z-loss."""
+    return losses * (at % 3) + losses * (1 - (-losses).exp()) + 0.1 * log_z.square()
+
+
 @relaxed
 @given(st.data())
 def test_cross_entropy(data):
@@ -113,14 +123,24 @@ def test_cross_entropy(data):
     x, weight = tensors(data.draw, dtype, (N, C), (V, C))
     targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0))
     most, kernels.MAX_LOGITS = kernels.MAX_LOGITS, data.draw(st.sampled_from([1, 3 * V, 2**24]))
+    changed = data.draw(st.booleans())
+    functions = {"head": capped, "training_loss": reweighted} if changed else {}
     try:
-        ours, plain = (partial(f, targets=targets) for f in (kernels.cross_entropy, kernels.plain_cross_entropy))
+        ours, plain = (
+            partial(f, targets=targets, **functions) for f in (kernels.cross_entropy, kernels.plain_cross_entropy)
+        )
         check(ours, plain, [x, weight], data.draw(some(2)))
         _, losses = kernels.cross_entropy(x, weight, targets)
     finally:
         kernels.MAX_LOGITS = most
     expected = F.cross_entropy((x @ weight.T).double(), targets, reduction="none")
     torch.testing.assert_close(losses.double(), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=1e-3)
+
+
+def test_a_head_whose_last_operation_needs_its_result_is_an_error_and_no_other_gradient():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kernels.cross_entropy(x, weight, torch.tensor([0, 1, 2]), lambda x, linear: linear(x).tanh())
 
 
 def test_single_losses_cannot_be_trained_on_by_mistake():
@@ -149,14 +169,15 @@ def test_less_is_kept_for_the_backward_pass():
         "varlen_attention": (q, q, q, cu_seqlens),
     }.items():  # fmt: skip
         for version in (name, "plain_" + name):
-            seen = {}
+            held = weakref.WeakSet()  # what is freed with a graph inside the forward pass is not kept
 
-            def keep(t, seen=seen):
-                seen[t.data_ptr()] = t.numel()
-                return t
+            class Held:
+                def __init__(self, t, held=held):
+                    self.t = t
+                    held.add(self)
 
             more = ((64, None) if version == "varlen_attention" else (None,)) if name == "varlen_attention" else ()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                getattr(kernels, version)(*inputs, *more)
-            kept[version] = sum(seen.values())
+            with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.t):
+                value = getattr(kernels, version)(*inputs, *more)  # noqa: F841 (it holds the graph)
+            kept[version] = sum({h.t.data_ptr(): h.t.numel() for h in held}.values())
         assert kept[name] < kept["plain_" + name], (name, kept)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import prepare
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from model import Transformer, init_weights, load_model, parse_config, save_model
+from model import Transformer, init_weights, load_model, save_model
 from parts import memory_plan
+from parts.checkpoints import config as config_file
+from parts.checkpoints.config import parse_config
 from parts.options import TARGETS, Weights
+from parts.text import templates
 from parts.text.rows import read_rows
 from parts.text.tokenizers import load_tokenizer
 
@@ -63,10 +67,10 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
     config = json.loads((out / "stage1" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 12, sorted(TARGETS))
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS))
-    with train.join_ranks() as ranks:
+    with train.init_distributed() as ranks:
         args = train.parse_args(training(tmp_path / "x", *more, stages=("s1",)))
-        kinds = (train.from_arguments(kind, args) for kind in (train.Weights, train.Computation))
-        model = train.build_model(folder, train.read_config(folder), *kinds, ranks)
+        kinds = (train.dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
+        model = train.build_model(folder, config_file.read_config(folder), *kinds, ranks)
     initial = {train.hf_name(n): p for n, p in model.named_parameters() if "lora" in n}
     found = dict(theirs.named_parameters())
     for name, p in initial.items():
@@ -75,7 +79,7 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
     assert len(learned) == len(initial)
     adam = torch.optim.AdamW(learned, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     rows, tokenizer = read_rows(bench / "s1.jsonl")[0], load_tokenizer(folder)
-    rendered = [data.render(r.turns, data.TEMPLATES["phased"], tokenizer) for r in rows]
+    rendered = [templates.render(r.turns, templates.TEMPLATES["phased"], tokenizer) for r in rows]
     batches = [b for e in range(5) for b in data.epoch_batches(None, np.arange(len(rows)), 8, 0, 0, e)]
     for loss_of_ours, batch in zip(ours, batches, strict=True):
         losses = []
@@ -203,10 +207,10 @@ def peak():  # ru_maxrss begins with the parent's
     return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 folder, flags = sys.argv[1], sys.argv[2:]
 args = train.parse_args(["--model", folder, "--stages", "x", "--lr", "1", "--dtype", "bf16", *flags])
-with train.join_ranks() as ranks:
+with train.init_distributed() as ranks:
     before = peak()
-    kinds = (train.from_arguments(kind, args) for kind in (train.Weights, train.Computation))
-    model = train.build_model(train.Path(folder), train.read_config(folder), *kinds, ranks)
+    kinds = (train.dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
+    model = train.build_model(train.Path(folder), config_file.read_config(folder), *kinds, ranks)
     print(peak() - before)
 """
 
@@ -275,7 +279,7 @@ def test_the_plan_names_the_first_way_that_fits(bench, tmp_path):
 
 def test_a_machines_memory_is_divided_among_the_planned_ranks_once(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
+    monkeypatch.setattr(prepare, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
     monkeypatch.setattr(memory_plan, "print_memory_plan", lambda planned, free: print(free))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as torchrun says it
         monkeypatch.setenv(name, "2")

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as M
-from model import Transformer, load_model, parse_config, save_model
+from model import Transformer, load_model, save_model
 from parts import kernels
+from parts.checkpoints import config as config_file
 from parts.checkpoints import weights as W
+from parts.checkpoints.config import parse_config
 from parts.cli import InputError
 
 
@@ -329,7 +331,7 @@ def test_each_rank_reads_only_the_slices_it_owns(tmp_path, monkeypatch):
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
     try:
         with torch.device("meta"):
-            model = Transformer(M.read_config(tmp_path))
+            model = Transformer(config_file.read_config(tmp_path))
         fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
         model.to_empty(device="cpu")
         M.load_weights(model, M.find_weight_files(model, tmp_path))
@@ -510,7 +512,7 @@ def test_dynamic_rope_with_a_head_of_two_is_refused_and_no_kind_has_anothers_win
             parse_config(dict(model_type="llama", **sizes, **{key: {"rope_type": "dynamic", "factor": 2.0}}))
     windows = {
         kind: parse_config(dict(model_type=kind, num_key_value_heads=4, sliding_window=7, **sizes)).sliding_window
-        for kind in M.MODEL_DEFAULTS
+        for kind in config_file.MODEL_DEFAULTS
     }
     assert windows == {"llama": None, "mistral": 7}
 

@@ -56,7 +56,7 @@ def test_one_request_goes_ahead_until_the_parameters_are_known(api, tmp_path):
 
 
 def seen(env):
-    """How many requests for a completion the fake server got, which tells it when asked for a file."""
+    """How many requests for a completion the fake server got."""
     return httpx.get(env["OPENAI_BASE_URL"] + "/count").json()["count"]
 
 
@@ -121,6 +121,17 @@ def test_answers_of_a_batch_under_way_are_kept_and_counted_wanted_or_not(api, tm
     assert sum(paid(tmp_path).values()) == 44  # the others were wanted later
 
 
+def test_results_that_were_recorded_before_a_kill_are_not_recorded_again(api, tmp_path):
+    env = started_batch(api, tmp_path)
+    files, state = [tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "o.jsonl.batch.json"
+    under_way = state.read_text()
+    compare(env, *files, *BATCH, out="o.jsonl")
+    before = kept(tmp_path)
+    state.write_text(under_way)  # as if it had been killed after the last record
+    compare(env, *files, *BATCH, out="o.jsonl")
+    assert kept(tmp_path) == before and len(before) == 40
+
+
 def test_an_upload_without_a_batch_is_left_alone(api, tmp_path):
     env = api(reply="7 8")
     command = judge_command(tmp_path, 3, *BATCH)
@@ -131,7 +142,7 @@ def test_an_upload_without_a_batch_is_left_alone(api, tmp_path):
     assert sum(paid(tmp_path).values()) == 6 and not (tmp_path / "o.jsonl.batch.json").exists()
 
 
-def test_a_batch_that_the_server_forgot_is_named_with_the_way_on(api, tmp_path):
+def test_a_batch_that_the_server_does_not_know_is_named_with_advice(api, tmp_path):
     started_batch(api, tmp_path)
     env, files = api(forget=True, reply="7 8"), [tmp_path / "a.json", tmp_path / "b.json"]
     done = compare(env, *files, *BATCH, out="o.jsonl", expect=1)
@@ -307,13 +318,13 @@ def test_states_of_records():
 # ---------------------------------------------------------------- files and secrets
 
 
-def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path):
+def test_a_full_disk_names_the_file_and_leaves_complete_lines(tmp_path):
     """Also when the last line that fits is shorter than the one before it, which did not."""
     code = """
 import resource, sys
 from pathlib import Path
 from parts.api.store import Store
-from parts.files import write_file
+from parts.files import atomic_write
 resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
 store, errors = Store(Path("s.jsonl")), []
 for size in (200, 300, 10, 300):
@@ -326,7 +337,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 store.close()
 resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
 try:
-    write_file(Path("o.json"), "x" * 500)
+    atomic_write(Path("o.json"), "x" * 500)
 except OSError as e:
     print(e)
 """
@@ -338,7 +349,7 @@ except OSError as e:
     assert sorted(len(r["reply"]) for r in lines(tmp_path / "s.jsonl")) == [10, 200, 300, 300]
 
 
-def test_when_the_disk_fills_what_is_in_flight_comes_home(api, tmp_path):
+def test_on_a_full_disk_replies_in_flight_are_awaited(api, tmp_path):
     """And the same command, with room, asks for what is missing only."""
     env, command = api(latency=0.1, reply="7 8"), judge_command(tmp_path, 100, "--concurrency", "8")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # noqa: E731

@@ -18,7 +18,7 @@ from test_judge import compare, write_answers
 
 import judge
 import score
-from parts.api.replies import RateLimiter
+from parts.api.rate_limit import RateLimiter
 from parts.cli import InputError
 from parts.files import check_output_paths
 
@@ -41,7 +41,7 @@ def test_a_row_that_is_forbidden_costs_that_row_alone(status, api, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 402])
-def test_what_is_in_flight_when_a_run_must_stop_comes_home_and_is_kept(status, api, tmp_path):
+def test_replies_in_flight_are_recorded_when_a_run_stops(status, api, tmp_path):
     make_rows(tmp_path / "in.jsonl", 300)
     env = api(after=[70, status], latency=0.1)  # the others fail before these are there
     difficulty(env, tmp_path, "--concurrency", "50", expect=1)
@@ -69,7 +69,7 @@ def test_the_first_rows_alone_are_not_waited_for_once_one_is_good(api, tmp_path)
     assert time.monotonic() - started < 2
 
 
-def test_nobody_waits_for_ever_when_the_first_rows_come_to_different_ends(api, tmp_path):
+def test_a_run_ends_when_the_first_rows_end_in_different_states(api, tmp_path):
     make_rows(tmp_path / "in.jsonl", 100)
     env = api(reply="hard to say", after=[30, 503])  # some cannot be read, some use up their retries
     done = difficulty(env, tmp_path, "--retries", "1", expect=1)
@@ -89,7 +89,7 @@ def test_more_than_a_few_rows_without_a_score_are_a_failure(api, tmp_path):
 @pytest.mark.parametrize(
     "more, server", [(["--rpm", "30"], {}), ([], {"after": [1, 503], "headers": {"retry-after": "50"}})]
 )
-def test_the_first_ctrl_c_is_heard_while_it_waits(more, server, api, tmp_path):
+def test_the_first_ctrl_c_ends_a_wait(more, server, api, tmp_path):
     process = subprocess.Popen(
         judge_command(tmp_path, 100, *more),
         env=api(reply="7 8", **server),

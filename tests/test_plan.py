@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, go
+from parts.checkpoints.config import parse_config
 
 import train
-from model import parse_config
 from parts import memory_plan
 from parts.options import Weights
 

@@ -14,9 +14,9 @@ import data
 import generate
 import score
 import train
-from data import TEMPLATES, render
 from model import hf_name, load_model
 from parts.text.rows import Turn, messages_of
+from parts.text.templates import TEMPLATES, render
 from parts.text.testsets import read_prompts
 from parts.text.tokenizers import load_tokenizer
 

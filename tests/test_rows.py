@@ -6,9 +6,9 @@ import pytest
 from conftest import ROOT
 
 import data
-from data import TEMPLATES, render
 from parts.cli import InputError
 from parts.text.rows import Turn, messages_of, read_rows
+from parts.text.templates import TEMPLATES, render
 from parts.text.testsets import read_prompts
 from parts.text.tokenizers import load_tokenizer
 from score import answer_text

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import data
 import score
 from parts import diversity
+from parts.text import templates
 from parts.text.rows import read_rows
 from parts.text.tokenizers import load_tokenizer
 
@@ -269,7 +270,7 @@ def reference_ifd(folder, rows, max_len=2048):
     tokenizer = load_tokenizer(folder / "m")
     out = {}
     for row in rows:
-        tokens, loss_mask = data.render(row.turns, data.TEMPLATES["phased"], tokenizer)
+        tokens, loss_mask = templates.render(row.turns, templates.TEMPLATES["phased"], tokenizer)
         tokens, loss_mask = tokens[:max_len], loss_mask[:max_len]
         answer = [t for t, s in zip(tokens, loss_mask) if s]
         if not answer:
@@ -339,7 +340,9 @@ def test_ifd_of_rows_that_cannot_have_one_is_an_error_that_says_why(folder, tmp_
 
 
 def test_documents_without_prompt_or_prediction_have_no_ifd():
-    from model import Transformer, init_weights, parse_config
+    from parts.checkpoints.config import parse_config
+
+    from model import Transformer, init_weights
 
     model = Transformer(
         parse_config(

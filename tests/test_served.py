@@ -12,9 +12,9 @@ import pytest
 from api_helpers import KEY, kill_after, lines, paid, run
 from conftest import ROOT, go
 
-import data
 import generate
 from parts.api.server_answers import LOOKS_SPECIAL, Pieces
+from parts.text import templates
 from parts.text.tokenizers import copy_tokenizer, load_tokenizer
 
 DEMO = ROOT / "demo" / "model"
@@ -81,7 +81,7 @@ def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, 
     (tmp_path / "m" / "template.json").write_text(json.dumps({"template": template}))
     tokenizer = load_tokenizer(bench / "m")
     prompts = generate.read_prompts(tmp_path / "p.jsonl")
-    wanted = [data.render(p.turns, data.TEMPLATES[template], tokenizer)[0] for p in prompts]
+    wanted = [templates.render(p.turns, templates.TEMPLATES[template], tokenizer)[0] for p in prompts]
     done = run(generate, api(), *arguments(tmp_path, "--completions", "--model", tmp_path / "m"))
     assert sorted(r["prompt"] for r in requests(tmp_path)) == sorted(wanted)
     assert not any("stop_token_ids" in r or "messages" in r for r in requests(tmp_path))
@@ -102,7 +102,7 @@ def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, 
     for prompt, tokens in zip(prompts[:3], wanted):
         for adds_bos in (True, False):
             pieces = Pieces(tokenizer, adds_bos)
-            text = pieces.text(data.render(prompt.turns, data.TEMPLATES[template], pieces)[0])
+            text = pieces.text(templates.render(prompt.turns, templates.TEMPLATES[template], pieces)[0])
             assert text.startswith("<s>") != adds_bos and (not adds_bos or text in sent)
             assert theirs(text, add_special_tokens=adds_bos)["input_ids"] == tokens
 
@@ -113,8 +113,10 @@ def exported(model, folder, template):
         model, folder / "x", ignore=shutil.ignore_patterns("tokenizer_config.json", "generation_config.json")
     )
     (folder / "x" / "template.json").write_text(json.dumps({"template": template}))
-    stop = data.stop_ids(data.TEMPLATES[template], load_tokenizer(model))
-    copy_tokenizer(model, folder / "x", data.chat_template(data.TEMPLATES[template], load_tokenizer(model)), stop)
+    stop = templates.stop_ids(templates.TEMPLATES[template], load_tokenizer(model))
+    copy_tokenizer(
+        model, folder / "x", templates.chat_template(templates.TEMPLATES[template], load_tokenizer(model)), stop
+    )
     return folder / "x"
 
 
@@ -169,13 +171,13 @@ def test_refusals_empty_answers_and_what_a_server_does_not_take(api, tmp_path):
     assert "--ask-refused" in run(generate, env, *arguments(tmp_path, "--top-k", "5"), expect=1).stderr
 
 
-def test_a_server_that_takes_text_only_is_told_of(api, tmp_path):
+def test_the_error_of_a_server_that_accepts_text_only_is_shown(api, tmp_path):
     write_prompts(tmp_path, many(30))
     done = run(generate, api(text_only=True), *arguments(tmp_path, "--completions", "--model", DEMO), expect=1)
     assert "prompt must be a string" in done.stderr and sum(paid(tmp_path).values()) == 0
 
 
-def test_tokens_that_a_server_does_not_count_are_not_held_against_ours(api, tmp_path):
+def test_token_counts_are_compared_only_if_the_server_states_them(api, tmp_path):
     write_prompts(tmp_path, many(3))
     done = run(generate, api(usage=False), *arguments(tmp_path, "--completions", "text", "--model", DEMO))
     assert "another number" not in done.stdout and len(answers(tmp_path)) == 3

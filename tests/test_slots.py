@@ -15,6 +15,7 @@ from test_generate import collect, make
 
 import generate
 from generate import Options, plan_slots
+from parts import decoding
 from parts.cli import WorkError
 from parts.kv_cache import MAX_SLOTS, MEMORY_FRACTION, plan_groups, slot_bytes, working_bytes
 from parts.memory import cgroup_memory
@@ -79,7 +80,7 @@ def test_answers_do_not_depend_on_the_memory_or_on_the_order_of_prompts(kind, tm
     for slots in (1.5, 3.5):
         one = slot_bytes(model.config, 24 if kind == "mistral" else 340, torch.float32, sampled=False)
         monkeypatch.setattr(
-            generate, "free_memory", lambda device, n=slots, one=one: int((needed + n * one) / MEMORY_FRACTION)
+            decoding, "free_memory", lambda device, n=slots, one=one: int((needed + n * one) / MEMORY_FRACTION)
         )
         groups = plan_slots(model, prompts, limits, Options())
         assert groups[0].slots == int(slots) and (kind == "mistral") == (len(groups) == 1)
@@ -108,10 +109,10 @@ def test_prefill_writes_no_place_of_the_cache_twice(tmp_path, monkeypatch):
         written.append([divmod(place, 24) for place in places.tolist()])
         return within(q, k, v)
 
-    monkeypatch.setattr(generate, "prefill_attention", keep)
-    cache = generate.KVCache(model.config, 3, 24, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(decoding, "prefill_attention", keep)
+    cache = decoding.KVCache(model.config, 3, 24, torch.float32, torch.device("cpu"))
     with torch.no_grad():
-        generate.prefill(model, cache, prompts_of([60, 24, 10]), [2, 0, 1])
+        decoding.prefill(model, cache, prompts_of([60, 24, 10]), [2, 0, 1])
     assert sorted(written[0]) == sorted(
         {(2, i) for i in range(24)} | {(0, i) for i in range(24)} | {(1, i) for i in range(10)}
     )
@@ -188,7 +189,7 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
     def full(*_):
         raise error
 
-    monkeypatch.setattr(generate, "KVCache", full)
+    monkeypatch.setattr(decoding, "KVCache", full)
     (tmp_path / "p.txt").write_text("".join(f"Start with {i}, add 1 to it.\n" for i in range(6)))
     files = ["--prompts", tmp_path / "p.txt", "--out", tmp_path / "a.json"]
     arguments = ["--model", ROOT / "demo" / "model", *files]

@@ -185,6 +185,14 @@ def test_seeds_draw_other_rows_and_the_same_seed_the_same(ground):
 # ---------------------------------------------------------------- the whole tool
 
 
+def test_without_arguments_it_is_of_the_demo_and_calls_programs_that_exist():
+    args = study.parse_args([])
+    for path in (args.model, *args.scored, args.prompts, args.validation, study.HERE / "measure.py"):
+        assert path.exists(), path
+    assert args.out.parent.parent == study.ROOT and (study.ROOT / "train.py").exists()
+    assert (measure.DEMO / "prompts.jsonl").exists()
+
+
 def test_a_program_runs_in_its_folder_on_its_ranks_and_its_last_words_are_kept(tmp_path):
     (tmp_path / "here").mkdir()
     program = tmp_path / "program.py"

@@ -26,7 +26,7 @@ import data
 import generate
 import score
 import train
-from parts import cli, distributed
+from parts import cli, decoding, distributed, optimizer
 from parts.checkpoints import lock
 from parts.checkpoints.run_log import AppendLog
 from parts.checkpoints.state import newest_state
@@ -93,7 +93,9 @@ def test_the_second_run_in_a_folder_says_who_has_it(bench, tmp_path):
     assert f"in use by process {run.pids[0]} on" in done.stderr
     run.kill()
     done = Forked(train.main, training(tmp_path / "o", "--epochs", "50"), bench)
-    done.wait_until(lambda: (tmp_path / "o" / "metrics.jsonl").stat().st_size > 0).send_signal(signal.SIGTERM)
+    done.wait_until((tmp_path / "o" / "lock").exists)
+    done.wait_until(lambda: f"process {done.pids[0]} " in (tmp_path / "o" / "lock").read_text())
+    done.send_signal(signal.SIGTERM)
     assert done.wait().returncode == 130
 
 
@@ -404,9 +406,9 @@ def interrupted(module, name, at, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("module, name, at, number", [
-    (train, "held_out_loss", 3, signal.SIGTERM), (generate, "decode_step", 5, signal.SIGTERM),
-    (train, "export", 2, signal.SIGTERM), (train, "gradient_norm", 2, signal.SIGTERM),
-    (train, "held_out_loss", 3, signal.SIGKILL), (generate, "decode_step", 5, signal.SIGKILL),
+    (train, "held_out_loss", 3, signal.SIGTERM), (decoding, "decode_step", 5, signal.SIGTERM),
+    (train, "export", 2, signal.SIGTERM), (optimizer, "gradient_norm", 2, signal.SIGTERM),
+    (train, "held_out_loss", 3, signal.SIGKILL), (decoding, "decode_step", 5, signal.SIGKILL),
     (train, "batch_gradients", 6, signal.SIGKILL),
 ])  # fmt: skip
 def test_stopped_anywhere_it_goes_on_to_the_same_files(module, name, at, number, bench, straight, tmp_path):
@@ -421,7 +423,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_files(module, name, at, number,
 
 
 @pytest.mark.parametrize("module, name, at", [
-    (train, "fully_shard", 1), (_fsdp_param.FSDPParam, "_init_sharded_param", 3), (train, "load_weights", 1),
+    (distributed, "fully_shard", 1), (_fsdp_param.FSDPParam, "_init_sharded_param", 3), (train, "load_weights", 1),
     (FSDPParamGroup, "unshard", 2), (train, "held_out_loss", 1), (FSDPParamGroup, "post_backward", 9),
 ])  # fmt: skip
 @pytest.mark.parametrize("together", [True, False])
@@ -570,7 +572,7 @@ def test_ifd_killed_goes_on_to_the_same_scores_on_any_number_of_ranks(ranks, ben
         return ["ifd", "s1.jsonl", "--model", "m", "--out", tmp_path / out, "--dtype", "fp32"]
 
     def main(argv, at=0):
-        score.CHUNK, real, calls = 4, score.measure_ifd, []
+        score.CHUNK, real, calls = 4, score.SCORE.measure, []
 
         def measured(*a):
             calls.append(1)
@@ -578,7 +580,7 @@ def test_ifd_killed_goes_on_to_the_same_scores_on_any_number_of_ranks(ranks, ben
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*a)
 
-        score.measure_ifd = measured
+        score.SCORE.measure = measured
         return score.main(argv)
 
     run_forked(score.main, *arguments("a"), cwd=bench)
@@ -615,7 +617,7 @@ def test_a_log_never_holds_what_was_not_written(tmp_path):
 def test_interrupted_while_scoring_and_killed_after_it_the_log_is_whole(bench, tmp_path):
     more = ("--select", "iterit", "--ratio", "8", "--epochs", "2", "--save-every", "1")
     go(bench, tmp_path / "a", *more, stages=("s1", "s2"))
-    go(bench, tmp_path / "b", *more, stages=("s1", "s2"), main=interrupted(score, "measure_ifd", 2), code=130)
+    go(bench, tmp_path / "b", *more, stages=("s1", "s2"), main=interrupted(score.SCORE, "measure", 2), code=130)
     killed = interrupted(train, "batch_gradients", 2, signal.SIGKILL)
     assert Forked(killed, training(tmp_path / "b", *more, stages=("s1", "s2")), bench).wait().returncode == -9
     go(bench, tmp_path / "b", *more, stages=("s1", "s2"))

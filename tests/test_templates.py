@@ -13,10 +13,11 @@ from conftest import ROOT, SHARED
 from tokenizers import Regex, models, pre_tokenizers
 
 import data
-from data import TEMPLATES, render
+from parts.text import templates
 from parts.text.bpe import byte_letters, tiktoken_as_json
 from parts.text.pre_tokenization import LLAMA3_PATTERN
 from parts.text.rows import Turn, messages_of
+from parts.text.templates import TEMPLATES, render
 from parts.text.tokenizers import copy_tokenizer, load_tokenizer, sentencepiece_as_json
 
 SYSTEM = Turn("system", "Be brief.\nUse  numbers.")
@@ -117,8 +118,8 @@ def exported(source: Path, name: str, folder: Path):
     """transformers' tokenizer of an export with a template, and ours. Raises InputError where the template cannot be
     used."""
     ours, template = load_tokenizer(source), TEMPLATES[name]
-    stop = data.stop_ids(template, ours)
-    copy_tokenizer(source, folder, data.chat_template(template, ours), stop)
+    stop = templates.stop_ids(template, ours)
+    copy_tokenizer(source, folder, templates.chat_template(template, ours), stop)
     return transformers.AutoTokenizer.from_pretrained(folder), ours
 
 
@@ -177,7 +178,7 @@ SMOLLM2_JINJA = "{{ '<|im_start|>system\\nYou are a helpful AI assistant named S
 
 
 def chosen(folder, given=None):
-    return data.choose_template(folder, load_tokenizer(folder), given)
+    return templates.choose_template(folder, load_tokenizer(folder), given)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,10 @@ import data
 import model
 import train
 from parts import memory_plan
+from parts.checkpoints import config as config_file
 from parts.checkpoints import run_log
 from parts.files import sha256
+from parts.text import templates
 from parts.text.rows import messages_of, read_rows
 from parts.text.tokenizers import load_tokenizer
 
@@ -65,7 +67,7 @@ def test_training_is_that_of_a_plain_loop_with_transformers(bench, tmp_path):
     tokenizer, seen = load_tokenizer(bench / "m"), 0
     for k, (lr, epochs) in enumerate(((3e-3, 2), (1e-3, 1))):
         documents, _ = read_rows(bench / f"s{k + 1}.jsonl")
-        rendered = [data.render(r.turns, data.TEMPLATES["phased"], tokenizer) for r in documents]
+        rendered = [templates.render(r.turns, templates.TEMPLATES["phased"], tokenizer) for r in documents]
         steps = epochs * math.ceil(len(documents) / 8)
         decay, rest = [p for p in hf.parameters() if p.dim() > 1], [p for p in hf.parameters() if p.dim() == 1]
         adam = torch.optim.AdamW(
@@ -150,7 +152,9 @@ def test_held_out_loss_is_that_of_transformers(bench, straight):
         total = count = 0
         with torch.no_grad():
             for r in documents:
-                tokens, loss_mask = (torch.tensor(x) for x in data.render(r.turns, data.TEMPLATES["phased"], tokenizer))
+                tokens, loss_mask = (
+                    torch.tensor(x) for x in templates.render(r.turns, templates.TEMPLATES["phased"], tokenizer)
+                )
                 losses = F.cross_entropy(hf(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
                 total, count = total + losses[loss_mask[1:]].sum().item(), count + loss_mask[1:].sum().item()
         assert row["eval_loss"] == pytest.approx(total / count, rel=1e-4)
@@ -221,7 +225,7 @@ def test_replay_mixes_in_that_share_of_every_earlier_stage(bench, tmp_path, monk
     monkeypatch.chdir(bench)
     args = train.parse_args(training(tmp_path, "--replay", "0.5", "--template", "phased"))
     stages, _, _ = train.read_data(args, first=False)
-    assert [s.replayed for s in stages] == [0, 15, 15 + 11] and [len(s.documents) for s in stages] == [30, 37, 52]
+    assert [s.mixed_in for s in stages] == [0, 15, 15 + 11] and [len(s.documents) for s in stages] == [30, 37, 52]
     ids = stages[2].documents.ids
     assert (
         sum(i.startswith("s1") for i in ids) == 15
@@ -232,7 +236,7 @@ def test_replay_mixes_in_that_share_of_every_earlier_stage(bench, tmp_path, monk
     d = ids.index(next(i for i in ids if i.startswith("s1")))
     tokens = stages[2].documents.pack(np.array([d]))[0].tolist()
     row = next(r for r in read_rows("s1.jsonl")[0] if r.id == ids[d])
-    assert tokens == data.render(row.turns, data.TEMPLATES["phased"], load_tokenizer("m"))[0]
+    assert tokens == templates.render(row.turns, templates.TEMPLATES["phased"], load_tokenizer("m"))[0]
 
 
 @pytest.mark.parametrize("frozen", [(), ("embed", "layers.0."), ("norm",), ("head",), ("mlp", "embed", "head")])
@@ -242,7 +246,7 @@ def test_flops_are_those_that_torch_counts(frozen):
     sizes = dict(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
-    config = model.parse_config(dict(model_type="llama", vocab_size=111, **sizes))
+    config = config_file.parse_config(dict(model_type="llama", vocab_size=111, **sizes))
     ours = model.Transformer(config)
     for name, p in ours.named_parameters():
         p.requires_grad_(not any(part in name for part in frozen))
@@ -553,7 +557,7 @@ def test_transformers_prompts_an_exported_model_token_for_token_as_we_do(shared,
     )
     for row in read_rows(shared / "alpaca_scored_stage3.jsonl")[0][:200]:
         encoded = theirs.apply_chat_template(messages_of(row.turns[:1]), add_generation_prompt=True)["input_ids"]
-        assert encoded == data.render(row.turns[:1], data.TEMPLATES["phased"], ours)[0], row.source
+        assert encoded == templates.render(row.turns[:1], templates.TEMPLATES["phased"], ours)[0], row.source
 
 
 # ---------------------------------------------------------------- what is trained
@@ -662,7 +666,7 @@ def test_a_state_that_does_not_fit_what_is_trained_is_an_error(bench, tmp_path):
 
 def test_what_is_frozen_costs_no_gradient_no_state_and_no_flops():
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
-    ours = model.Transformer(model.parse_config(dict(model_type="llama", vocab_size=111, **sizes)))
+    ours = model.Transformer(config_file.parse_config(dict(model_type="llama", vocab_size=111, **sizes)))
     everything = train.trained_parameters(ours)
     ours.embed.requires_grad_(False)
     trained = train.trained_parameters(ours)

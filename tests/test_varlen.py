@@ -17,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 import generate
 from model import load_model
-from parts import kernels
+from parts import decoding, kernels
 
 # ---------------------------------------------------------------- the reference, and the signatures
 
@@ -282,7 +282,7 @@ def test_a_cuda_graph_of_the_decode_step_may_write_into_the_cache(tmp_path, monk
 
     hf_model(vocab_size=500).save_pretrained(tmp_path)
     model, shapes, fixed = load_model(tmp_path), [], []
-    cache = generate.KVCache(model.config, 2, 64, torch.float32, torch.device("cpu"))
+    cache = decoding.KVCache(model.config, 2, 64, torch.float32, torch.device("cpu"))
 
     def inner(graph, inputs, **options):
         shapes.append({i: x.shape for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)})
@@ -295,8 +295,8 @@ def test_a_cuda_graph_of_the_decode_step_may_write_into_the_cache(tmp_path, monk
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # of an earlier run's graph
     with torch.no_grad():
-        generate.compiled_step(cache)(
-            model, cache, torch.tensor([3, 4]), torch.tensor([5, 6]), 64, True, generate.token_logits
+        decoding.compiled_step(cache)(
+            model, cache, torch.tensor([3, 4]), torch.tensor([5, 6]), 64, True, decoding.token_logits
         )
     written = {i for i, shape in shapes[0].items() if shape == cache.k.shape}
     assert len(shapes) == 1 and len(written) == 2 and written <= fixed[0]

@@ -1,198 +1,179 @@
-"""The Batch API of an OpenAI-compatible server: half the price, within 24 hours."""
+"""Asks questions by the Batch API of an OpenAI-compatible server: half the price, within 24 hours."""
 
 import json
 import re
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import httpx
 
-from parts.api.client import Client, NoAnswer, Stopped
+from parts.api.client import Client
 from parts.api.questions import Question, tokens_in
 from parts.api.replies import Reply, error_of, is_completion, is_paid
+from parts.api.transport import NoAnswer, Refused, Stopped
 from parts.cli import WorkError, progress
 from parts.files import atomic_write, read_json_object
 
-BATCH_ROWS, BATCH_BYTES = 50_000, 190 * 10**6  # what the API takes at once
-BATCH_TRIES = 6  # batches in which a row may get an error of the server; half as many in which it may get nothing
-FILE_BYTES, FILE_PATIENCE = 2**30, 30  # that a file may have; timeouts that its way may take
+MAX_BATCH_ROWS, MAX_BATCH_BYTES = 50_000, 190 * 10**6  # limits of the API
+BATCH_TRIES = 5  # batches in which a row may get an error of the server, or nothing
+MAX_FILE_BYTES, FILE_TIMEOUTS = 2**30, 30  # of an upload or a download; in timeouts
 
 
-class BatchClient(Client):
-    """Asks by the Batch API: upload, create, poll, download; what failed goes into the next batch, a few times over.
+class BatchRunner:
+    """Uploads questions, waits for the batch and records its results; rows that got none go into the next batch.
 
-    `batch_file` remembers the upload and the batch that are under way, with their rows and prices, so that a later run
-    picks them up, whatever it asks itself; a batch created just before a kill is found again by its upload.
+    The file `path` holds the upload and the batch under way, with their rows and prices: {"file", "batch", "rows":
+    {key: [row, tokens]}, "prices"}. A later run collects that batch first, whatever it asks itself; a batch that was
+    created just before a kill is found by its upload.
     """
 
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.tries: Counter[str] = Counter()  # by key, how often a row got no answer: by nothing at all, counted twice
-        self.kept = {(r.get("batch"), r["key"]) for records in self.store.by_key.values() for r in records}
+    def __init__(self, client: Client, path: Path):
+        self.client, self.path = client, path
+        self.failures: Counter[str] = Counter()  # by key
+        self.recorded = {(r.get("batch"), r["key"]) for records in client.store.by_key.values() for r in records}
+        self.http = client.transport.connect()
+        self.questions: dict[str, Question] = {}  # by key: those of this run
 
-    async def ask_all(self, questions: list[Question]) -> None:
-        self.stop_on_signals()
-        by_key = {q.key: q for q in questions}
-        with suppress(Stopped):  # the file knows
-            async with self.http() as http:
-                if state := read_json_object(self.batch_file):
-                    await self.collect(http, state, by_key)
-                while not self.end:
-                    todo = [q for q in questions if self.is_open(q)]
+    async def run(self, questions: list[Question]) -> None:
+        self.client.shutdown.on_signals()
+        self.questions = {question.key: question for question in questions}
+        with suppress(Stopped):
+            async with self.http:
+                if state := read_json_object(self.path):
+                    await self.collect(state)
+                while not self.client.shutdown.reason:
+                    todo = [question for question in questions if self.client.is_open(question)]
                     lines = self.request_lines(todo)
                     if not lines:
                         return
-                    state = await self.create(http, lines, todo[: len(lines)])
-                    await self.collect(http, state, by_key)
+                    await self.collect(await self.create(lines, todo[: len(lines)]))
 
-    async def call(
-        self, http: httpx.AsyncClient, method: str, path: str, retries: int | None = None, unknown: str = "", **more
-    ) -> Reply:
-        """The reply to a request to /files or /batches. Raises WorkError; `unknown` is what a 404 means."""
-        retries = self.options.retries if retries is None else retries
-        send = partial(self.fetch, http, method, path, FILE_BYTES, FILE_PATIENCE, **more)
+    async def call(self, method: str, path: str, **request) -> Reply:
+        """The reply to a request to /files or /batches. Raises Refused, NoAnswer and WorkError."""
+        send = partial(self.client.transport.fetch, self.http, method, path, MAX_FILE_BYTES, FILE_TIMEOUTS, **request)
+        retries = 0 if (method, path) == ("POST", "/batches") else self.client.options.retries  # no second batch
         try:
-            reply, problem = await self.retrying(send, retries)
-        except NoAnswer as e:
-            raise WorkError(f"{method} {path}: {e}") from None
-        if problem:
-            raise WorkError(unknown if unknown and reply.status == 404 else f"{method} {path}: {problem}")
-        return reply
-
-    def forgotten(self, state: dict) -> str:
-        """What it means when the server does not know the batch."""
-        return (
-            f"{self.batch_file} remembers batch {state['batch']} of {rows_of(state):,} rows, which this server does "
-            "not know, or whose files it no longer has (HTTP 404). The OPENAI_BASE_URL and OPENAI_API_KEY that it was "
-            f"created with collect it. To do without its answers, and ask its rows anew, delete that file"
-        )
+            return await self.client.transport.retry(send, retries)
+        except (Refused, NoAnswer) as e:
+            e.args = (f"{method} {path}: {e}",)
+            raise
 
     def request_lines(self, todo: list[Question]) -> list[bytes]:
-        """The lines of a batch's upload: as many questions as the API takes at once and the budget allows."""
-        lines, size, cost = [], 0, self.spent
+        """The lines of a batch's upload: as many questions as the API accepts and the budget allows."""
+        lines, size, dollars = [], 0, 0.0
         for question in todo:
-            payload = self.payload(question)
-            request = {"custom_id": question.key, "method": "POST", "url": f"/v1{question.endpoint}", "body": payload}
+            body = self.client.request_body(question)
+            request = {"custom_id": question.key, "method": "POST", "url": f"/v1{question.endpoint}", "body": body}
             line = json.dumps(request).encode() + b"\n"
-            size, cost = size + len(line), cost + self.most_dollars(payload)
-            if len(lines) == BATCH_ROWS or size > BATCH_BYTES:
+            size, dollars = size + len(line), dollars + self.client.budget.max_dollars(body)
+            if len(lines) == MAX_BATCH_ROWS or size > MAX_BATCH_BYTES:
                 break
-            if cost > self.options.budget:
+            if not self.client.budget.allows(dollars):
                 if not lines:
-                    self.stop_for_the_budget()
+                    self.client.stop_for_budget()
                 break
             lines.append(line)
         return lines
 
-    async def create(self, http: httpx.AsyncClient, lines: list[bytes], asked: list[Question]) -> dict:
-        """Upload the lines and create a batch of them, which is remembered before and after."""
+    async def create(self, lines: list[bytes], asked: list[Question]) -> dict:
+        """Upload the lines and create a batch of them; the state is saved before and after."""
         file = ("questions.jsonl", b"".join(lines))
-        uploaded = await self.call(http, "POST", "/files", data={"purpose": "batch"}, files={"file": file})
-        rows = {q.key: [q.row, tokens_in(self.asked_of(q))] for q in asked}
-        state = {"file": self.id_of(uploaded.body), "rows": rows, "prices": self.prices}
-        atomic_write(self.batch_file, json.dumps(state))
-        wanted = {"input_file_id": state["file"], "endpoint": f"/v1{asked[0].endpoint}", "completion_window": "24h"}
-        state["batch"] = self.id_of((await self.call(http, "POST", "/batches", retries=0, json=wanted)).body)
-        atomic_write(self.batch_file, json.dumps(state))
+        uploaded = await self.call("POST", "/files", data={"purpose": "batch"}, files={"file": file})
+        rows = {question.key: [question.row, tokens_in(self.client.content(question))] for question in asked}
+        state = {"file": self.checked_id(uploaded.body.get("id")), "rows": rows, "prices": self.client.budget.prices}
+        atomic_write(self.path, json.dumps(state))
+        batch = {"input_file_id": state["file"], "endpoint": f"/v1{asked[0].endpoint}", "completion_window": "24h"}
+        state["batch"] = self.checked_id((await self.call("POST", "/batches", json=batch)).body.get("id"))
+        atomic_write(self.path, json.dumps(state))
         return state
 
-    def id_of(self, body: dict) -> str:
-        """Of a file or batch. Raises WorkError."""
-        name = body.get("id")
-        if not isinstance(name, str) or self.without_key(name) != name or not re.fullmatch(r"[\w.-]{1,200}", name):
-            raise WorkError(f"the server gave no id of a file or batch, but {self.clean(str(name))!r}")
+    def checked_id(self, name) -> str:
+        """The id of a file or a batch, which becomes part of a path. Raises WorkError for anything else."""
+        redact, sanitize = self.client.credentials.redact, self.client.credentials.sanitize
+        if not isinstance(name, str) or redact(name) != name or not re.fullmatch(r"[\w.-]{1,200}", name):
+            raise WorkError(f"the server gave no id of a file or batch, but {sanitize(str(name))!r}")
         return name
 
-    async def find(self, http: httpx.AsyncClient, file: str) -> str | None:
-        """The id of the batch that was made of an uploaded file, if one was."""
-        after = ""
-        while True:
-            body = (await self.call(http, "GET", f"/batches?limit=100{after}")).body
-            batches = [b for b in body.get("data") or [] if isinstance(b, dict)]
-            for batch in batches:
-                if batch.get("input_file_id") == file:
-                    return self.id_of(batch)
-            if not batches or body.get("has_more") is not True:
-                return None
-            after = f"&after={self.id_of(batches[-1])}"
+    async def find_batch(self, file: str) -> str | None:
+        """The id of the batch that was created from an uploaded file, if one of the latest 100 was."""
+        batches = (await self.call("GET", "/batches?limit=100")).body.get("data") or []
+        ids = [batch["id"] for batch in batches if batch.get("input_file_id") == file]
+        return self.checked_id(ids[0]) if ids else None
 
-    async def collect(self, http: httpx.AsyncClient, state: dict, by_key: dict[str, Question]) -> None:
-        """Wait for a batch and keep all its answers, also those that are not asked for now."""
-        if "batch" not in state:  # killed between the upload and the note of what was made of it
-            state["batch"] = await self.find(http, state["file"])
-        if state["batch"]:
-            await self.take(http, await self.wait_for(http, state), state, by_key)
-        self.batch_file.unlink()
+    async def collect(self, state: dict) -> None:
+        """Wait for a batch and record all its results, also those of rows that are not asked for now."""
+        if "batch" not in state:  # killed between the upload and the second save
+            state["batch"] = await self.find_batch(state["file"])
+        try:
+            if state["batch"]:
+                await self.record_results(state, await self.wait_for_end(state))
+        except Refused as e:
+            if e.status != 404:
+                raise
+            problem = (
+                f"the server does not know batch {state['batch']} ({len(state['rows'])} rows) or its files: HTTP 404"
+            )
+            advice = "set OPENAI_BASE_URL and OPENAI_API_KEY as they were when it was created"
+            raise WorkError(f"{problem}; {advice}, or delete {self.path} to ask its rows again") from None
+        self.path.unlink()
 
-    async def wait_for(self, http: httpx.AsyncClient, state: dict) -> dict:
+    async def wait_for_end(self, state: dict) -> dict:
         """The batch when it has ended."""
-        with progress(rows_of(state), f"batch {state['batch']}", "row") as bar:
+        with progress(len(state["rows"]), f"batch {state['batch']}", "row") as bar:
             while True:
-                path = f"/batches/{state['batch']}"
-                batch = (await self.call(http, "GET", path, unknown=self.forgotten(state))).body
-                counts = batch.get("request_counts")
-                done = [counts.get(k) for k in ("completed", "failed")] if isinstance(counts, dict) else []
-                bar.set_postfix_str(self.clean(str(batch.get("status"))), refresh=False)
-                bar.update(sum(n for n in done if isinstance(n, int)) - bar.n)
+                batch = (await self.call("GET", f"/batches/{state['batch']}")).body
+                bar.set_postfix_str(self.client.credentials.sanitize(str(batch.get("status"))))
                 if batch.get("status") in ("completed", "failed", "expired", "cancelled"):
                     return batch
-                await self.pause(self.options.batch_poll)
+                await self.client.shutdown.sleep(self.client.options.batch_poll)
 
-    async def take(self, http: httpx.AsyncClient, batch: dict, state: dict, by_key: dict[str, Question]) -> None:
-        """Keep every answer of a batch that has ended. Raises WorkError when it failed as a whole."""
-        files = [batch.get("output_file_id"), batch.get("error_file_id")]
-        if batch.get("status") == "failed" or not any(files):
-            self.batch_file.unlink()
-            reason = self.clean(str(batch.get("errors") or "without a reason"))
+    async def record_results(self, state: dict, batch: dict) -> None:
+        """Record every result of a batch that has ended. Raises WorkError when it failed as a whole."""
+        files = [name for name in (batch.get("output_file_id"), batch.get("error_file_id")) if name]
+        if batch.get("status") == "failed" or not files:
+            self.path.unlink()
+            reason = self.client.credentials.sanitize(str(batch.get("errors") or "without a reason"))
             raise WorkError(f"the batch {batch.get('status')}: {reason}")
-        known = state["rows"] if isinstance(state.get("rows"), dict) else {}
-        missing = known or {key: ["", 0] for key in by_key}
-        missing = {key: by_key.get(key) or foreign_batch_error(key, *about) for key, about in missing.items()}
-        could_go = self.payload(
-            next(iter(by_key.values()), foreign_batch_error("", "", 0))
-        )  # as it was, whatever is learnt below
-        prices, self.prices = self.prices, state.get("prices", self.prices)
-        for file in filter(None, files):
-            path = f"/files/{self.id_of({'id': file})}/content"
-            for line in (await self.call(http, "GET", path, unknown=self.forgotten(state))).content.split(b"\n"):
-                key, reply, problem = read_line(line)
+        missing = {key: Question(key, row, [], prompt=[0] * tokens) for key, (row, tokens) in state["rows"].items()}
+        missing |= {key: question for key, question in self.questions.items() if key in missing}
+        sent = self.client.request_body(Question("", "", []))  # its parameters, before any of them is learnt here
+        for name in files:
+            content = (await self.call("GET", f"/files/{self.checked_id(name)}/content")).content
+            for key, reply, problem in map(read_result, content.split(b"\n")):
                 question = missing.pop(key, None)
-                if question and (state["batch"], key) not in self.kept:  # else kept before a kill
-                    self.take_line(question, reply, problem, could_go, state["batch"], key in by_key)
-        self.prices = prices
-        for key, question in missing.items():
-            self.came_to_nothing(question, "the batch has no line for it", 2, key in by_key)
+                if question and (state["batch"], key) not in self.recorded:  # else recorded before a kill
+                    self.record_result(question, reply, problem, sent, state)
+        for question in missing.values():
+            self.count_failure(question, "the batch has no line for it")
 
-    def take_line(
-        self, question: Question, reply: Reply, problem: str, could_go: dict, batch: str, wanted: bool
-    ) -> None:
-        """Keep what a line of a batch says: an answer, what was paid for and cannot be used, a refusal; or ask again in
-        the next batch."""
+    def record_result(self, question: Question, reply: Reply, problem: str, sent: dict, state: dict) -> None:
+        """Record a completion, a lost reply or a refusal, or count a failure: then the next batch asks again."""
+        client, about = self.client, {"prices": state["prices"], "batch": state["batch"]}
         if reply.status == 200 and is_completion(reply):
-            self.keep(question, reply.body, batch=batch)
+            client.record_reply(question, reply.body, **about)
         elif is_paid(reply):
-            self.keep_lost(question, reply, self.payload(question), batch=batch)
-        elif not (reply.status in (400, 422) and self.adapt(reply.body, could_go)):
+            client.record_lost_reply(question, reply, **about)
+        elif not client.learn_unsupported(reply, sent):
+            problem = client.transport.problem_of(reply) if reply.status else client.credentials.sanitize(problem)
             try:
-                answered = f"HTTP {reply.status}: {error_of(reply.body).get('message')}"
-                said = self.clean(answered if reply.status else problem)
-                if wanted and reply.status and self.is_final(reply):
-                    self.keep_end(question, "refused", said)
+                if question.key in self.questions and reply.status and client.transport.is_final(reply):
+                    client.record_failure(question, "refused", problem)
                 else:
-                    self.came_to_nothing(question, said, 2 if reply.status in (0, 200) else 1, wanted)
-            except WorkError as e:
-                self.stop(e)
+                    self.count_failure(question, problem)
+            except WorkError as e:  # the other results are recorded, too
+                client.shutdown.request(e)
 
-    def came_to_nothing(self, question: Question, problem: str, times: int, wanted: bool) -> None:
-        """Asked again in the next batch, until it has failed."""
-        self.tries[question.key] += times
-        if wanted and self.tries[question.key] >= BATCH_TRIES and self.is_open(question):
-            self.keep_end(question, "failed", f"{problem} (in every batch)")
+    def count_failure(self, question: Question, problem: str) -> None:
+        self.failures[question.key] += 1
+        asked = question.key in self.questions and self.client.is_open(question)
+        if asked and self.failures[question.key] >= BATCH_TRIES:
+            self.client.record_failure(question, "failed", f"{problem} (in {BATCH_TRIES} batches)")
 
 
-def read_line(line: bytes) -> tuple[str, Reply, str]:
-    """A line of a batch's file: key of the question, the reply with status 0 where there is none, and why."""
+def read_result(line: bytes) -> tuple[str, Reply, str]:
+    """A line of a batch's results: the question's key, the reply with status 0 where there is none, and why."""
     try:
         answer = json.loads(line)
         key = str(answer["custom_id"]).partition("-")[0]
@@ -202,14 +183,3 @@ def read_line(line: bytes) -> tuple[str, Reply, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "", Reply(0, httpx.Headers(), b""), ""
     return key, Reply(status if isinstance(status, int) else 0, httpx.Headers(), json.dumps(body).encode()), problem
-
-
-def rows_of(pending: dict) -> int:
-    """How many rows the batch has that a batch file remembers."""
-    rows = pending.get("rows")
-    return len(rows) if isinstance(rows, dict) else rows if isinstance(rows, int) else 0
-
-
-def foreign_batch_error(key: str, row: str, tokens: int) -> Question:
-    """A question of an earlier run, of which only its length is known."""
-    return Question(key, row, [], prompt=[0] * tokens)

@@ -1,4 +1,4 @@
-"""What a judge of difficulty and a judge of answers are told; texts stand in its places between marked lines."""
+"""The prompts for a score of difficulty and for a comparison of two answers."""
 
 from pathlib import Path
 
@@ -82,15 +82,15 @@ they stand here or to length as such.
 Reply with one line that holds two numbers from 1 to 10, the score of the first answer and the score of the second, \
 separated by a space{explain}."""
 ALONE, EXPLAIN = ", and nothing else", ". Then, from the second line on, give your reasons in a few sentences"
-PLACES = ("{question}", "{answer_1}", "{answer_2}")
+PLACEHOLDERS = ("{question}", "{answer_1}", "{answer_2}")
 JUDGE_REMINDER = (
     "The first line of your reply must be two numbers from 1 to 10 separated by a space, for example: 7 8.5"
 )
 
 
 def judge_prompt(path: Path | None, explain: bool) -> str:
-    """The prompt of a file, or the built-in one, with the PLACES of the question and answers. Raises InputError."""
+    """The prompt of a file, or the built-in one, with each of the PLACEHOLDERS once. Raises InputError."""
     prompt = JUDGE_PROMPT if path is None else read_text(path)
-    if any(prompt.count(place) != 1 for place in PLACES):
-        raise InputError(f"{path}: must hold {', '.join(PLACES)} once each")
+    if any(prompt.count(placeholder) != 1 for placeholder in PLACEHOLDERS):
+        raise InputError(f"{path}: must hold {', '.join(PLACEHOLDERS)} once each")
     return prompt.replace("{explain}", EXPLAIN if explain else ALONE)

@@ -1,21 +1,16 @@
-"""Prompts as questions to an OpenAI-compatible server, and its replies as rows of an answers file."""
+"""generate.py --server: prompts as questions to a server, and its replies as rows of an answers file."""
 
 import re
 from dataclasses import replace
 
-from parts.api.client import ApiOptions
-from parts.api.questions import Question, key_of, reason_of
+from parts.api.options import ApiOptions
+from parts.api.questions import Question, question_key, reason_of
 from parts.api.replies import without_thoughts
 from parts.cli import print_list, valid_unicode
 from parts.text.testsets import Prompt, exceeds_context
 
-# What chat servers' tokenizers make one special token of, also where it is only text.
+# Text that the tokenizers of chat servers may encode as a special token.
 LOOKS_SPECIAL = re.compile(r"<\|[\w-]{1,40}\|>|</?s>|<(?:unk|pad|bos|eos)>|\[/?INST\]|<</?SYS>>")
-
-
-def any_reply(reply: str) -> int:
-    """For a client that wants a value of every reply: an empty answer is one, too."""
-    return len(reply)
 
 
 def make_questions(
@@ -27,10 +22,12 @@ def make_questions(
     texts: list[str],
     specials: list[str],
 ) -> tuple[list[Question], dict[str, dict]]:
-    """A question for each prompt, whose key it gets; and by key the answers that are none: of prompts that cannot be
-    asked. `completions`: None for chat messages; "ids": `prompt.tokens`; "text": its text of `texts`, in which the
-    user's text must not hold any of the `specials`, as a server would take it for that token."""
-    questions, failed, doubtful = [], {}, []
+    """A question for each prompt, and by key the answers of prompts that cannot be asked. Sets `key` of the prompts.
+
+    `completions`: None to send chat messages; "ids" to send `prompt.tokens`; "text" to send the prompt's text of
+    `texts`: then no turn may contain one of the `specials`, which a server would encode as that token.
+    """
+    questions, failed, warnings = [], {}, []
     for i, p in enumerate(prompts):
         asked = {"ids": p.tokens, "text": texts[i] if texts else None}.get(completions)
         error = exceeds_context(len(p.tokens), context)
@@ -39,27 +36,25 @@ def make_questions(
             if held:
                 error = error or f"the text holds {held}, a special token to a server (send --completions ids)"
         elif asked is None and (special := LOOKS_SPECIAL.search("\n".join(turn.text for turn in p.turns))):
-            doubtful.append(f"{p.source}: {special[0]}")
+            warnings.append(f"{p.source}: {special[0]}")
         question = question_of(p, options, seed, asked, context - len(p.tokens))
         p.key = question.key
         if error:
             failed[p.key] = not_answered(error)
         else:
             questions.append(question)
-    print_list("prompts hold what a chat server may take for a special token (--completions cannot)", doubtful)
+    print_list("prompts hold what a chat server may take for a special token (--completions cannot)", warnings)
     return questions, failed
 
 
 def question_of(p: Prompt, options: ApiOptions, seed: int, asked: str | list[int] | None, room: float) -> Question:
-    """`asked`: None for chat messages, else what is to be completed, with so much `room` for the answer.
-
-    As in our engine, what a sample is drawn with comes from the seed and the prompt; the key says all that matters.
-    """
+    """`asked`: None for chat messages, else the prompt to be completed, with `room` for so many tokens. As with the
+    local engine, the seed of a sample depends on `seed` and the prompt alone."""
     messages = [{"role": turn.role, "content": valid_unicode(turn.text)} for turn in p.turns]
-    most = min(options.max_tokens, room)
-    digest = key_of(options, messages if asked is None else asked, most, seed)
+    max_tokens = min(options.max_tokens, room)
+    digest = question_key(options, messages if asked is None else asked, max_tokens, seed)
     question = Question(digest[:32], p.source, messages, int(digest[32:40], 16) >> 1)
-    return question if asked is None else replace(question, prompt=asked, max_tokens=most)
+    return question if asked is None else replace(question, prompt=asked, max_tokens=max_tokens)
 
 
 def not_answered(error: str) -> dict:
@@ -67,8 +62,8 @@ def not_answered(error: str) -> dict:
 
 
 def answer_of(records: list[dict]) -> dict:
-    """What an answers file says of a prompt: the reply without its thoughts; tokens as the server counts them, thoughts
-    included (most count the one that ends it, too)."""
+    """The fields of an answers file: the reply without its thoughts, and the server's token counts, which include the
+    thoughts and usually the token that ends the answer."""
     record = next((r for r in records if r.get("value") is not None), None)
     if record is None:
         return not_answered(reason_of(records))
@@ -78,8 +73,8 @@ def answer_of(records: list[dict]) -> dict:
 
 
 class Pieces:
-    """In place of a tokenizer, to `render` a conversation as text: each special token as its name, bos and eos as the
-    `tokenizer` calls them. `adds_bos`: whether a server puts a BOS in front of text by itself."""
+    """Takes the place of a tokenizer to `render` a conversation as text, with special tokens by name. `adds_bos`:
+    whether the server puts a BOS in front of text itself."""
 
     def __init__(self, tokenizer, adds_bos: bool):
         self.adds_bos = adds_bos

@@ -1,4 +1,4 @@
-"""Work that must not be lost: a JSONL file to which each record is appended the moment it exists."""
+"""A JSONL file to which each record is appended at once, so that paid work survives a kill."""
 
 import json
 import sys
@@ -9,8 +9,8 @@ from parts.cli import InputError
 
 
 def open_locked(path: Path):
-    """Open a file to read and append, unbuffered, with a lock that goes with the process. Raises InputError when
-    another process has it."""
+    """Open a file to read and append, unbuffered and locked until the process ends. Raises InputError when another
+    process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab+", buffering=0)  # noqa: SIM115 (the caller's to close)
     try:
@@ -29,10 +29,10 @@ def open_locked(path: Path):
 
 
 class Store:
-    """Records (JSON objects with a "key") of one JSONL file. Survives kill -9: a line torn by one is cut off.
+    """Records (JSON objects with a "key") of one JSONL file. Survives kill -9: an incomplete last line is removed.
 
-    Only one process may hold the file; the lock goes with the process. `read_only` reads what is there, held or not,
-    and makes nothing. Raises InputError when another process holds it.
+    Only one process may hold the file: raises InputError when another one does. `read_only` reads it without the lock
+    and creates nothing.
     """
 
     def __init__(self, path: Path, read_only: bool = False):
@@ -48,7 +48,7 @@ class Store:
         if torn and not read_only:
             print(f"{path}: the last line was torn by a kill and is left out", file=sys.stderr)
             self.file.truncate(len(content) - len(torn))
-        self.size = len(content) - len(torn)  # of whole lines, in bytes
+        self.size = len(content) - len(torn)  # of complete lines, in bytes
         damaged = 0
         for line in lines:
             try:
@@ -60,14 +60,14 @@ class Store:
             print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr)
 
     def add(self, record: dict) -> None:
-        """Append a record; it is on its way to the disk when this returns. Raises OSError, naming the file, where there
-        is no room; then it is tried again with the next one, and at the end."""
+        """Append a record; the operating system has it when this returns. Raises OSError, naming the file, on a full
+        disk; the record is then written with the next one, or at the end."""
         self.by_key.setdefault(record["key"], []).append(record)
         self.unwritten.append((json.dumps(record, ensure_ascii=True) + "\n").encode())
         self.flush()
 
     def flush(self) -> None:
-        """Write whatever lines can be. Raises OSError, naming the file, where some cannot."""
+        """Write the lines that are not written yet. Raises OSError, naming the file, where some cannot be."""
         lines, self.unwritten, error = self.unwritten, [], None
         for line in lines:
             rest = memoryview(line)
@@ -88,6 +88,6 @@ class Store:
 
     def close(self) -> None:
         if self.file:
-            with suppress(OSError):  # said when it happened
+            with suppress(OSError):  # add() has raised it before
                 self.flush()
             self.file.close()

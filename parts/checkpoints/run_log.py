@@ -14,13 +14,16 @@ from tqdm import tqdm
 from parts.cli import InputError, WorkError, format_list, print_table, progress
 from parts.files import fsync_path, read_json_object
 
+LOG_FILES = ["metrics.jsonl", "order.jsonl", "held_out.json"]
+
 
 def describe_run(arguments: dict, versions: dict[str, str], hashes: dict[str, str]) -> dict:
     """What run.json holds; `hashes` are of all that was read, by file."""
-    here = Path(__file__).parent
-    code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted([*here.parent.glob("*.py"), *here.glob("*.py")])))
+    root = Path(__file__).resolve().parents[2]
+    files = sorted([*root.glob("*.py"), *(root / "parts").rglob("*.py")])
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     except OSError:
         git = ""
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
@@ -62,7 +65,7 @@ def print_stages(stages: list, chosen: bool) -> None:
     """A table of train.py's stages; `chosen`: an epoch takes some of the rows."""
     table = []
     for s in stages:
-        numbers = [s.replayed, s.documents.lengths.sum(), s.documents.target_counts.sum(), s.documents.lengths.max()]
+        numbers = [s.mixed_in, s.documents.lengths.sum(), s.documents.target_counts.sum(), s.documents.lengths.max()]
         numbers += [s.documents.truncated, s.documents.truncated_tokens, s.epochs, s.batch_size, s.steps]
         rows = f"{s.rows:,} of {len(s.documents):,}" if chosen else f"{len(s.documents):,}"
         table.append((f"{s.name} {s.source}", rows, *(f"{n:,}" for n in numbers), f"{s.lr:g}"))

@@ -1,15 +1,13 @@
 """When a run of training is saved, and when it stops."""
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from parts.checkpoints.lock import Lock
 from parts.checkpoints.run_log import RunLog
-from parts.checkpoints.state import save_training
+from parts.checkpoints.state import TrainingState, save_training
 from parts.cli import Interrupted, StopRequest
 from parts.distributed import DistributedEnv, all_reduce, reshard
 
@@ -17,8 +15,8 @@ SIGNAL_SAVE_SECONDS = 600  # seconds after which a state is saved where no numbe
 
 
 class Saver:
-    """Every rank has one and calls the same methods. What is saved are the weights, `optimizer` and `done` (a
-    dataclass with stage, step, global_step and the sizes of both logs), as they are at that moment.
+    """Every rank has one and calls the same methods. What is saved is `state` as it is at that moment; its progress has
+    stage, step, global_step and the sizes of both logs.
 
     `folder` is where states lie; `every`: steps between them; `lock`: of the first rank, on the folder of the run.
     """
@@ -29,15 +27,13 @@ class Saver:
         every: int | None,
         ranks: DistributedEnv,
         model: nn.Module,
-        trained: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        done,
+        state: TrainingState,
         log: RunLog,
         stop: StopRequest,
         lock: Lock | None,
     ):
-        self.folder, self.every, self.ranks, self.model, self.trained = folder, every, ranks, model, trained
-        self.optimizer, self.done, self.log, self.stop, self.lock = optimizer, done, log, stop, lock
+        self.folder, self.every, self.ranks, self.model = folder, every, ranks, model
+        self.state, self.log, self.stop, self.lock = state, log, stop, lock
         self.last_saved = time.monotonic()
 
     def save(self) -> None:
@@ -47,9 +43,9 @@ class Saver:
         reshard(self.model)
         if self.lock:
             self.lock.check()
-        self.done.metrics_size, self.done.order_size = self.log.sync()
-        name = f"{self.done.stage:03}-{self.done.step:08}"
-        save_training(self.folder, name, self.ranks, self.trained, self.optimizer, asdict(self.done))
+        progress = self.state.progress
+        progress.metrics_size, progress.order_size = self.log.sync()
+        save_training(self.folder, f"{progress.stage:03}-{progress.step:08}", self.ranks, self.state)
         self.last_saved = time.monotonic()
 
     def safe_point(self, after_step: bool = False) -> None:
@@ -57,7 +53,7 @@ class Saver:
         to stop, save and raise Interrupted."""
         late = self.every is None and time.monotonic() - self.last_saved > SIGNAL_SAVE_SECONDS
         stop, due = all_reduce([self.stop.asked, late])
-        if stop or due or (after_step and self.every and self.done.global_step % self.every == 0):
+        if stop or due or (after_step and self.every and self.state.progress.global_step % self.every == 0):
             self.save()
         if stop:
             raise Interrupted(f"state saved in {self.folder}; the same command goes on")

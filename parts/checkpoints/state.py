@@ -12,8 +12,9 @@ import os
 import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -159,7 +160,21 @@ def read_state(path: Path) -> tuple[dict, dict[str, SavedTensor]]:
     return state["progress"], found
 
 
-# ---------------------------------------------------------------- weights and an optimizer's state, by name
+# ---------------------------------------------------------------- what training saves
+
+
+@dataclass
+class TrainingState:
+    """Everything that a resumed run needs: what is not in here is lost at a kill.
+
+    `more` is the place for tensors of your own, such as an average of the weights: by name, plain or sharded, changed
+    in place. A number is a field of the progress.
+    """
+
+    trained: dict[str, nn.Parameter]  # by name
+    optimizer: torch.optim.Optimizer
+    progress: Any  # a dataclass of numbers, texts and lists
+    more: dict[str, Tensor]
 
 
 UNSHARDED = {
@@ -186,12 +201,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Para
         raise ValueError('make_optimizer: a rate of its own would be overwritten: give the group an "lr_scale"')
 
 
-def state_tensors(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What a resumed run needs besides its progress: weights, and every tensor that the optimizer holds of them."""
-    tensors = {f"weight/{name}": p.detach() for name, p in trained.items()}
-    for name, p in trained.items():
-        held = optimizer.state.get(p, {})
-        tensors |= {f"{key}/{name}": value for key, value in held.items() if isinstance(value, Tensor)}
+def state_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """All tensors of a state, by name: weight/NAME, more/NAME, and for every one that the optimizer holds of a
+    parameter optimizer/KEY/NAME."""
+    tensors = {f"weight/{name}": p.detach() for name, p in state.trained.items()}
+    tensors |= {f"more/{name}": tensor for name, tensor in state.more.items()}
+    for name, p in state.trained.items():
+        held = state.optimizer.state.get(p, {})
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in held.items() if isinstance(value, Tensor)}
     return tensors
 
 
@@ -209,17 +226,49 @@ def describe_optimizer(trained: dict[str, nn.Parameter], optimizer: torch.optim.
     return {"kind": type(optimizer).__name__, "numbers": numbers, "groups": groups}
 
 
-def save_training(
-    folder: Path,
-    name: str,
-    ranks: DistributedEnv,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    progress: dict,
+def save_training(folder: Path, name: str, ranks: DistributedEnv, state: TrainingState) -> None:
+    """`save_state` of a TrainingState."""
+    about = {"progress": asdict(state.progress), "optimizer": describe_optimizer(state.trained, state.optimizer)}
+    save_state(folder, name, ranks, state_tensors(state), about)
+
+
+def restore_training(state: TrainingState, saved: dict[str, SavedTensor], about: dict) -> None:
+    """Put the saved tensors (of `read_state`) into weights, optimizer and `more`, whatever the sharding; `about` is
+    what `save_training` wrote of the optimizer. Raises InputError for a tensor that has no place, and for a weight or
+    one of `more` that is not there."""
+    in_place = {f"weight/{name}": p.detach() for name, p in state.trained.items()}
+    in_place |= {f"more/{name}": tensor for name, tensor in state.more.items()}
+    of_optimizer = {name: tensor for name, tensor in saved.items() if name.startswith("optimizer/")}
+    if about["kind"] != type(state.optimizer).__name__:
+        raise InputError(f"the saved state is of {about['kind']}, and this run uses {type(state.optimizer).__name__}")
+    missing = [name for name in in_place if name not in saved]
+    raise_if_any(missing, "trained parameters, or tensors beside them, are not in the saved state")
+    strange = [name for name in saved if name not in in_place and name not in of_optimizer]
+    strange += [name for name in of_optimizer if name.split("/", 2)[2] not in state.trained]
+    raise_if_any(strange, "tensors of the saved state belong to nothing that is trained now")
+    for name, target in in_place.items():
+        saved[name].copy_to(target)
+    restore_optimizer(state.optimizer, of_optimizer, about, state.trained)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, SavedTensor], about: dict, trained: dict[str, nn.Parameter]
 ) -> None:
-    """`save_state` of what a run needs to go on."""
-    state = {"progress": progress, "optimizer": describe_optimizer(trained, optimizer)}
-    save_state(folder, name, ranks, state_tensors(trained, optimizer), state)
+    """Tensors by optimizer/KEY/NAME, and the numbers of `describe_optimizer`. Raises InputError."""
+    if len(about["groups"]) != len(optimizer.param_groups):
+        raise InputError(
+            f"the saved optimizer has {len(about['groups'])} groups, this one {len(optimizer.param_groups)}"
+        )
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")  # numbers such as the step
+    for name, tensor in saved.items():
+        _, key, parameter = name.split("/", 2)
+        p = trained[parameter]
+        optimizer.state[p][key] = init_optimizer_state(tensor, p, on_device)
+        tensor.copy_to(optimizer.state[p][key])
+    for group, numbers in zip(optimizer.param_groups, about["groups"]):
+        group.update(numbers)
+    for parameter, numbers in about["numbers"].items():
+        optimizer.state[trained[parameter]].update(numbers)
 
 
 def init_optimizer_state(saved: SavedTensor, p: nn.Parameter, on_device: bool) -> Tensor:
@@ -232,30 +281,3 @@ def init_optimizer_state(saved: SavedTensor, p: nn.Parameter, on_device: bool) -
             f"the saved {saved.name} is {saved.shape}, its parameter {tuple(p.shape)}: it cannot be sharded"
         )
     return torch.empty(saved.shape, dtype=saved.dtype, device=p.device if on_device or saved.shape else "cpu")
-
-
-def restore_state(saved: dict, about: dict, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put saved tensors where they belong, made for this run's sharding. Raises InputError for one that has no place,
-    and for a weight that is not there."""
-    if about["kind"] != type(optimizer).__name__:
-        raise InputError(f"the saved state is of {about['kind']}, and this run uses {type(optimizer).__name__}")
-    missing = [name for name in trained if f"weight/{name}" not in saved]
-    raise_if_any(missing, "trained parameters are not in the saved state")
-    strange = [name for name in saved if name.partition("/")[2] not in trained]
-    raise_if_any(strange, "tensors of the saved state belong to nothing that is trained now")
-    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")  # numbers such as the step
-    for name, tensor in saved.items():
-        key, _, parameter = name.partition("/")
-        p = trained[parameter]
-        target = p.detach() if key == "weight" else init_optimizer_state(tensor, p, on_device)
-        tensor.copy_to(target)
-        if key != "weight":
-            optimizer.state[p][key] = target
-    if len(about["groups"]) != len(optimizer.param_groups):
-        raise InputError(
-            f"the saved optimizer has {len(about['groups'])} groups, this one {len(optimizer.param_groups)}"
-        )
-    for group, numbers in zip(optimizer.param_groups, about["groups"]):
-        group.update(numbers)
-    for parameter, numbers in about["numbers"].items():
-        optimizer.state[trained[parameter]].update(numbers)

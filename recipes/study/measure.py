@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import TEMPLATES, Documents, choose_template, micro_batches, render, stop_ids
+from data import Documents, micro_batches
 from generate import Options, decode
 from model import Transformer, load_model
 from parts.cli import HelpFormatter, InputError, positive_int, print_table, run_program
@@ -26,6 +26,7 @@ from parts.files import atomic_write, check_output_paths, json_values
 from parts.report.page import page_data, render_page
 from parts.report.win_rates import exact_verdict, summarize
 from parts.text.rows import Turn, has_exact_answer
+from parts.text.templates import TEMPLATES, choose_template, render, stop_ids
 from parts.text.testsets import Prompt, read_prompts
 from parts.text.tokenizers import load_tokenizer
 

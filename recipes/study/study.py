@@ -1,6 +1,7 @@
 """Does training in stages of rising difficulty help my model on my data? Every arm, its own best rate, fresh seeds.
 
     python recipes/study/study.py                     on the demo; --quick is a small version
+    python recipes/study/study.py --power PILOT       what a study can detect, before it begins
     python recipes/study/study.py --model DIR --scored scored.jsonl --prompts F --judge exact \\
         --lr-grid 5e-6 1e-5 2e-5 4e-5 --out out/mine -- --batch-size 128 --checkpoint-activations
 
@@ -35,8 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import TEMPLATES, choose_template
-from parts.api.ask import ApiOptions
+from parts.api.options import ApiOptions
 from parts.api.prompts import judge_prompt
 from parts.checkpoints.lock import lock_folder
 from parts.cli import (
@@ -53,14 +53,16 @@ from parts.cli import (
 from parts.files import atomic_write, check_output_paths, json_values, read_json_object, read_text, sha256, write_lines
 from parts.options import RESUMABLE_ARGS, make_parser
 from parts.text.rows import messages_of
+from parts.text.templates import TEMPLATES, choose_template
 from parts.text.testsets import read_prompts
 from parts.text.tokenizers import load_tokenizer
 from recipes.study.analysis import COMPARISONS, answers_of, file_name, write_findings
 from recipes.study.arms import REPLAYED, Arm, StudyData, cut_scores, held_back, make_arms, read_ground, stages_by
+from recipes.study.power import print_power
 from score import read_score
 
-STUDY = Path(__file__).resolve().parent
-ROOT = STUDY.parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 DEMO = ROOT / "demo"
 QUICK = ["one-off", "phased", "random stages", "stages 3-2-1", "stage 3 only", "phased, replay 0.1"]
 # Runs are forks of a process that has imported torch, which takes as long as ten steps of the demo.
@@ -245,7 +247,7 @@ def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: st
     file = args.out / "data" / f"{prompts}.jsonl"
     how = ["--prompts", file, "--what", what, "--max-new-tokens", args.max_new_tokens, "--template", args.template]
     how += ["--json", path]
-    call([STUDY / "measure.py", *models, *how], ROOT, device)
+    call([HERE / "measure.py", *models, *how], ROOT, device)
     found = json.loads(path.read_text())
     path.unlink()
     return found
@@ -422,9 +424,8 @@ def settings_of(args: argparse.Namespace) -> dict:
     files = {f"--scored {k}, {path.name}": path for k, path in enumerate(args.scored, 1)}
     files |= {"--prompts": args.prompts} | ({"--validation": args.validation} if args.validation else {})
     files |= {f"--model {p.name}": p for p in sorted(args.model.iterdir()) if p.is_file()}
-    code = hashlib.sha256(
-        b"".join(p.read_bytes() for d in (ROOT, ROOT / "parts", STUDY) for p in sorted(d.glob("*.py")))
-    )
+    programs = [*ROOT.glob("*.py"), *(ROOT / "parts").rglob("*.py"), *HERE.glob("*.py")]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(programs)))
     given = {key: getattr(args, key) for key in keys.split()}
     hashes = {name: sha256(path) for name, path in files.items()}
     return {"settings": given, "hashes": hashes, "code": code.hexdigest()[:16]}
@@ -473,7 +474,7 @@ def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | Non
     path = args.out / "ceiling.json"
     if not path.exists():
         how = ["--what", "told", "--prompts", args.out / "data" / "prompts.jsonl", "--template", args.template]
-        call([STUDY / "measure.py", args.model, *how, "--max-new-tokens", args.max_new_tokens, "--json", path], ROOT)
+        call([HERE / "measure.py", args.model, *how, "--max-new-tokens", args.max_new_tokens, "--json", path], ROOT)
     return json.loads(path.read_text())["values"][0]
 
 
@@ -500,6 +501,8 @@ def carry_out(
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.power:
+        return print_power(args.power, args.difference, args.seeds, len({*(args.arms or ())} - {"one-off"}) or None)
     args.out, args.model = args.out.resolve(), args.model.resolve()
     args.template = choose_template(args.model, load_tokenizer(args.model), args.template)[0]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
@@ -563,6 +566,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="(default: out/study, out/study-quick)")
     add("--quick", action="store_true", help="six arms, two rates, two seeds, 200 prompts")
     add("--dry-run", action="store_true", help="print the plan and stop")
+    power_help = (
+        "print what a study with --seeds and --arms (default: PILOT's) can detect, and stop: from the spread in "
+    )
+    add("--power", type=Path, metavar="PILOT", help=power_help + "the --out folder of a study of two or more seeds")
+    difference_help = "for --power: differences to detect, in points or hundredths of a loss"
+    add("--difference", type=positive_float, nargs="+", default=[2.0, 5.0, 10.0], metavar="D", help=difference_help)
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv[:cut])
     args.train, is_demo = argv[cut + 1 :], args.model.resolve() == DEMO / "model"
@@ -587,6 +596,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.batch_size = args.batch_size or (4 if is_demo else 16)
     args.most_prompts = 200 if args.quick else None
     args.seeds = args.seeds or (2 if args.quick else 6 if is_demo else 5)
+    if args.power and args.seeds < 2:
+        parser.error("--power needs --seeds of at least 2: one says nothing about others")
     args.out = args.out or ROOT / "out" / ("study-quick" if args.quick else "study")
     import torch  # only to count
 

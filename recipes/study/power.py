@@ -1,0 +1,163 @@
+"""What a study can detect, computed before it begins: the smallest difference, and the seeds and prompts needed.
+
+The test is analysis.estimate's, of a mean over seeds and prompts that are both random. The variance of the difference
+between two arms has three components (seeds, prompts, residual), which a pilot of two or more seeds estimates.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from parts.cli import InputError, print_table
+from parts.files import read_json_object
+from recipes.study.analysis import MEASURED, quantile, wins_of
+
+POWER, LEVEL = 0.8, 0.05
+COUNTS = {"seeds": range(2, 10**4 + 1), "prompts": range(2, 10**7 + 1)}  # of which one may be enough
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Components of the variance of the difference between two arms, as a pilot found them."""
+
+    seeds: float
+    prompts: float
+    residual: float  # of a single value, beyond what its seed and its prompt explain
+    df: int  # degrees of freedom of the variance over seeds
+    n_seeds: int
+    n_prompts: float  # infinite for a measure that has no value per prompt
+    limit: float = math.inf  # the largest difference that can be
+
+    def sd(self) -> float:
+        """Over seeds, of the mean over the pilot's prompts: `residual` is in it because these are finite in number."""
+        return math.sqrt(self.seeds + self.residual / self.n_prompts)
+
+    def interval(self) -> list["Spread"]:
+        """With both ends of the 95 % chi-square interval of `sd`."""
+        x, weights = chi_density(self.df)
+        factors = self.df / np.interp((0.975, 0.025), weights.cumsum() - weights / 2, x) ** 2
+        finite = self.residual / self.n_prompts
+        return [replace(self, seeds=max(0.0, float(self.sd() ** 2 * factor) - finite)) for factor in factors]
+
+
+def spread_of(values: np.ndarray, limit: float = math.inf) -> Spread:
+    """Of (arms, seeds, prompts), pooled over arms: from mean squares of the interactions with the arm, twice for the
+    difference of two arms. A single prompt stands for a measure without values per prompt."""
+
+    def mean_square(x: np.ndarray) -> float:
+        for axis in range(x.ndim):
+            x = x - x.mean(axis, keepdims=True)
+        return 2 * float((x**2).sum()) / max(1, math.prod(n - 1 for n in x.shape))
+
+    arms, n_seeds, n_prompts = values.shape
+    residual = mean_square(values)
+    seeds = max(0.0, mean_square(values.mean(2)) - residual / n_prompts)
+    prompts = max(0.0, mean_square(values.mean(1)) - residual / n_seeds)
+    n_prompts = n_prompts if n_prompts > 1 else math.inf
+    return Spread(seeds, prompts, residual, (arms - 1) * (n_seeds - 1), n_seeds, n_prompts, limit)
+
+
+def chi_density(df: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the chi distribution and the probability near each."""
+    low, high = max(0.0, math.sqrt(df) - 8), math.sqrt(df) + 8
+    x = low + (high - low) * (np.arange(2000) + 0.5) / 2000
+    log = (df - 1) * np.log(x) - x**2 / 2
+    weights = np.exp(log - log.max())
+    return x, weights / weights.sum()
+
+
+def power(spread: Spread, difference: float, seeds: int, prompts: float, level: float = LEVEL) -> float:
+    """The probability that analysis.estimate finds a true difference (p < level).
+
+    The error that it estimates depends on one chi-square variable, the variance over seeds; those over prompts and of
+    the residual have so many degrees of freedom that they are taken as known.
+    """
+    residual = spread.residual / prompts / seeds
+    by_seeds, by_prompts = spread.seeds / seeds + residual, spread.prompts / prompts + residual
+    sd = math.sqrt(max(by_seeds + by_prompts - residual, 1e-30))
+    if spread.limit < math.inf:  # estimate adds a prompt at each limit
+        by_prompts += 2 * spread.limit**2 / prompts / (prompts + 1)
+    x, weights = chi_density(seeds - 1)
+    estimated = by_seeds * x**2 / (seeds - 1)
+    error = np.sqrt(np.maximum(np.maximum(estimated + by_prompts - residual, by_prompts), estimated))
+    critical = quantile(min(seeds, prompts) - 1, level) * error
+    z = np.concatenate([critical - difference, critical + difference]) / sd / math.sqrt(2)
+    return float(np.array([math.erfc(v) / 2 for v in z]) @ np.append(weights, weights))
+
+
+def needed(spread: Spread, difference: float, level: float = LEVEL, **given: float) -> int | None:
+    """The fewest seeds with given `prompts=`, or prompts with given `seeds=`; None where no number is enough."""
+    (wanted,) = COUNTS.keys() - given.keys()
+    counts = COUNTS[wanted]
+    at = bisect_left(
+        counts, True, key=lambda n: power(spread, difference, **{wanted: n}, **given, level=level) >= POWER
+    )
+    return counts[at] if at < len(counts) else None
+
+
+def detectable(spread: Spread, seeds: int, prompts: float, level: float = LEVEL) -> float | None:
+    """The smallest difference found with the probability POWER; None where none that is possible is."""
+    low, high = 0.0, 1e4 * math.sqrt(spread.seeds + spread.prompts + spread.residual)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(spread, middle, seeds, prompts, level) >= POWER else (middle, high)
+    return high if high <= spread.limit else None
+
+
+def read_pilot(path: Path) -> dict[str, Spread]:
+    """The spread of each measure in a results.json. Raises InputError."""
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results, runs = read_json_object(path), {}
+        for r in sorted(results["runs"], key=lambda r: r["seed"]):
+            runs.setdefault(r["arm"], []).append(r)
+        judge, baseline = results["judge"], list(runs).index("one-off")
+        values = np.array([[r["wins" if judge == "api" else "values"][-1] for r in of] for of in runs.values()], float)
+        sets = [[r["matrix"].get("losses", {}).values() for r in of] for of in runs.values()]
+        losses = np.array([[[np.mean([x[-1] for x in r])] if r else [] for r in of] for of in sets], float)
+        values = values[:, :, ~np.isnan(values).any(axis=(0, 1))]  # the prompts that count in every run
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: not the results of a study ({type(e).__name__}: {e})") from None
+    if min(values.shape) < 2:
+        found = "{} arms, {} seeds and {} prompts with values in every run".format(*values.shape)
+        raise InputError(f"{path}: {found}; a pilot needs two of each: --seeds 2")
+    measures = {"win rate, %": spread_of(values if judge == "api" else wins_of(values, values[baseline], judge), 0.5)}
+    if judge != "api":
+        measures[MEASURED[judge]] = spread_of(values, 1.0 if judge == "exact" else math.inf)
+    return measures | ({"held-out loss": spread_of(losses)} if losses.size else {})
+
+
+def with_interval(spread: Spread, function: Callable, *given, scale: float = 1, style: str = ",", **named) -> str:
+    """function(spread, …), and in brackets the same for both ends of the spread's interval."""
+    found = [function(s, *given, **named) for s in (spread, *spread.interval())]
+    middle, low, high = ("impossible" if x is None else format(scale * x, style) for x in found)
+    return middle if middle == low == high else f"{middle} ({low} to {high})"
+
+
+def print_power(path: Path, differences: list[float], seeds: int, comparisons: int | None) -> None:
+    """For a study with so many seeds and comparisons with one-off (None: the pilot's), and the pilot's prompts.
+    `differences` are points, of losses hundredths."""
+    pilot, limits, needs = read_pilot(path), [], []
+    known = pilot["win rate, %"]
+    comparisons, prompts = comparisons or known.df // (known.n_seeds - 1), f"{known.n_prompts:,} prompts"
+    for name, of in pilot.items():
+        form = {"scale": 1, "style": ".3f"} if "loss" in name else {"scale": 100, "style": ".1f"}
+        n, levels, finite = of.n_prompts, (LEVEL, LEVEL / comparisons), math.isfinite(of.n_prompts)
+        share = f"{of.residual / n / of.sd() ** 2:.0%}" if finite and of.sd() else "–"
+        found = [with_interval(of, detectable, seeds, n, level, **form) for level in levels]
+        limits.append((name, with_interval(of, Spread.sd, **form), share, *found))
+        for d in differences:
+            few = [with_interval(of, needed, d / 100, level, prompts=n) for level in levels]
+            few.append(with_interval(of, needed, d / 100, seeds=seeds) if finite else "–")
+            needs.append((name, format(form["scale"] * d / 100, form["style"]), *few))
+    print(f"Pilot: {known.n_seeds} seeds, {prompts}. In brackets: for the 95 % interval of the standard deviation (sd) "
+          f"over seeds, which is\npooled over arms ({known.df} degrees of freedom). All for {POWER:.0%} power at "
+          f"{LEVEL:.0%}, two-sided; by Holm: the worst case of {comparisons} comparisons.\n")  # fmt: skip
+    header = ("difference of two arms", "sd over seeds", "of its square by few prompts")
+    print_table((*header, f"detectable, {seeds} seeds, {prompts}", "by Holm"), limits)
+    print()
+    print_table(("needed to detect", "difference", f"seeds, {prompts}", "by Holm", f"prompts, {seeds} seeds"), needs)
