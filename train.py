@@ -344,7 +344,8 @@ def evaluate(run: Run, label: str) -> str:
         if label == "start":
             run.log.info(f"start: held-out loss {loss:.4f} ({name})")
     done.last_eval_step = done.global_step
-    return "".join(f", held-out loss {loss:.4f} ({name})" for name, loss in losses.items())
+    listed = ", ".join(f"{loss:.4f} ({name})" for name, loss in losses.items())
+    return f", held-out loss {listed}" if losses else ""
 
 
 def skip_step(run: Run, stage: Stage, batch: np.ndarray, loss: float, norm: float, most: int) -> None:

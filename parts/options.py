@@ -33,8 +33,7 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     demo_stages = [str(demo / f"s{k}.jsonl") for k in (1, 2, 3)]
     stages_help = "a data file, or folder of *.jsonl files, a stage; s1 finds s1.jsonl (without --model also in demo/)"
     add("--stages", nargs="+", default=demo_stages, metavar="F", help=stages_help)
-    eval_help = "held-out data: the loss on it is measured (default: none; for the demo its own)"
-    add("--eval", nargs="+", metavar="F", help=eval_help)
+    add("--eval", nargs="+", metavar="F", help="held-out data: the loss on it is measured (the demo has its own)")
     template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
     add("--template", choices=templates, help=template_help)
     add("--max-len", type=positive_int, default=MAX_LEN, help="tokens; longer rows are cut at the end")

@@ -9,7 +9,6 @@ from parts.files import read_text
 from parts.report.figures import FIGURES, MANY
 from parts.report.win_rates import describe_canaries, describe_questions, judge_name, without_canaries
 
-PAGE_TEMPLATE = Path(__file__).parent / "page.html"
 PAGE_DATA_MARKER = '<script type="application/json" id="data">'  # the one element of it that is filled
 
 
@@ -57,5 +56,5 @@ def page_data(rows: list[dict], summary: list[dict], drawn: dict[str, dict[str, 
 def render_page(content: dict) -> str:
     """parts/report/page.html with `content` as its data: ASCII without `<`, so that nothing in it ends the element.
     The page's script shows it as text; the browser runs no other script, for the page's policy names the hash of it."""
-    before, after = read_text(PAGE_TEMPLATE).split(PAGE_DATA_MARKER)
+    before, after = read_text(Path(__file__).with_name("page.html")).split(PAGE_DATA_MARKER)
     return before + PAGE_DATA_MARKER + json.dumps(content).replace("<", "\\u003c") + after[after.index("</script>") :]

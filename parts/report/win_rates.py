@@ -256,7 +256,7 @@ def length_controlled(points: np.ndarray, lead: np.ndarray) -> float:
             theta = fit_logistic(x[folds != k], points[folds != k], strength, theta)
             losses[i] += log_loss(x[folds == k] @ theta, points[folds == k]) / (folds == k).sum()
     theta = fit_logistic(x, points, strengths[losses.argmin()], np.zeros(2))
-    return float(1 / (1 + np.exp(-theta[1])))
+    return float(1 / (1 + np.exp(-np.clip(theta[1], -500, 500))))
 
 
 def log_loss(z: np.ndarray, points: np.ndarray) -> float:
