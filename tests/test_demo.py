@@ -246,7 +246,8 @@ def test_training_elicits_what_the_base_knows_and_ends_with_what_improved_and_ho
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script>alert" not in page and "<b>no" not in page
     data = json.loads(page.split(PAGE_DATA_MARKER)[1].split("</script>")[0])
-    assert [r["model"] for r in data["summary"] if r["total"]] == [str(tmp_path / f"out/stage{k}") for k in (1, 2, 3)]
+    models = [Path(ROOT / r["model"]).resolve() for r in data["summary"] if r["total"]]
+    assert models == [(tmp_path / f"out/stage{k}").resolve() for k in (1, 2, 3)]
     assert {r["baseline"] for r in data["rows"]} == {"demo/model"} and len(data["rows"]) == 3 * len(few)
     assert sum(r["verdict"] == "win" for r in data["rows"]) >= 12
 

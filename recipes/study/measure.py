@@ -30,7 +30,7 @@ from parts.text.templates import TEMPLATES, choose_template, render, stop_ids
 from parts.text.testsets import Prompt, read_prompts
 from parts.text.tokenizers import load_tokenizer
 
-PROMPTS = Path(__file__).resolve().parents[2] / "demo" / "prompts.jsonl"
+DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 def answers(model: Transformer, tokenizer, prompts: list[list[int]], stop: set[int], most: int) -> list[str]:
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="DIR", help="HF folders")
-    add("--prompts", type=Path, default=PROMPTS, metavar="F", help="with `expected`")
+    add("--prompts", type=Path, default=DEMO / "prompts.jsonl", metavar="F", help="with `expected`")
     what_help = "exact answers; mean loss of the answers expected; what is known as text; answers alone"
     add("--what", choices=TITLES, default="exact", help=what_help)
     add("--max-new-tokens", type=positive_int, default=96, metavar="N", help="longest answer")
