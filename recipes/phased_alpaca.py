@@ -184,8 +184,9 @@ def print_power(prompts: int, comparisons: int, dollars: float | None) -> None:
                  for sd in sds]  # fmt: skip
         lines.append((f"{difference}", f"{n:,}", cost, *("impossible" if x is None else f"{x:,}" for x in seeds)))
     print(f"With {POWER:.0%} power at {LEVEL:.0%}, two-sided, {prompts:,} verdicts without ties detect a win rate that "
-          f"is {alone} points from 50 %; {corrected}\nin the worst case of Holm's correction for {comparisons} "
-          "comparisons. That is for the two models trained, not for other seeds. Needed:")  # fmt: skip
+          f"is {alone} points from 50 %\n({corrected} in the worst case of Holm's correction for {comparisons} "
+          "comparisons): for the models trained, not for other seeds. Needed for\nfewer points, and for other seeds as "
+          "well, where half of the variance over prompts is the prompts' own:")  # fmt: skip
     few = (f"seeds, {prompts:,} prompts, sd over seeds {sds[0]}", *(f"sd {sd}" for sd in sds[1:]))
     print_table(("points", "prompts, one seed", "dollars", *few), lines)
 

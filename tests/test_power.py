@@ -171,7 +171,7 @@ def test_measures_are_those_that_a_study_has(tmp_path):
     assert answers.sd() == pytest.approx(2 * wins.sd()) > 0 and wins.df == 2
     losses = exact["held-out loss"]  # the last of each, its seeds 0.01 k apart: 0, 0.01, 0.02
     assert losses.sd() == pytest.approx(math.sqrt(2 * np.var([0, 0.01, 0.02], ddof=1) / 2)) and losses.residual == 0
-    assert list(read_pilot(write_results(tmp_path, "loss", matrix=False))) == ["win rate, %", "loss of the answers"]
+    assert list(read_pilot(write_results(tmp_path, "loss"))) == ["win rate, %", "loss of the answers"]
     api = read_pilot(write_results(tmp_path, "api") / "results.json")
     assert list(api) == ["win rate, %", "held-out loss"] and api["win rate, %"].n_prompts == 39
 
