@@ -12,11 +12,13 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 
 from parts.cli import InputError, dataclass_from_args, print_table, raise_if_any, run_program
 from parts.files import read_json_object
 from parts.report.win_rates import describe_questions
 from parts.text.templates import choose_template
+from recipes.study.power import LEVEL, POWER, Spread, needed
 
 ORDERS = ("phased", "2-1-3", "1-3-2", "3-1-2", "2-3-1", "3-2-1")
 NAMES = {"phased": "phased (1-2-3)", "random": "random stages", "stage3": "stage 3 only"}
@@ -166,7 +168,28 @@ def plan(args: argparse.Namespace) -> None:
         f"{STAGE_3[0]:.0%} of the rows and {STAGE_3[1]:.0%} of the tokens, as in the paper's data."
     )
     sizes = ", ".join(f"{name} {n:,}" for name, n in Counter(p.dataset for p in prompts).items())
-    print(f"Test sets: {sizes}.\nThe paper's: {TEST_SETS}.")
+    print(f"Test sets: {sizes}.\nThe paper's: {TEST_SETS}.\n")
+    print_power(len(prompts), arms - 1, table[-2][3])
+
+
+def print_power(prompts: int, comparisons: int, dollars: float | None) -> None:
+    """What verdicts for these dollars can detect: points of a win rate, whose standard deviation over prompts is 50
+    without ties."""
+    z = [sum(map(NormalDist().inv_cdf, (1 - LEVEL / 2 / m, POWER))) for m in (1, max(1, comparisons))]
+    alone, corrected = (f"{50 * x / math.sqrt(prompts):.1f}" for x in z)
+    sds, lines = (1, 2, 4), []
+    for difference in (2, 5, 7):
+        n = math.ceil((50 * z[0] / difference) ** 2)
+        cost = "unknown" if dollars is None else f"{dollars * n / prompts:,.2f}"
+        seeds = [needed(Spread((sd / 100) ** 2, 1 / 8, 1 / 8, 2, prompts, 1, 0.5), difference / 100, prompts=prompts)
+                 for sd in sds]  # fmt: skip
+        lines.append((f"{difference}", f"{n:,}", cost, *("impossible" if x is None else f"{x:,}" for x in seeds)))
+    print(f"With {POWER:.0%} power at {LEVEL:.0%}, two-sided, {prompts:,} verdicts without ties detect a win rate that "
+          f"is {alone} points from 50 %\n({corrected} in the worst case of Holm's correction for {comparisons} "
+          "comparisons): for the models trained, not for other seeds. Needed for\nfewer points, and for other seeds as "
+          "well, where half of the variance over prompts is the prompts' own:")  # fmt: skip
+    few = (f"seeds, {prompts:,} prompts, sd over seeds {sds[0]}", *(f"sd {sd}" for sd in sds[1:]))
+    print_table(("points", "prompts, one seed", "dollars", *few), lines)
 
 
 # ---------------------------------------------------------------- the table

@@ -27,9 +27,9 @@ class Spread:
     seeds: float
     prompts: float
     residual: float  # of a single value, beyond what its seed and its prompt explain
-    df: int  # degrees of freedom of the variance over seeds
     n_seeds: int
     n_prompts: float  # infinite for a measure that has no value per prompt
+    df: int  # degrees of freedom of the variance over seeds
     limit: float = math.inf  # the largest difference that can be
 
     def sd(self) -> float:
@@ -40,8 +40,8 @@ class Spread:
         """With both ends of the 95 % chi-square interval of `sd`."""
         x, weights = chi_density(self.df)
         factors = self.df / np.interp((0.975, 0.025), weights.cumsum() - weights / 2, x) ** 2
-        finite = self.residual / self.n_prompts
-        return [replace(self, seeds=max(0.0, float(self.sd() ** 2 * factor) - finite)) for factor in factors]
+        seeds = self.sd() ** 2 * factors - self.residual / self.n_prompts
+        return [replace(self, seeds=max(0.0, float(value))) for value in seeds]
 
 
 def spread_of(values: np.ndarray, limit: float = math.inf) -> Spread:
@@ -53,12 +53,11 @@ def spread_of(values: np.ndarray, limit: float = math.inf) -> Spread:
             x = x - x.mean(axis, keepdims=True)
         return 2 * float((x**2).sum()) / max(1, math.prod(n - 1 for n in x.shape))
 
-    arms, n_seeds, n_prompts = values.shape
-    residual = mean_square(values)
+    (arms, n_seeds, n_prompts), residual = values.shape, mean_square(values)
     seeds = max(0.0, mean_square(values.mean(2)) - residual / n_prompts)
     prompts = max(0.0, mean_square(values.mean(1)) - residual / n_seeds)
     n_prompts = n_prompts if n_prompts > 1 else math.inf
-    return Spread(seeds, prompts, residual, (arms - 1) * (n_seeds - 1), n_seeds, n_prompts, limit)
+    return Spread(seeds, prompts, residual, n_seeds, n_prompts, (arms - 1) * (n_seeds - 1), limit)
 
 
 def chi_density(df: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +99,7 @@ def needed(spread: Spread, difference: float, level: float = LEVEL, **given: flo
 
 
 def detectable(spread: Spread, seeds: int, prompts: float, level: float = LEVEL) -> float | None:
-    """The smallest difference found with the probability POWER; None where none that is possible is."""
+    """The smallest difference found with the probability POWER; None where it exceeds the spread's limit."""
     low, high = 0.0, 1e4 * math.sqrt(spread.seeds + spread.prompts + spread.residual)
     for _ in range(50):
         middle = (low + high) / 2
@@ -110,32 +109,24 @@ def detectable(spread: Spread, seeds: int, prompts: float, level: float = LEVEL)
 
 def read_pilot(path: Path) -> dict[str, Spread]:
     """The spread of each measure in a results.json. Raises InputError."""
-    path = path / "results.json" if path.is_dir() else path
+    path, runs = path / "results.json" if path.is_dir() else path, {}
     try:
-        results, runs = read_json_object(path), {}
-        for r in sorted(results["runs"], key=lambda r: r["seed"]):
+        results = read_json_object(path)
+        for r in sorted(results["runs"], key=lambda r: (r["arm"] != "one-off", r["seed"])):
             runs.setdefault(r["arm"], []).append(r)
-        judge, baseline = results["judge"], list(runs).index("one-off")
+        judge, losses = results["judge"], [[r["matrix"]["losses"].values() for r in of] for of in runs.values()]
+        losses = np.array([[[np.mean([x[-1] for x in sets])] for sets in of] for of in losses])
         values = np.array([[r["wins" if judge == "api" else "values"][-1] for r in of] for of in runs.values()], float)
-        sets = [[r["matrix"].get("losses", {}).values() for r in of] for of in runs.values()]
-        losses = np.array([[[np.mean([x[-1] for x in r])] if r else [] for r in of] for of in sets], float)
         values = values[:, :, ~np.isnan(values).any(axis=(0, 1))]  # the prompts that count in every run
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not the results of a study ({type(e).__name__}: {e})") from None
     if min(values.shape) < 2:
         found = "{} arms, {} seeds and {} prompts with values in every run".format(*values.shape)
         raise InputError(f"{path}: {found}; a pilot needs two of each: --seeds 2")
-    measures = {"win rate, %": spread_of(values if judge == "api" else wins_of(values, values[baseline], judge), 0.5)}
+    measures = {"win rate, %": spread_of(values if judge == "api" else wins_of(values, values[0], judge), 0.5)}
     if judge != "api":
         measures[MEASURED[judge]] = spread_of(values, 1.0 if judge == "exact" else math.inf)
-    return measures | ({"held-out loss": spread_of(losses)} if losses.size else {})
-
-
-def with_interval(spread: Spread, function: Callable, *given, scale: float = 1, style: str = ",", **named) -> str:
-    """function(spread, …), and in brackets the same for both ends of the spread's interval."""
-    found = [function(s, *given, **named) for s in (spread, *spread.interval())]
-    middle, low, high = ("impossible" if x is None else format(scale * x, style) for x in found)
-    return middle if middle == low == high else f"{middle} ({low} to {high})"
+    return measures | {"held-out loss": spread_of(losses)}
 
 
 def print_power(path: Path, differences: list[float], seeds: int, comparisons: int | None) -> None:
@@ -144,15 +135,22 @@ def print_power(path: Path, differences: list[float], seeds: int, comparisons: i
     pilot, limits, needs = read_pilot(path), [], []
     known = pilot["win rate, %"]
     comparisons, prompts = comparisons or known.df // (known.n_seeds - 1), f"{known.n_prompts:,} prompts"
+    levels = (LEVEL, LEVEL / comparisons)
+
+    def cell(spread: Spread, function: Callable, *given, scale: float = 1, style: str = ",", **named) -> str:
+        found = [function(s, *given, **named) for s in (spread, *spread.interval())]
+        middle, low, high = ("impossible" if x is None else format(scale * x, style) for x in found)
+        return middle if middle == low == high else f"{middle} ({low} to {high})"
+
     for name, of in pilot.items():
         form = {"scale": 1, "style": ".3f"} if "loss" in name else {"scale": 100, "style": ".1f"}
-        n, levels, finite = of.n_prompts, (LEVEL, LEVEL / comparisons), math.isfinite(of.n_prompts)
+        n, finite = of.n_prompts, math.isfinite(of.n_prompts)
         share = f"{of.residual / n / of.sd() ** 2:.0%}" if finite and of.sd() else "–"
-        found = [with_interval(of, detectable, seeds, n, level, **form) for level in levels]
-        limits.append((name, with_interval(of, Spread.sd, **form), share, *found))
+        found = [cell(of, detectable, seeds, n, level, **form) for level in levels]
+        limits.append((name, cell(of, Spread.sd, **form), share, *found))
         for d in differences:
-            few = [with_interval(of, needed, d / 100, level, prompts=n) for level in levels]
-            few.append(with_interval(of, needed, d / 100, seeds=seeds) if finite else "–")
+            few = [cell(of, needed, d / 100, level, prompts=n) for level in levels]
+            few.append(cell(of, needed, d / 100, seeds=seeds) if finite else "–")
             needs.append((name, format(form["scale"] * d / 100, form["style"]), *few))
     print(f"Pilot: {known.n_seeds} seeds, {prompts}. In brackets: for the 95 % interval of the standard deviation (sd) "
           f"over seeds, which is\npooled over arms ({known.df} degrees of freedom). All for {POWER:.0%} power at "
