@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parts.report.win_rates import rate_interval
+from recipes.phased_alpaca import print_power as print_plan_power
 from recipes.study import study
 from recipes.study.analysis import estimate, holm, quantile
 from recipes.study.power import LEVEL, POWER, Spread, chi_density, detectable, needed, power, read_pilot, spread_of
@@ -158,7 +161,7 @@ def write_results(folder, judge="exact", seeds=2, arms=3, prompts=40):
             losses = {f"held-out{j}.jsonl": [2.0, 1.0 + 0.1 * j + 0.01 * k * seed] for j in (1, 2)}
             run = {"arm": arm, "seed": seed, "values": [list(values)], "matrix": {"losses": losses}}
             if judge == "api":
-                run["wins"] = [[None, *rng.choice([0.0, 0.5, 1.0], prompts - 1)]]
+                run["wins"] = [[None if k == 0 else 0.5, *rng.choice([0.0, 0.5, 1.0], prompts - 1)]]
             runs.append(run)
     (folder / "results.json").write_text(json.dumps({"judge": judge, "runs": runs[::-1]}))
     return folder
@@ -168,10 +171,15 @@ def test_measures_are_those_that_a_study_has(tmp_path):
     exact = read_pilot(write_results(tmp_path))
     assert list(exact) == ["win rate, %", "exact answers, %", "held-out loss"]
     answers, wins = exact["exact answers, %"], exact["win rate, %"]
-    assert answers.sd() == pytest.approx(2 * wins.sd()) > 0 and wins.df == 2
+    assert answers.sd() > 0 and answers.sd() == pytest.approx(2 * wins.sd()) and wins.df == 2
     losses = exact["held-out loss"]  # the last of each, its seeds 0.01 k apart: 0, 0.01, 0.02
     assert losses.sd() == pytest.approx(math.sqrt(2 * np.var([0, 0.01, 0.02], ddof=1) / 2)) and losses.residual == 0
-    assert list(read_pilot(write_results(tmp_path, "loss"))) == ["win rate, %", "loss of the answers"]
+    names = list(read_pilot(write_results(tmp_path, "loss")))
+    assert names == ["win rate, %", "loss of the answers", "held-out loss"]
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"][::-1]
+    losses = np.array([r["values"][0] for r in runs]).reshape(3, 2, 40)  # phased, one-off, random stages
+    won = spread_of((1.0 + np.sign(losses[1] - losses)) / 2, 0.5)  # a smaller loss than one-off's wins
+    assert read_pilot(tmp_path)["win rate, %"].sd() == pytest.approx(won.sd())
     api = read_pilot(write_results(tmp_path, "api") / "results.json")
     assert list(api) == ["win rate, %", "held-out loss"] and api["win rate, %"].n_prompts == 39
 
@@ -185,6 +193,8 @@ def test_the_table_says_seeds_prompts_and_what_is_impossible(tmp_path, capsys):
     assert "2 comparisons" in said and "{} ({} to {})".format(*seeds) in said
     least = [100 * detectable(s, 6, 40) for s in (of, low)]
     assert "{:.1f} ({:.1f} to ".format(*least) in said
+    assert f"{100 * detectable(of, 6, 40, LEVEL / 2):.1f} (" in said
+    assert detectable(of, 2, 40) is None  # more than 100 points
     rows = [line for line in said.splitlines() if line.startswith("exact answers, %") and " 1.0 " in line]
     assert "impossible" in rows[0] and needed(of, 0.01, seeds=6) is None
     assert [line.rstrip()[-1] for line in said.splitlines() if line.startswith("held-out loss")][-1] == "–"
@@ -203,6 +213,20 @@ def test_a_pilot_that_says_nothing_is_refused(tmp_path, capsys):
         assert str(path) in capsys.readouterr().err
     with pytest.raises(SystemExit):
         study.main(["--power", str(tmp_path), "--seeds", "1"])
+
+
+def test_the_recipes_plan_says_which_win_rate_its_verdicts_detect(capsys):
+    """By the interval of judge.py report, in simulated verdicts of two models without ties."""
+    rng, n, studies = np.random.default_rng(0), 1047, 3000
+    print_plan_power(n, 3, 100.0)
+    said = capsys.readouterr().out
+    points = float(re.search(r"detect a win rate that is ([\d.]+) points", said)[1])
+    wins = rng.random((studies, n)) < 0.5 + points / 100
+    assert np.mean([rate_interval(x.astype(float))[0] > 0.5 for x in wins]) == pytest.approx(POWER, abs=0.03)
+    prompts, dollars = re.search(r"^5 +(\d+) +([\d.]+)", said, re.MULTILINE).groups()
+    wins = rng.random((studies, int(prompts))) < 0.55
+    assert np.mean([rate_interval(x.astype(float))[0] > 0.5 for x in wins]) == pytest.approx(POWER, abs=0.03)
+    assert float(dollars) == pytest.approx(100 * int(prompts) / n, abs=0.01)
 
 
 def test_holms_worst_case_is_what_its_smallest_p_value_must_stay_below():
