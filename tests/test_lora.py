@@ -157,7 +157,7 @@ def test_killed_it_goes_on(ranks, again, bench, straight, tmp_path):
     more = [*LORA, "--save-every", "1"]
     run = Forked(train.main, training(tmp_path / "o", *more), bench, ranks)
     run.wait_until((tmp_path / "o" / "resume" / "001-00000002").exists).kill()
-    assert "Going on" in go(bench, tmp_path / "o", *more, ranks=again).stdout
+    assert "Resuming" in go(bench, tmp_path / "o", *more, ranks=again).stdout
     if ranks is None:
         assert same(weights(tmp_path / "o"), weights(straight)) and metrics(tmp_path / "o") == metrics(straight)
     close(metrics(tmp_path / "o"), metrics(straight))

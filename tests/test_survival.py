@@ -534,7 +534,7 @@ def test_from_another_working_directory_a_run_goes_on_by_full_paths(bench, tmp_p
     arguments = ["--model", bench / "m", "--stages", bench / "s1", "--out", tmp_path / "o", "--dtype", "fp32"]
     arguments += ["--lr", "5e-4", "--save-every", "1"]
     Forked(interrupted(train, "batch_gradients", 2, signal.SIGKILL), arguments, bench).wait()
-    assert "Going on" in run_forked(train.main, *arguments, cwd=tmp_path).stdout
+    assert "Resuming" in run_forked(train.main, *arguments, cwd=tmp_path).stdout
     arguments[1] = "m"
     done = run_forked(train.main, *arguments, cwd=tmp_path, expect=2)
     assert "config.json not found" in done.stderr
@@ -783,7 +783,7 @@ def test_under_torchrun_the_message_is_the_last_thing_on_the_screen(bench, tmp_p
     done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr[done.stderr.index("Root Cause") :]
-    assert "the loss is" in last and "--skip-nonfinite N goes on" in last and "Traceback" not in last
+    assert "the loss is" in last and "--skip-nonfinite N skips" in last and "Traceback" not in last
 
 
 # ---------------------------------------------------------------- the plan

@@ -133,7 +133,7 @@ def test_the_readmes_command_torchrun_trains_and_a_signal_to_it_saves(bench, str
     run.terminate()
     assert "state saved" in run.communicate()[1] and run.returncode
     done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
-    assert done.returncode == 0 and "Going on" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Resuming" in done.stdout, done.stderr
     close(metrics(tmp_path / "o"), metrics(straight))
 
 
@@ -327,7 +327,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(damage, bench, stra
         if damage == "empty folder":
             file.unlink()
     done = go(bench, out, "--eval", "s2", "--save-every", "1")
-    assert f"{newest} is damaged" in done.stderr and f"Going on from {before}" in done.stdout
+    assert f"{newest} is damaged" in done.stderr and f"Resuming from {before}" in done.stdout
     assert same(weights(out), weights(straight)) and metrics(out) == metrics(straight)
 
 
@@ -449,7 +449,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_state(bench
     assert state.name == f"000-{step - 1:08}"
     skipped = go(bench, poisoned / "o", *more, "--skip-nonfinite", "1", stages=(str(poisoned / "s"),))
     rows = metrics(poisoned / "o")
-    assert len(rows) == 5 and [r["step"] for r in rows if r["loss"] is None] == [step] and "Going on" in skipped.stdout
+    assert len(rows) == 5 and [r["step"] for r in rows if r["loss"] is None] == [step] and "Resuming" in skipped.stdout
     assert skipped.stdout.count("s.jsonl:") == 8 and "row23 (" in skipped.stdout
     assert f"stage1, step {step}: the loss is" in skipped.stdout and "skipped (1 of 1)" in skipped.stdout
     assert "1 of 5 steps were skipped" in skipped.stdout and "1 of them skipped" in skipped.stdout
@@ -606,7 +606,7 @@ def test_what_is_frozen_stays_and_any_optimizer_resumes(change, ranks, keep, ben
     run = Forked(CHANGES[change], training(tmp_path / "b", *more, stages=("s1", "s2")), bench, ranks)
     run.wait_until((tmp_path / "b" / "resume" / "001-00000001").exists).kill()
     done = go(bench, tmp_path / "b", *more, main=CHANGES[change], ranks=ranks, stages=("s1", "s2"))
-    assert "Going on" in done.stdout
+    assert "Resuming" in done.stdout
     before, whole, again = (
         load_file(bench / "m" / "model.safetensors"),
         weights(tmp_path / "a", "stage2"),
