@@ -241,7 +241,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_lora(self, seed: int) -> None:
-        """Initialize adapters as peft does: A kaiming-uniform (a = sqrt 5), B zero. The same for any number of ranks."""
+        """Initialize adapters as peft does: A kaiming-uniform (a = sqrt 5), B zero. Independent of the ranks."""
         generator = torch.Generator().manual_seed(seed)
         for linear in self.lora_modules().values():
             linear.lora_B.zero_()

@@ -115,7 +115,7 @@ def test_rows_that_lose_characters_are_counted(small_smollm2, tmp_path, capsys):
     documents = data.tokenize_files([path], small_smollm2, "chatml", 64, shown=False)
     assert documents.unencodable == 2
     data.print_unencodable([documents, documents])
-    assert capsys.readouterr().out.startswith("4 rows hold characters")
+    assert capsys.readouterr().out.startswith("4 rows contain characters")
     assert data.concat([documents, documents]).unencodable == 4
 
 
