@@ -303,9 +303,9 @@ def test_given_scores_that_are_negative_or_infinite_are_refused_by_row(ifd, benc
 @pytest.mark.parametrize(
     "more, word",
     [
-        (("--select", "iterit", "--replay", "0.1"), "not together with --replay"),
+        (("--select", "iterit", "--replay", "0.1"), "cannot be combined with --replay"),
         (("--scores", "x"), "--scores needs --select"),
-        (("--select", "iterit", "--ratio", "0"), "a share above 0 and below 1"),
+        (("--select", "iterit", "--ratio", "0"), "a fraction above 0 and below 1"),
         (("--select", "iterit", "--ratio", "1.9"), "or a whole number of rows, is 1.9"),
         (("--select", "iterit", "--update-ratio", "0.5"), "at least 1"),
         (("--select", "iterit", "--scores", "nowhere"), "nowhere"),

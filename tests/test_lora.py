@@ -177,7 +177,7 @@ def test_other_adapters_are_refused_and_named(bench, straight):
         (["--lora", "0"], "--lora"),
         (["--lora-alpha", "4"], "need --lora"),
         (["--lora", "4", "--lora-alpha", "0"], "never learn"),
-        (["--lora", "4", "--weights", "bf16"], "not together"),
+        (["--lora", "4", "--weights", "bf16"], "cannot be combined"),
     ],
 )
 def test_wrong_flags_are_errors(more, word, bench, tmp_path):
