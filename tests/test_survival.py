@@ -82,7 +82,7 @@ def test_an_output_never_falls_on_an_input(model, stages, out, bench, tmp_path):
 def test_a_folder_that_is_no_runs_own_is_refused(bench, tmp_path):
     (tmp_path / "o" / "stage2").mkdir(parents=True)
     (tmp_path / "o" / "stage2" / "precious").write_text("x")
-    assert "it is no run's folder" in go(bench, tmp_path / "o", code=2).stderr
+    assert "it is not the folder of a run" in go(bench, tmp_path / "o", code=2).stderr
     assert (tmp_path / "o" / "stage2" / "precious").exists()
 
 
@@ -744,7 +744,7 @@ def test_weights_that_hold_nan_are_named_before_the_first_step(bench, tmp_path):
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     for ranks in (None, 2):
         done = Forked(train.main, training(tmp_path / "o", "--model", tmp_path / "m"), bench, ranks).wait()
-        assert done.returncode == 2 and "hold NaN" in done.stderr and "layers.1.mlp.up_proj.weight" in done.stderr
+        assert done.returncode == 2 and "contain NaN" in done.stderr and "layers.1.mlp.up_proj.weight" in done.stderr
     assert not (tmp_path / "o" / "metrics.jsonl").exists()
 
 
