@@ -176,7 +176,7 @@ def test_other_adapters_are_refused_and_named(bench, straight):
         (["--lora", "4", "--lora-targets", "w_proj"], "w_proj"),
         (["--lora", "0"], "--lora"),
         (["--lora-alpha", "4"], "need --lora"),
-        (["--lora", "4", "--lora-alpha", "0"], "never learn"),
+        (["--lora", "4", "--lora-alpha", "0"], "must not be 0"),
         (["--lora", "4", "--weights", "bf16"], "cannot be combined"),
     ],
 )

@@ -697,7 +697,7 @@ def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
 def test_what_stands_behind_an_array_and_names_that_mean_two_things_are_errors(tmp_path):
     for text, line in (('[{"a": 1}]\n[{"b": 2}]', 2), ('[{"a": 1}] garbage', 1), ("[]\n\n x", 3)):
         last = list(json_values(text))[-1]
-        assert last[0] == line and isinstance(last[1], InputError) and "behind the JSON array" in str(last[1])
+        assert last[0] == line and isinstance(last[1], InputError) and "after the JSON array" in str(last[1])
     assert len(list(json_values('[{"a": 1}]\n \n'))) == 1
     (tmp_path / "both").mkdir()
     (tmp_path / "both" / "x.jsonl").write_text("{}")

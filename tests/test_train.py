@@ -492,7 +492,7 @@ def test_bad_rows_of_all_files_are_reported_together_or_left_out(bench, tmp_path
     assert all(f"{name}.jsonl:{line}:" in done.stderr for name in "ab" for line in (2, 3))
     done = go(bench, tmp_path / "o", "--skip-bad-rows", stages=stages)
     assert (
-        "4 rows that cannot be used are left out" in done.stdout
+        "4 unusable rows are skipped" in done.stdout
         and len(json.loads((tmp_path / "o" / "run.json").read_text())["skipped_rows"]) == 4
     )
 
@@ -538,7 +538,7 @@ def test_the_real_scored_rows_train_with_the_real_tokenizer(shared, tmp_path):
     (tmp_path / "s1.jsonl").write_bytes(b"".join(lines[:60]))
     stages = ("s1", str(shared / "alpaca_scored_stage3.jsonl"))
     done = go(tmp_path, tmp_path / "o", "--dry-run", "--skip-bad-rows", stages=stages)
-    assert "3,995" in done.stdout and "5 rows that cannot be used are left out" in done.stdout
+    assert "3,995" in done.stdout and "5 unusable rows are skipped" in done.stdout
     go(tmp_path, tmp_path / "o", "--template", "mistral", stages=("s1",))
     rows = metrics(tmp_path / "o")
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -636,7 +636,7 @@ def test_an_optimizer_with_state_of_any_shape_resumes_on_one_rank_and_is_an_erro
 
 @pytest.mark.parametrize("kind, ranks, reason", [
     (torch.optim.Adafactor, 2, "statistics of rows and columns"), (torch.optim.Rprop, 2, "single entries"),
-    (torch.optim.LBFGS, 2, "computes the loss again"), (torch.optim.LBFGS, None, "computes the loss again"),
+    (torch.optim.LBFGS, 2, "recomputes the loss"), (torch.optim.LBFGS, None, "recomputes the loss"),
 ])  # fmt: skip
 def test_an_optimizer_that_cannot_step_is_refused_at_the_start_with_the_reason(kind, ranks, reason, bench, tmp_path):
     def main(argv):
