@@ -1,7 +1,7 @@
 """From rows to batches: documents, stages, micro-batches. Numpy only, no torch.
 
-A row of a data file is a list of turns (parts/text/rows.py); `render` (parts/text/templates.py) turns these into tokens
-and says which of them are supervised; the result is a document. Documents of a file lie end to end in flat arrays
+A row of a data file is a list of turns (parts/text/rows.py). `render` (parts/text/templates.py) converts the turns to
+tokens and a mask of the supervised ones: a document. The documents of a file are concatenated in flat arrays
 (`Documents`).
 """
 
@@ -30,16 +30,16 @@ from parts.text.tokenizers import load_tokenizer, tokenizer_files
 
 @dataclass
 class Documents:
-    """Tokenised rows, end to end."""
+    """Tokenized rows, concatenated."""
 
     tokens: np.ndarray  # (N,) int32
     loss_mask: np.ndarray  # (N,) bool: this token is a target
-    offsets: np.ndarray  # (D+1,) int64: document d is tokens[starts[d]:starts[d+1]]
+    offsets: np.ndarray  # (D+1,) int64: document d is tokens[offsets[d]:offsets[d+1]]
     ids: Sequence[str]
     source: Sequence[str]  # file:line
-    bad: list[str]  # rows that could not be used, "file:line: why"
+    bad: list[str]  # unusable rows, "file:line: reason"
     truncated: int = 0  # rows cut to max_len …
-    truncated_tokens: int = 0  # … and the tokens that cost
+    truncated_tokens: int = 0  # … and the tokens removed from them
     unencodable: int = 0  # rows with characters that the tokenizer cannot represent
 
     def __len__(self) -> int:
@@ -52,16 +52,15 @@ class Documents:
 
     @cached_property
     def target_counts(self) -> np.ndarray:
-        """(D,) how many tokens of each are predicted: all supervised ones but the first."""
+        """(D,) predicted tokens of each document: supervised, and not the document's first token."""
         return np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64) - self.loss_mask[self.offsets[:-1]]
 
     def pack(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The model's input: tokens, positions (T,) int64, cu_seqlens (D+1,) int32, targets (T,) int64 of the chosen
-        documents, end to end. The target of a token is the next one of its document where that is supervised, else
-        -100.
+        documents, concatenated. The target of a token is the document's next token if that is supervised, else -100.
 
-        Of no documents: one token without a target, so that a rank with nothing to do still takes part in every
-        gathering of weights.
+        Without documents: one token without a target, so that a rank without data still takes part in every all-gather
+        of weights.
         """
         if not len(chosen):
             return np.array([0]), np.array([0]), np.array([0, 1], np.int32), np.array([-100])
@@ -69,14 +68,14 @@ class Documents:
         tokens = np.concatenate([self.tokens[p] for p in pieces]).astype(np.int64)
         supervised = np.concatenate([self.loss_mask[p] for p in pieces])
         cu_seqlens = np.cumsum([0, *self.lengths[chosen]]).astype(np.int32)
-        supervised[cu_seqlens[:-1]] = False  # a document's first token has no token before it
+        supervised[cu_seqlens[:-1]] = False  # a document's first token is not predicted
         targets = np.append(np.where(supervised, tokens, -100)[1:], -100)
         positions = np.concatenate([np.arange(n) for n in self.lengths[chosen]])
         return tokens, positions, cu_seqlens, targets
 
 
 def concat(parts: list[Documents]) -> Documents:
-    """Several Documents as one, in order."""
+    """Concatenate several Documents, in order."""
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum(np.concatenate([[0], *(p.lengths for p in parts)]))
@@ -94,7 +93,7 @@ def concat(parts: list[Documents]) -> Documents:
 
 
 def subset(documents: Documents, chosen: np.ndarray) -> Documents:
-    """Only the chosen documents, in the order given."""
+    """The chosen documents, in the given order."""
     pieces = [slice(documents.offsets[d], documents.offsets[d + 1]) for d in chosen]
     return Documents(
         np.concatenate([np.zeros(0, np.int32), *(documents.tokens[p] for p in pieces)]),
@@ -110,8 +109,8 @@ cached_tokenizer = lru_cache(maxsize=1)(load_tokenizer)  # so that a worker proc
 
 
 def tokenize_rows(rows: list[Row], folder: Path, template: str, max_len: int) -> list[tuple]:
-    """(tokens int32, supervised bool, tokens cut off, whether characters are lost) for each row; the work of one
-    process."""
+    """(tokens int32, supervised bool, number of truncated tokens, whether characters are lost) for each row; run in a
+    worker process."""
     tokenizer = cached_tokenizer(folder)
     out = []
     for row in rows:
@@ -123,8 +122,8 @@ def tokenize_rows(rows: list[Row], folder: Path, template: str, max_len: int) ->
 
 
 def tokenize_files(paths: list[Path], folder: Path, template: str, max_len: int, shown: bool) -> Documents:
-    """Read, check, render and truncate every row of some files, on all cores where they are long; `shown`: with a
-    bar."""
+    """Read, check, render and truncate every row of the files, on all cores if there are many rows; `shown`: show a
+    progress bar."""
     found = [read_rows(path) for path in paths]
     rows, bad = [row for good, _ in found for row in good], [line for _, lines in found for line in lines]
     chunks = [rows[i : i + 200] for i in range(0, len(rows), 200)]
@@ -172,9 +171,10 @@ def load_documents(
     keep: bool,
     shown: bool,
 ) -> Documents:
-    """`tokenize_files`, or its result of an earlier time, mapped from `cache`; keyed by all that it depends on.
+    """`tokenize_files` with a cache: a result in the folder `cache` is memory-mapped. Its key includes all that the
+    tokens depend on.
 
-    `hashes` are of the files. `keep`: write what is not there, or damaged.
+    `hashes`: of the files. `keep`: write the cache if it is missing or damaged.
     """
     code = [Path(__file__), *sorted((Path(__file__).parent / "parts" / "text").glob("*.py"))]
     sources = [*code, *folder.glob("config.json"), *tokenizer_files(folder)]
@@ -198,7 +198,7 @@ def load_documents(
 
 
 def clear_cache(folder: Path) -> None:
-    """Remove what `load_documents` keeps, and the folder if nothing else is in it."""
+    """Remove the cache of `load_documents`, and the folder if it is then empty."""
     for path in folder.glob("*.arrays*"):
         path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
@@ -215,7 +215,7 @@ def read_documents(
     keep: bool = True,
     shown: bool = False,
 ) -> tuple[dict[str, Documents], dict[str, str]]:
-    """The documents of every name (a file, or a folder of files), and a sha256 of every file read."""
+    """The documents of each name (a file or a folder of files), and the sha256 of every file read."""
     files = {name: find_files(name, folders) for name in names}
     hashes = {str(path): sha256(path) for paths in files.values() for path in paths}
     documents = {
@@ -226,33 +226,33 @@ def read_documents(
 
 
 def check_bad_rows(documents: dict[str, Documents], skip_bad_rows: bool) -> None:
-    """Raise one InputError that lists the bad rows of all files, unless they may be left out and others remain."""
+    """Raise one InputError that lists the bad rows of all files. With `skip_bad_rows`: only if no good row is left."""
     bad = [line for d in documents.values() for line in d.bad]
-    empty = [f"{name}: no rows that can be used" for name, d in documents.items() if not len(d)]
+    empty = [f"{name}: no usable rows" for name, d in documents.items() if not len(d)]
     if not skip_bad_rows:
         raise_if_any(bad, "rows cannot be used", SKIP_ADVICE)
-    raise_if_any(empty, "files are of no use")
+    raise_if_any(empty, "files cannot be used")
 
 
 def print_unencodable(documents: list[Documents]) -> None:
-    """Say how many rows hold characters that the tokenizer cannot represent."""
+    """Print how many rows contain characters that the tokenizer cannot represent."""
     lossy = sum(d.unencodable for d in documents)
     if lossy:
-        print(f"{lossy:,} rows hold characters that the tokenizer drops or turns into its unknown token.")
+        print(f"{lossy:,} rows contain characters that the tokenizer drops or replaces by its unknown token.")
 
 
 def check_vocabulary(highest: int, vocab_size: int, folder: Path) -> None:
-    """Raise InputError unless the highest token that was made is one of the model's."""
+    """Raise InputError if the highest token id is outside the model's vocabulary."""
     if highest >= vocab_size:
         raise InputError(
-            f"the tokenizer in {folder} makes token {highest}, the model's vocabulary ends at {vocab_size - 1}: "
+            f"the tokenizer in {folder} produces token {highest}, the model's vocabulary ends at {vocab_size - 1}: "
             "they do not belong together"
         )
 
 
 def has_prompt_and_answer(documents: Documents) -> np.ndarray:
-    """(D,) bool: whether a document has both a prompt behind its first token and an answer of which something is
-    predicted."""
+    """(D,) bool: whether a document has both a prompt after its first token and an answer with at least one predicted
+    token."""
     first = np.zeros_like(documents.loss_mask)
     first[documents.offsets[:-1]] = True
     prompt = np.add.reduceat(~(documents.loss_mask | first), documents.offsets[:-1], dtype=np.int64)
@@ -266,13 +266,13 @@ def has_prompt_and_answer(documents: Documents) -> np.ndarray:
 class Stage:
     name: str  # stage1, stage2, …
     source: str  # as given to --stages
-    own: Documents  # which --select chooses from
-    documents: Documents  # these, and behind them rows of other stages
+    own: Documents  # the rows that --select chooses from
+    documents: Documents  # these, followed by rows of other stages
     epochs: int
     lr: float
     batch_size: int
-    rows: int  # that an epoch trains on
-    scores: list[float]  # of its own documents, where --scores gives them
+    rows: int  # number of rows that an epoch trains on
+    scores: list[float]  # of its own documents, if --scores was given
 
     @property
     def mixed_in(self) -> int:
@@ -284,7 +284,7 @@ class Stage:
 
     @property
     def expected_tokens(self) -> int:
-        """That all epochs train on; of a selection, that has yet to be made, as its rows are on average."""
+        """Tokens that all epochs train on. With a selection, an estimate from the average length of a row."""
         return round(self.documents.lengths.mean() * self.rows) * self.epochs
 
     @property
@@ -293,7 +293,7 @@ class Stage:
 
 
 def rows_to_choose(ratio: float, rows: int) -> int:
-    """How many rows a ratio below 1 (a share of them) or from 1 on (a count) asks for."""
+    """The number of rows for a ratio: below 1 a fraction of `rows`, from 1 on a count."""
     return max(1, round(ratio * rows)) if ratio < 1 else min(rows, int(ratio))
 
 
@@ -308,8 +308,8 @@ def make_stage(
     ratio: float | None,
     scores: list[float],
 ) -> Stage:
-    """A stage that trains on its `own` documents and on all those of `others`. `ratio` (see `rows_to_choose`): how many
-    of its own an epoch takes (None: all). Raises InputError where none can be chosen."""
+    """A stage that trains on its `own` documents and on all documents of `others`. `ratio` (see `rows_to_choose`): how
+    many of its own an epoch uses (None: all). Raises InputError if none can be chosen."""
     rows, documents = len(own), concat([own, *others])
     if ratio is not None:
         usable = ~np.isnan(scores) if scores else has_prompt_and_answer(own)
@@ -321,8 +321,8 @@ def make_stage(
 
 
 def rows_of_other_stages(k: int, of_stages: list[Documents], replay: float, seed: int) -> list[Documents]:
-    """What stage k trains on beside its own rows: a share of every earlier stage (--replay). Stages that overlap would
-    take rows of the next one, too. With --select they are neither scored nor left out: every epoch has all of them."""
+    """The rows that stage k trains on in addition to its own: a fraction of every earlier stage (--replay). Overlapping
+    stages would also add rows of the next stage here. --select does not score these rows: every epoch uses all."""
     rng = np.random.default_rng([seed, k])
     earlier = of_stages[:k] if replay else []
     return [subset(d, rng.permutation(len(d))[: round(replay * len(d))]) for d in earlier]
@@ -334,8 +334,8 @@ def rows_of_other_stages(k: int, of_stages: list[Documents], replay: float, seed
 def epoch_batches(
     documents: Documents, rows: np.ndarray, batch_size: int, seed: int, stage: int, epoch: int
 ) -> list[np.ndarray]:
-    """The documents numbered `rows` in this epoch's random order, cut into batches of document numbers; the last may be
-    smaller. Called again after a kill: the same arguments must give the same batches."""
+    """Batches of document indices: `rows` in this epoch's random order, divided into batches; the last may be smaller.
+    Resuming calls it again: the same arguments must give the same batches."""
     order = rows[np.random.default_rng([seed, stage, epoch]).permutation(len(rows))]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
@@ -343,11 +343,11 @@ def epoch_batches(
 def micro_batches(
     chosen: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_tokens: int
 ) -> list[list[np.ndarray]]:
-    """Deal a batch to ranks: per rank a list of micro-batches of at most that many tokens (a longer document goes
-    alone).
+    """Distribute a batch over the ranks: per rank a list of micro-batches of at most `micro_batch_tokens` tokens (a
+    longer document is a micro-batch of its own).
 
-    Every rank gets the same number of micro-batches, of nearly the same number of tokens; some may be empty. Longest
-    first, each to the bin with the fewest tokens, with nearly as few bins as keep to it.
+    Every rank gets the same number of micro-batches, with nearly the same number of tokens; some may be empty.
+    Documents are assigned longest first, each to the bin with the fewest tokens, using nearly the fewest bins possible.
     """
     order = chosen[np.argsort(-lengths[chosen], kind="stable")]
     limit = max(micro_batch_tokens, int(lengths[order[0]]))
@@ -366,7 +366,7 @@ def micro_batches(
 
 
 def largest_micro_batch(stages: list[Stage], world_size: int, micro_batch_tokens: int) -> tuple[int, int]:
-    """Most tokens and most supervised tokens of a micro-batch, among a hundred batches of each stage."""
+    """The most tokens and the most supervised tokens in a micro-batch, over a hundred batches of each stage."""
     tokens, supervised = [], []
     for stage in stages:
         documents = stage.documents

@@ -1,7 +1,7 @@
 """Answers from a checkpoint: `generate.py --model out/stage3 --prompts vicuna.jsonl --out answers.json`.
 
-Prompts become tokens as in training, `decode` (parts/decoding.py) answers them, and every answer is on disk as soon as
-it ends. The same prompts can be sent to a server instead.
+Prompts are tokenized as in training, `decode` (parts/decoding.py) generates the answers, and each answer is written to
+disk when it ends. The same prompts can be sent to a server instead.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from parts.checkpoints.config import read_config
 
 from data import check_vocabulary
 from model import Transformer, load_model
 from parts.api.questions import state_of
 from parts.api.store import Store
+from parts.checkpoints.config import read_config
 from parts.checkpoints.weights import checksum
 from parts.cli import (
     EXIT_CODES,
@@ -55,23 +55,23 @@ from parts.text.tokenizers import load_tokenizer
 
 
 def render_prompts(prompts: list[Prompt], tokenizer, template: str) -> list[int]:
-    """Give each prompt its tokens; returns the highest token of each."""
+    """Tokenize each prompt; returns the highest token id of each."""
     for prompt in prompts:
         prompt.tokens = render(prompt.turns, TEMPLATES[template], tokenizer)[0]
     return [max(prompt.tokens) for prompt in prompts]
 
 
 def print_later_turns(prompts: list[Prompt]) -> None:
-    """Say which prompts hold further questions, as MT-bench's do: they are not asked."""
+    """Print which prompts contain further questions, as MT-bench's do; these are not answered."""
     later = [f"{p.source}: {p.later_turns} more" for p in prompts if p.later_turns]
-    print_list("prompts hold further questions; only the first of each is answered", later)
+    print_list("prompts contain further questions; only the first of each is answered", later)
 
 
 def generate(
     model: Transformer, tokenizer, prompts: list[list[Turn]], template: str, options: Options
 ) -> list[list[int]]:
-    """The tokens of the answer to each conversation (turns that end with a user's), without the token that ends it;
-    none for a prompt that fills the model's context."""
+    """The tokens of the answer to each conversation (turns that end with a user's), without the end token; empty for a
+    prompt that fills the model's context."""
     rendered = [render(turns, TEMPLATES[template], tokenizer)[0] for turns in prompts]
     stop = set(stop_ids(TEMPLATES[template], tokenizer))
     answers: list[list[int]] = [[] for _ in prompts]
@@ -95,8 +95,8 @@ def answer_all(
     rank: int,
     world_size: int,
 ) -> dict[str, dict]:
-    """Answer this rank's share of the prompts (those that fit into the context and that OUT.partial.*.jsonl do not hold
-    yet), a line as each one ends. Returns the answers of all ranks by key."""
+    """Answer this rank's share of the prompts: those that fit into the context and are not in OUT.partial.*.jsonl yet.
+    Each answer is written as it ends. Returns the answers of all ranks by key."""
     done = read_partial(out)
     dist.barrier()  # all have read before one writes
     open_ones = {p.key: p for p in prompts if p.key not in done and len(p.tokens) < model.config.max_positions}
@@ -132,7 +132,7 @@ def answer_all(
 
 
 def partial_files(out: Path) -> list[Path]:
-    """The files that hold the ranks' answers until all are there. (What a server was paid for is kept elsewhere.)"""
+    """The files with the ranks' answers until all are complete. (Answers from a server have a file of their own.)"""
     name = re.compile(re.escape(out.name) + r"\.partial\.\d+\.jsonl")
     return [path for path in sorted(out.parent.glob("*.jsonl")) if name.fullmatch(path.name)]
 
@@ -146,7 +146,7 @@ def read_partial(out: Path) -> dict[str, dict]:
 
 
 def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, out: Path) -> None:
-    """AlpacaEval's format, in the order of the prompts, and a table by dataset."""
+    """Write AlpacaEval's format, in the order of the prompts, and print a table by dataset."""
     rows, errors, by_dataset = [], [], {}
     for prompt in prompts:
         row = {"id": prompt.id, "dataset": prompt.dataset, "instruction": prompt.instruction, "output": ""}
@@ -174,8 +174,8 @@ def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, 
 
 
 def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) -> Iterator[list[dict]]:
-    """Greedy answers to the prompts of a file, with a model that may be sharded: every rank must take part, all in
-    step. Yields all rows, those answered filled in, whenever an answer ends."""
+    """Greedy answers to the prompts of a file, with a model that may be sharded: every rank must iterate in step.
+    Yields all rows after each finished answer; the answers to come are empty."""
     asked = read_prompts(prompts)
     render_prompts(asked, tokenizer, template)
     rows = [{"id": p.id, "instruction": p.instruction, "output": ""} for p in asked]
@@ -184,10 +184,10 @@ def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) 
     stop, options = set(stop_ids(TEMPLATES[template], tokenizer)), Options(max_new_tokens=256)
     rendered, limits = [asked[k].tokens for k in fitting], [options.max_new_tokens] * len(fitting)
     free = torch.tensor(float(free_memory(model.embed.weight.device)), dtype=torch.float64)
-    dist.all_reduce(free, dist.ReduceOp.MIN)  # all have to plan alike
+    dist.all_reduce(free, dist.ReduceOp.MIN)  # all ranks must make the same plan
     try:
         groups = plan_slots(model, rendered, limits, options, free.item())
-    except WorkError:  # samples are no reason to end a training
+    except WorkError:  # training must not fail because of samples
         groups = plan_slots(model, rendered, limits, replace(options, batch_size=1))
     for i, token, _ in decode(model, rendered, stop, options, groups=groups):
         if token is not None:
@@ -201,8 +201,8 @@ def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) 
 
 
 def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: str | None, tokenizer) -> None:
-    """Ask the model `--server` at OPENAI_BASE_URL; everything that comes is kept in OUT.partial.jsonl at once."""
-    from parts.api import ask, server_answers  # here, because training imports this file and needs no httpx
+    """Ask the model `--server` at OPENAI_BASE_URL; every reply is saved in OUT.partial.jsonl when it arrives."""
+    from parts.api import ask, server_answers  # imported here: train.py imports this file and needs no httpx
     from parts.api import options as api
 
     extra = {"top_p": args.top_p} | ({"top_k": args.top_k} if args.top_k else {})
@@ -214,7 +214,7 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
         texts = [pieces.text(render(p.turns, TEMPLATES[template], pieces)[0]) for p in prompts]
         specials = list(pieces.specials)
         stop = stop_ids(TEMPLATES[template], tokenizer)
-        if stop[0] not in tokenizer.eos_ids:  # at which servers end by themselves; vLLM and SGLang take this as well
+        if stop[0] not in tokenizer.eos_ids:  # servers stop at EOS by default; vLLM and SGLang accept this field too
             extra["stop_token_ids"] = stop
     options = api.api_options(
         args, model=args.server, max_tokens=args.max_new_tokens, temperature=args.temperature, extra=extra
@@ -222,7 +222,7 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
     questions, done = server_answers.make_questions(
         prompts, options, args.seed, args.completions, context, texts, specials
     )
-    store = ask.ask_questions(options, args.out, questions, len, "")  # every reply has a value: an empty one is usable
+    store = ask.ask_questions(options, args.out, questions, len, "")  # every reply is usable, also an empty one
     if store is None:
         return
     done |= {q.key: server_answers.answer_of(store.of(q.key)) for q in questions}
@@ -231,7 +231,7 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
         guessed = {r["key"] for q in questions for r in store.of(q.key) if r.get("usage", {}).get("estimated")}
         counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts if p.key not in guessed]
         other = [f"{p.source}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
-        print_list("prompts have another number of tokens at the server: another BOS, or another tokenizer", other)
+        print_list("prompts have another number of tokens at the server: its BOS or its tokenizer differs", other)
     states = [state_of(store.of(q.key)) for q in questions]
     failed = {kind: states.count(kind) for kind in ("refused", "failed", "unparsed")}
     print_summary(f"{len(questions):,} prompts asked", len(questions), failed)
@@ -241,7 +241,7 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
 
 
 def chat(model: Transformer, tokenizer, template: str, stop: set[int], options: Options) -> None:
-    """Talk in the terminal. Ctrl-C stops the answer, not the program; Ctrl-D or an empty line ends it."""
+    """Chat in the terminal. Ctrl-C stops the answer, not the program; Ctrl-D or an empty line ends the program."""
     turns: list[Turn] = []
     print("Ctrl-C stops an answer; an empty line or Ctrl-D ends.")
     while True:
@@ -256,21 +256,21 @@ def chat(model: Transformer, tokenizer, template: str, stop: set[int], options: 
             return
         prompt = render([*turns, Turn("user", text)], TEMPLATES[template], tokenizer)[0]
         if len(prompt) >= model.config.max_positions:
-            print(f"[{len(prompt)} tokens, and the context ends at {model.config.max_positions}: starting afresh]")
+            print(f"[{len(prompt)} tokens, the context is {model.config.max_positions}: starting a new conversation]")
             turns = []
             continue
         turns += [Turn("user", text), Turn("assistant", print_answer(model, tokenizer, prompt, stop, options))]
 
 
 def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int], options: Options) -> str:
-    """Print an answer as it comes, and give its text."""
+    """Print an answer as it is generated; returns its text."""
     tokens, shown = [], ""
     try:
         for _, token, _ in decode(model, [prompt], stop, options):
             if token is not None:
                 tokens.append(token)
                 text = tokenizer.decode(tokens)
-                if not text.endswith("\ufffd"):  # half of a character
+                if not text.endswith("\ufffd"):  # an incomplete character
                     print(strip_control_chars(text[len(shown) :]), end="", flush=True)
                     shown = text
     except KeyboardInterrupt:
@@ -284,7 +284,7 @@ def print_answer(model: Transformer, tokenizer, prompt: list[int], stop: set[int
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    from parts.api.options import add_api_arguments  # here, because training imports this file and needs no httpx
+    from parts.api.options import add_api_arguments  # imported here: train.py imports this file and needs no httpx
 
     parser = argparse.ArgumentParser(
         description="Answer prompts with a Llama or Mistral checkpoint.",
@@ -292,39 +292,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         epilog=EXIT_CODES,
     )
     add, default = parser.add_argument, Options()
-    add("--model", type=Path, metavar="DIR", help="HF folder, say out/stage3")
+    add("--model", type=Path, metavar="DIR", help="HF folder, for example out/stage3")
     source = parser.add_mutually_exclusive_group(required=True).add_argument
-    prompts_help = "test sets, data files, or text with a prompt a line"
+    prompts_help = "test sets, data files, or plain text with one prompt per line"
     source("--prompts", type=Path, nargs="+", metavar="F", help=prompts_help)
-    source("--prompt", metavar="TEXT", help="one prompt; the answer goes to stdout")
-    source("--chat", action="store_true", help="talk in the terminal")
+    source("--prompt", metavar="TEXT", help="one prompt; the answer is printed to stdout")
+    source("--chat", action="store_true", help="chat in the terminal")
     add("--out", type=Path, metavar="F", help="JSON list of answers (needed with --prompts)")
-    add("--name", help="of the generator in the answers (default: the model's folder, or --server)")
-    template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
+    add("--name", help="generator name in the answers file (default: the model's folder, or --server)")
+    template_help = "chat template (default: the one that the model folder's own resembles, else phased)"
     add("--template", choices=TEMPLATES, help=template_help)
-    add("--max-new-tokens", type=positive_int, default=default.max_new_tokens, metavar="N", help="longest answer")
-    add("--temperature", type=float, default=default.temperature, help="0: always the likeliest token")
-    add("--top-k", type=int, default=default.top_k, help="sample from the K likeliest (0: from all)")
-    add("--top-p", type=float, default=default.top_p, help="sample from the fewest that hold this probability")
-    batch_help = "prompts at once: changes speed and memory only (default: as many as free memory allows, at most 128)"
+    add("--max-new-tokens", type=positive_int, default=default.max_new_tokens, metavar="N", help="per answer")
+    add("--temperature", type=float, default=default.temperature, help="0: greedy")
+    add("--top-k", type=int, default=default.top_k, help="sample from the K most likely tokens (0: from all)")
+    add("--top-p", type=float, default=default.top_p, help="sample from the fewest tokens with this total probability")
+    batch_help = "prompts per batch; changes speed and memory only (default: as free memory allows, at most 128)"
     add("--batch-size", type=positive_int, metavar="N", help=batch_help)
-    add("--seed", type=int, default=default.seed, help="of the samples")
+    add("--seed", type=int, default=default.seed, help="random seed of sampling")
     compile_help = "torch.compile the decode step (on CUDA as a CUDA graph); with --prompts"
     add("--compile", action="store_true", help=compile_help)
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if the device supports it")
     add("--debug", action="store_true", help="show tracebacks")
-    add(
-        "--server",
-        metavar="NAME",
-        help="have the model of this name at OPENAI_BASE_URL answer, instead of --model here",
-    )
+    add("--server", metavar="NAME", help="use the model of this name at OPENAI_BASE_URL instead of a local --model")
     add(
         "--completions",
         nargs="?",
         const="ids",
         choices=["ids", "text"],
-        help="with --server: ask for the completion of what --model's tokenizer and template make of a prompt, sent as "
-        "token ids (the default) or as text, instead of sending chat messages",
+        help="with --server: render each prompt with --model's tokenizer and template and request its completion, sent "
+        "as token ids (the default) or as text, instead of chat messages",
     )
     add_api_arguments(parser, sampling=False)
     args = parser.parse_args(argv)
@@ -332,11 +328,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--prompts needs --out")
     if args.server:
         if not args.prompts or args.compile or args.batch_size:
-            parser.error("--server needs --prompts, and has no use for --batch-size and --compile")
+            parser.error("--server needs --prompts, and does not support --batch-size and --compile")
         if bool(args.model) != bool(args.completions) or (args.template and not args.completions):
-            parser.error("--server: --model and --template go with --completions, and --completions with --model")
+            parser.error("with --server: --model and --template need --completions, and --completions needs --model")
     elif args.completions or not args.model or args.dry_run or args.batch or args.budget < math.inf:
-        parser.error("--model is needed, or --server (for --completions, --dry-run, --budget and --batch, too)")
+        parser.error("--model or --server is required; --completions, --dry-run, --budget and --batch need --server")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0 and args.seed >= 0):
         parser.error("--temperature, --top-k and --seed must be at least 0, --top-p above 0 and at most 1")
     args.name = args.name or args.server or os.path.relpath(args.model)
@@ -363,8 +359,8 @@ def run(args: argparse.Namespace) -> None:
         compute_dtype(args.dtype),
         dataclass_from_args(Options, args),
     )
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product: of oneDNN's
-        os.environ.setdefault(name, "32")  # compiled ones, one a number of tokens, a thousand would take 0.6 GiB
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first matrix product
+        os.environ.setdefault(name, "32")  # oneDNN compiles a kernel per number of tokens: 1000 would take 0.6 GiB
     with init_distributed() as ranks:
         try:
             model = load_model(args.model, dtype, ranks.device).requires_grad_(False)
@@ -392,7 +388,7 @@ def run(args: argparse.Namespace) -> None:
         except (RuntimeError, MemoryError) as e:
             if not oom_message(e):
                 raise
-            advice = "try --dtype bf16, or have an engine answer (--server)"
+            advice = "try --dtype bf16, or an inference server (--server)"
             raise WorkError(f"out of memory with the weights alone: {advice} ({oom_message(e)})") from None
 
 

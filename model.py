@@ -1,7 +1,7 @@
 """The transformer: its blocks, building and sharding it, loading and saving Hugging Face folders.
 
-One class covers the Llama and Mistral layouts. Its input is a run of documents laid end to end, never a padded
-rectangle: `tokens` (T,), `positions` (T,) restarting at 0 in every document, `cu_seqlens` (D+1,) where they begin.
+One class covers the Llama and Mistral layouts. Its input is a packed sequence of documents without padding: `tokens`
+(T,), `positions` (T,) restarting at 0 in every document, `cu_seqlens` (D+1,) with their start offsets.
 
 Sizes in shape comments: T tokens, D documents, C dim, H query heads, G key/value heads, hd head_dim, V vocabulary.
 """
@@ -31,11 +31,11 @@ from parts.options import Computation, Weights
 
 
 def rope_tables(config: Config, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotate` multiplies with, fp32: (cos, cos) and (-sin, sin) of the rotary angles, each (T, 1, hd).
+    """The factors that `rotate` multiplies by, fp32: (cos, cos) and (-sin, sin) of the rotary angles, each (T, 1, hd).
 
     `lengths` (T,) is the length of each token's document.
-    Scalings as in transformers' modeling_rope_utils. `dynamic` depends on the length of the sequence: here on that of
-    each document, as if it were alone in its batch.
+    The scalings are those of transformers' modeling_rope_utils. `dynamic` depends on the sequence length: here on the
+    length of each document, as if it were alone in its batch.
     """
     hd, scaling = config.head_dim, config.rope_scaling or {"rope_type": "default"}
     exponents = torch.arange(0, hd, 2, device=positions.device, dtype=torch.int64).float() / hd  # (hd/2,)
@@ -58,7 +58,7 @@ def rope_tables(config: Config, positions: Tensor, lengths: Tensor) -> tuple[Ten
 
 
 class Linear(nn.Linear):
-    """Computes in the dtype of its input, whatever that of its weights. It may have an adapter: W + scale * B A."""
+    """Computes in the dtype of its input, not of its weights. May have an adapter: W + scale * B A."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool):
         super().__init__(n_in, n_out, bias)
@@ -67,8 +67,8 @@ class Linear(nn.Linear):
         self.scale = 0.0
 
     def add_lora(self, rank: int, alpha: float) -> None:
-        """LoRA (arXiv 2106.09685): of the sum W + alpha / rank * B A only A (rank, in) and B (out, rank) are trained;
-        both fp32."""
+        """LoRA (arXiv 2106.09685): in W + alpha / rank * B A only A (rank, in) and B (out, rank) are trained, both in
+        fp32."""
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=torch.float32, device=self.weight.device))
         self.scale = alpha / rank
@@ -82,8 +82,8 @@ class Linear(nn.Linear):
 
 
 def recompute(function: Callable, *inputs):
-    """function(*inputs), of which only the inputs are kept for the backward pass, which computes it again: with the
-    same random numbers, if it draws any."""
+    """function(*inputs), keeping only the inputs for the backward pass, which recomputes the function with the same
+    random numbers."""
     return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
 
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         self.o = Linear(c.n_heads * c.head_dim, c.dim, bias=c.attention_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Callable) -> Tensor:
-        """`attention` takes q (T, H, hd), k and v (T, G, hd) to (T, H, hd): it knows which tokens see which."""
+        """`attention` takes q (T, H, hd), k and v (T, G, hd) to (T, H, hd): it applies the mask."""
         q, k, v = (linear(x).unflatten(1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
         return self.o(attention(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(1))
 
@@ -133,7 +133,7 @@ class Block(nn.Module):
         self.attention = Attention(c)
         self.mlp_norm = RMSNorm(c)
         self.mlp = MLP(c)
-        self.activation_checkpointing = False  # keep only the block's input for backward, compute the rest again
+        self.activation_checkpointing = False  # keep only the block's input for backward, recompute the rest
 
     def forward(self, *inputs) -> Tensor:
         return recompute(self.compute, *inputs) if self.activation_checkpointing else self.compute(*inputs)
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class VarlenAttention:
-    """The attention of training, IFD and prefill: causal, inside each document of a flat run."""
+    """The attention of training, IFD and prefill: causal, within each document of a packed sequence."""
 
     cu_seqlens: Tensor  # (D+1,) int32
     longest: int  # tokens
@@ -161,8 +161,8 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.compute_dtype = None  # that of the weights
-        self.recording = None  # of a decode step, which generate.py makes once for a frozen model
+        self.compute_dtype = None  # None: the dtype of the weights
+        self.recording = None  # the traced decode step, which generate.py makes once for a frozen model
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config)
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
         """Logits (T, V) without `targets`. With them the sum of `training_loss` at the N positions where `targets`
         (T,) is not -100, differentiable, and the cross-entropy at each of them (N,), for measuring only; both fp32.
 
-        `keys` (D,) int64, given in training, are what random numbers are made from (see `embed_tokens`)."""
+        `keys` (D,) int64, given in training, are the keys of the random numbers (see `embed_tokens`)."""
         lengths = cu_seqlens.diff()
         within = VarlenAttention(cu_seqlens, int(lengths.max()), self.config.sliding_window)
         keys = None if keys is None else token_keys(keys, positions, lengths)
@@ -198,8 +198,8 @@ class Transformer(nn.Module):
     def hidden(
         self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable], keys: Tensor | None = None
     ) -> Tensor:
-        """What the last block gives, (T, C). `lengths` (T,): of each token's sequence; `attentions`: one a block;
-        `keys` as in `embed_tokens`."""
+        """The output of the last block, (T, C). `lengths` (T,): the length of each token's sequence; `attentions`: one
+        per block; `keys` as in `embed_tokens`."""
         x = self.embed_tokens(tokens, lengths, keys)
         cos, sin = (t.to(x.dtype) for t in rope_tables(self.config, positions, lengths))
         for layer, attention in zip(self.layers, attentions):
@@ -207,28 +207,29 @@ class Transformer(nn.Module):
         return x
 
     def embed_tokens(self, tokens: Tensor, lengths: Tensor, keys: Tensor | None) -> Tensor:
-        """(T, C). Noise or dropout, under `if self.training:`, takes its random numbers from `keyed_uniform(keys, …)`:
-        the `keys` (T,) depend on seed, step, document and position, and so on no micro-batch, rank or kill."""
+        """The embeddings (T, C). Noise or dropout, under `if self.training:`, takes its random numbers from
+        `keyed_uniform(keys, …)`: `keys` (T,) depend on seed, step, document and position only, so that micro-batches,
+        ranks and restarts do not change the result."""
         x = F.embedding(tokens, self.embed.weight, sparse=self.embed.sparse)
         return x.to(self.compute_dtype or x.dtype)
 
     def logits_at(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attentions: list[Callable], rows) -> Tensor:
-        """What generation asks for: fp32 logits (n, V) at `rows`, an index of the tokens."""
+        """The fp32 logits (n, V) that generation needs, at the tokens indexed by `rows`."""
         return self.logits(self.hidden(tokens, positions, lengths, attentions)[rows]).float()
 
     def logits(self, x: Tensor) -> Tensor:
-        """(n, V) of what the last block gave (n, C)."""
+        """Logits (n, V) from the output of the last block (n, C)."""
         return self.head_logits(self.norm(x), lambda x: F.linear(x, self.head_weight.to(x.dtype)))
 
     def head_logits(self, x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
-        """(n, V) of the normed x (n, C); `linear` multiplies by the head's weight. Loss, IFD and generation all take
-        their logits from here, so a cap of the logits goes here."""
+        """Logits (n, V) from the normalized x (n, C); `linear` multiplies by the head's weight. Loss, IFD and
+        generation all use this function, so logit soft-capping goes here."""
         return linear(x)
 
     # ---- adapters (LoRA)
 
     def add_lora(self, rank: int, alpha: float, targets: Sequence[str]) -> None:
-        """To every Linear whose Hugging Face name (q_proj, …) is among the targets; `init_lora` fills them."""
+        """Add an adapter to every Linear whose Hugging Face name (q_proj, …) is in `targets`. Then call `init_lora`."""
         self.recording = None
         for name, module in self.named_modules():
             if isinstance(module, Linear) and HF_NAMES[name.rpartition(".")[2]] in targets:
@@ -240,7 +241,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_lora(self, seed: int) -> None:
-        """As peft does: A kaiming-uniform (a = sqrt 5), B zero. The same for any number of ranks."""
+        """Initialize adapters as peft does: A kaiming-uniform (a = sqrt 5), B zero. Independent of the ranks."""
         generator = torch.Generator().manual_seed(seed)
         for linear in self.lora_modules().values():
             linear.lora_B.zero_()
@@ -251,7 +252,7 @@ class Transformer(nn.Module):
 
 # ---------------------------------------------------------------- loading and saving
 
-# Our names, and Hugging Face's in files; numbers and .weight/.bias are the same.
+# Our module names and Hugging Face's names in files; layer numbers and .weight/.bias are the same.
 HF_NAMES = {
     "embed": "model.embed_tokens",
     "layers": "model.layers",
@@ -276,12 +277,12 @@ def hf_name(name: str) -> str:
 
 
 def hf_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """The parameters that an HF folder has: all but the adapters."""
+    """The parameters that an HF folder contains: all except the adapters."""
     return {name: p for name, p in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))}
 
 
 def find_weight_files(model: Transformer, folder: str | Path) -> dict[str, Path]:
-    """Where each parameter of `model` (built on meta) lies: {its name: file}. Reads only headers. Raises InputError."""
+    """The file of each parameter of `model` (built on meta), by name. Reads only headers. Raises InputError."""
     shapes = {hf_name(name): tuple(p.shape) for name, p in hf_parameters(model).items()}
     # An export of a tied model may repeat the embedding as a head.
     files = find_tensors(Path(folder), shapes, surplus={"lm_head.weight"} if model.config.tied else set())
@@ -289,14 +290,14 @@ def find_weight_files(model: Transformer, folder: str | Path) -> dict[str, Path]
 
 
 def weights_dtype(model: Transformer, folder: str | Path) -> torch.dtype:
-    """In which dtype a folder holds its weights; fp32 for those that are no dtype to export in."""
+    """The dtype of a folder's weights; fp32 if it is neither bf16 nor fp16."""
     name, file = next(iter(find_weight_files(model, folder).items()))
     found = stored_dtype(file, hf_name(name))
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def load_weights(model: Transformer, files: dict[str, Path]) -> None:
-    """Fill the model's parameters, plain or sharded, from the files of `find_weight_files`; each rank its slices."""
+    """Fill the parameters, plain or sharded, from the files of `find_weight_files`; each rank reads its own slices."""
     for name, p in hf_parameters(model).items():
         local, offset = local_part(p.detach())
         read_slice(files[name], hf_name(name), local, offset)
@@ -305,9 +306,9 @@ def load_weights(model: Transformer, files: dict[str, Path]) -> None:
 def load_model(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model of an HF folder (config.json and safetensors of any float dtype), its weights as `dtype`, in eval mode.
+    """Load an HF folder (config.json and safetensors of any float dtype), with weights as `dtype`, in eval mode.
 
-    Nothing is allocated before all headers are checked against config.json; memory stays near that of the weights.
+    All headers are checked against config.json before memory is allocated; the peak is little more than the weights.
     Raises InputError.
     """
     config = read_config(folder)
@@ -324,20 +325,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_meta_model(config: Config, weights: Weights, dtype: torch.dtype) -> Transformer:
-    """The model as it is trained, on meta: without memory. `dtype` is that of the computation; beside adapters (LoRA)
-    the frozen weights have it, too."""
+    """The model for training, on the meta device. `dtype` is the dtype of the computation; with adapters (LoRA) the
+    frozen weights have it, too."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype if weights.lora else DTYPES[weights.param_dtype])
         if weights.lora:
             model.add_lora(weights.lora, weights.lora_alpha, weights.lora_targets)
     model.compute_dtype = dtype
-    return model.eval()  # but for gradient steps
+    return model.eval()  # except in gradient steps
 
 
 def build_model(
     folder: Path, config: Config, weights: Weights, computation: Computation, ranks: DistributedEnv
 ) -> Transformer:
-    """The model of an HF folder, sharded over the ranks (FSDP2). Each rank reads its part."""
+    """Load an HF folder as a model sharded over the ranks (FSDP2). Each rank reads its part."""
     dtype = compute_dtype(computation.dtype)
     model = build_meta_model(config, weights, dtype)
     files = find_weight_files(model, folder)
@@ -345,11 +346,11 @@ def build_model(
         block.activation_checkpointing = computation.checkpoint_activations
         if computation.compile:
             block.compute = torch.compile(block.compute, dynamic=True)
-    if ranks.world_size > 1:  # a rank alone would only make copies
+    if ranks.world_size > 1:  # with one rank FSDP would only make copies
         shard_model(model, model.layers, dtype, ranks.mesh)
         register_fsdp_forward_method(model, "logits_at")  # for --sample-prompts
     elif ranks.device.type == "cpu":
-        model.embed.sparse = True  # its gradient only at the words that occur
+        model.embed.sparse = True  # gradient only at the tokens that occur
     model.to_empty(device=ranks.device)
     load_weights(model, files)
     model.init_lora(weights.seed)
@@ -370,9 +371,9 @@ def init_weights(model: Transformer, seed: int) -> None:
 
 def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None = None, base: str | Path = "") -> None:
     """Write an HF folder: safetensors as `dtype` (default: that of the parameters) and config.json. Every rank must
-    call, rank 0 writes; every file appears whole or not at all. Raises WorkError.
+    call, rank 0 writes; every file is written atomically. Raises WorkError.
 
-    Adapters are merged into what they belong to, and written to adapter/ by themselves; `base` is told to who reads it.
+    Adapters are merged into their weights, and also saved separately in adapter/, with `base` as the base model's path.
     """
     folder, tensors = Path(folder), {hf_name(name): p for name, p in hf_parameters(model).items()}
     dtype = dtype or next(iter(tensors.values())).dtype
@@ -387,14 +388,14 @@ def save_model(model: Transformer, folder: str | Path, dtype: torch.dtype | None
     save_weights(folder, tensors, dtype, merged)
     if not dist.is_initialized() or dist.get_rank() == 0:
         config = {**model.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
-        config.pop("dtype", None)  # transformers 5 writes this instead; one of the two must go
+        config.pop("dtype", None)  # transformers 5 writes this key instead; keep only one of them
         atomic_write(folder / "config.json", json.dumps(config, indent=1))
     if adapted:
         save_lora(model.lora_modules(), folder / "adapter", base)
 
 
 def save_lora(adapted: dict[str, Linear], folder: Path, base: str | Path) -> None:
-    """In the layout of peft. Every rank must call, rank 0 writes."""
+    """Save adapters in peft's layout. Every rank must call, rank 0 writes."""
     tensors = {
         f"base_model.model.{hf_name(name)}.{part}.weight": full_tensor(getattr(linear, part)).cpu()
         for name, linear in adapted.items()

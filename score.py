@@ -1,11 +1,11 @@
-"""How hard is an instruction? Difficulty from an LLM, stages of rising difficulty; IFD from a local model, and IterIT.
+"""Difficulty of instructions: scores from an LLM and stages of rising difficulty; IFD from a local model and selection.
 
-    score.py difficulty IN --out F     an LLM behind an OpenAI-compatible API gives each row 1 to 5 (Phased IFT)
+    score.py difficulty IN --out F         an LLM at an OpenAI-compatible API scores each row from 1 to 5 (Phased IFT)
     score.py stages SCORED --out-dir D     s1.jsonl s2.jsonl … of rising difficulty
-    score.py ifd IN --model DIR --out F    how little the prompt helps the model to the answer (IterIT)
-    score.py select SCORED --out F         IterIT's greedy choice by score and diversity
+    score.py ifd IN --model DIR --out F    instruction-following difficulty of each row (IterIT)
+    score.py select SCORED --out F         IterIT's greedy selection by score and diversity
 
-`select_epoch_rows` chooses what an epoch trains on; train.py --select calls it.
+`select_epoch_rows` selects the rows of an epoch; train.py --select calls it.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from parts.text.tokenizers import load_tokenizer
 
 
 def format_conversation(row: Row) -> list[str]:
-    """User and assistant in turn, as in the paper's files; a system text goes in front of the first turn."""
+    """User and assistant texts in turn, as in the paper's files; a system text precedes the first turn."""
     texts = [turn.text for turn in row.turns]
     return [f"{texts[0]}\n\n{texts[1]}", *texts[2:]] if row.turns[0].role == "system" else texts
 
@@ -72,7 +72,7 @@ def difficulty_command(args: argparse.Namespace) -> None:
         raise InputError(f"{args.input}: plain text has no instruction that could be scored")
     prompt = difficulty_prompt(args.prompt_file, args.instruction_only)
     if args.votes > 1 and options.temperature == 0:
-        options = replace(options, temperature=1.0)  # votes that cannot differ would be paid for nothing
+        options = replace(options, temperature=1.0)  # at temperature 0 all votes would be equal
     questions = []  # a list of votes for each row
     for row in rows:
         asked, answered = ("\n\n".join(format_conversation(row)[k::2]) for k in (0, 1))
@@ -109,7 +109,7 @@ def difficulty_command(args: argparse.Namespace) -> None:
 
 
 def read_score(row: dict, key: str, where: str) -> float | None:
-    """The number under `key`, None where there is none. Raises InputError."""
+    """The number under `key`, None if there is none. Raises InputError."""
     try:
         return None if row.get(key) is None else finite_number(row[key], key)
     except InputError as e:
@@ -117,14 +117,13 @@ def read_score(row: dict, key: str, where: str) -> float | None:
 
 
 def choose_score_key(rows: list[Row], default: str) -> str:
-    """`score` or SCORE.key, whichever alone is in the file; `default` where both are, or neither."""
+    """`score` or SCORE.key if only one of them is in the file; `default` if both or neither are."""
     there = [key for key in ("score", SCORE.key) if any(row.raw.get(key) is not None for row in rows)]
     return there[0] if len(there) == 1 else default
 
 
 def split_equally(scores: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Row indices of `parts` groups of rising score and nearly equal size; equal scores stay together where they
-    can."""
+    """Row indices of `parts` groups of rising score and nearly equal size; equal scores stay together if possible."""
     order = np.argsort(scores, kind="stable")
     ranked, n = scores[order], len(scores)
     cuts = [0]
@@ -197,7 +196,7 @@ def stages_command(args: argparse.Namespace) -> None:
 
 
 def answer_text(row: Row) -> str:
-    """What a row teaches: its answers but for those that are context only, or its plain text."""
+    """The supervised text of a row: its answers (except context-only ones), or its plain text."""
     return "\n".join(turn.text for turn in row.turns if turn.role in ("assistant", "text") and turn.trained)
 
 
@@ -208,19 +207,18 @@ def answer_text(row: Row) -> str:
 def measure_ifd(
     model: Transformer, documents: Documents, micro_batch_tokens: int = 4096, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """Instruction-following difficulty of each document, (D,) fp32 on the CPU; NaN where there is none.
+    """Instruction-following difficulty of each document, (D,) fp32 on the CPU; NaN if it has none.
 
     IFD = exp(mean NLL of the answer given the prompt) / exp(mean NLL of the answer alone) (Cherry LLM; IterIT, section
-    3). The answer is what training supervises, its end token included; alone it stands behind the document's first
-    token (BOS). Both are averaged over the same targets. A document without a prompt, or with an answer of which
-    nothing can be predicted, has none. Ranks share the work and all get the result; each must hold the whole model or a
-    shard of it.
+    3). The answer is the supervised tokens, including the end token; alone, it follows the document's first token
+    (BOS). Both means are over the same targets. A document without a prompt, or whose answer has no predicted token,
+    has no IFD. The ranks share the work and all get the result; each must have the full model or a shard of it.
     """
     D, offsets = len(documents), documents.offsets
     supervised, first = documents.loss_mask.copy(), np.zeros_like(documents.loss_mask)
     supervised[offsets[:-1]] = False
     first[offsets[:-1]] = True
-    kept = supervised | first  # the answer alone: the first token, then all supervised ones
+    kept = supervised | first  # the answer alone: the first token, then all supervised tokens
     ends = np.cumsum([0, *np.add.reduceat(kept, offsets[:-1], dtype=np.int64)]).astype(np.int64)
     alone = Documents(documents.tokens[kept], supervised[kept], ends, documents.ids, documents.source, [])
     both, counts = data.concat([documents, alone]), documents.target_counts
@@ -247,7 +245,7 @@ def measure_ifd(
 
 @dataclass
 class Score:
-    """What rows are selected by, and the rule by which its values choose: this is all that is known of a score."""
+    """A score that rows are selected by, and the rule for its values. All code about a score is here."""
 
     key: str  # of the field in files
     name: str  # in messages
@@ -257,21 +255,21 @@ class Score:
 
 
 def ifd_worth(ifd: np.ndarray) -> np.ndarray:
-    """IterIT, section 3: the higher, the more is to be learned; at 1 or above the prompt is of no help."""
+    """IterIT, section 3: higher is better, but at 1 or above the prompt does not help, and the row is worthless."""
     return np.where(ifd < 1, ifd, -ifd)
 
 
 IFD = Score("ifd", "IFD", measure_ifd, ifd_worth, "1 or above")
 SCORE = IFD  # of train.py --select and `score.py ifd`; `score.py select` applies its rule to the field SCORE.key
 
-CHUNK = 64  # documents a rank scores before they are kept
+CHUNK = 64  # documents that a rank scores between two saves
 
 
 def ifd_command(args: argparse.Namespace) -> None:
     check_output_paths([args.out], [args.input, *args.model.glob("*")])
-    rows = list(each_row(args.input))  # also those that have no usable answer
+    rows = list(each_row(args.input))  # including rows without a usable answer
     raise_if_any(
-        [f"{where}: {problem}" for where, raw, _, problem in rows if not isinstance(raw, dict)], "lines are no rows"
+        [f"{where}: {problem}" for where, raw, _, problem in rows if not isinstance(raw, dict)], "lines are not rows"
     )
     args.template, notes = choose_template(args.model, load_tokenizer(args.model), args.template)
     documents = data.tokenize_files([args.input], args.model, args.template, args.max_len, shown=is_first_rank())
@@ -318,8 +316,8 @@ def measure_missing(
     micro_batch_tokens: int,
     ranks: DistributedEnv,
 ) -> tuple[int, int]:
-    """Score the documents whose keys are not in the first rank's store, and keep what is found there after every chunk.
-    Returns how many documents and tokens that were."""
+    """Score the documents whose keys are not in rank 0's store, and save the scores there after every chunk. Returns
+    the number of documents and tokens scored."""
     known = broadcast(set(store.by_key) if store else None)
     todo, tokens = np.array([d for d, key in enumerate(keys) if key not in known], np.int64), 0
     with progress(len(todo), SCORE.key, "row", shown=ranks.rank == 0) as bar:
@@ -336,11 +334,11 @@ def measure_missing(
 
 
 def add_score(where: str, raw: dict, problem: str | None, scores: dict[str, float | None], max_len: int) -> dict:
-    """The row with its score, or with the reason why it has none."""
+    """The row with its score, or with the reason for a missing score."""
     line = raw | {SCORE.key: scores.get(where)}
     if line[SCORE.key] is None:
         line[f"{SCORE.key}_reason"] = problem or (
-            "nothing of the answer can be predicted, or there is no prompt"
+            "the answer has no predicted token, or there is no prompt"
             if where in scores
             else f"no answer is left within --max-len {max_len}"
         )
@@ -348,7 +346,7 @@ def add_score(where: str, raw: dict, problem: str | None, scores: dict[str, floa
 
 
 def content_key(about: bytes, documents: Documents, d: int) -> str:
-    """What a score belongs to: the model and how rows are rendered (`about`), and the tokens of document `d`."""
+    """The key of a stored score: a hash of `about` (model, template and options) and the tokens of document `d`."""
     row = slice(documents.offsets[d], documents.offsets[d + 1])
     content = documents.tokens[row].tobytes() + documents.loss_mask[row].tobytes()
     return hashlib.sha256(about + content).hexdigest()[:32]
@@ -359,46 +357,46 @@ def content_key(about: bytes, documents: Documents, d: int) -> str:
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """Of train.py's --select."""
+    """Options of train.py --select."""
 
     select: str  # none, iterit or static
     ratio: float  # of the stage's rows below 1, a count from 1 on
-    update_ratio: float  # times as many rows are scored again before a later epoch
+    update_ratio: float  # rows scored again before a later epoch, as a multiple of the rows per epoch
     score_type: str  # both: by IFD times diversity; ifd: by IFD alone
-    diversity_decay: float  # of the weights of terms that are chosen already
+    diversity_decay: float  # decay of the weights of terms in rows chosen already
 
 
 @dataclass
 class Selection:
-    """What is known of a stage's documents; a run's saved state holds it."""
+    """Scores and selection of a stage's documents; part of a run's saved state."""
 
-    epoch: int = -1  # that `chosen` is for
+    epoch: int = -1  # the epoch of `chosen`
     chosen: list[int] = field(default_factory=list)  # best first
-    scores: list[float] = field(default_factory=list)  # (D,) the newest known of each document; NaN: none
+    scores: list[float] = field(default_factory=list)  # (D,) the latest score of each document; NaN: none
     scoring: int = -1  # the epoch for which …
     candidates: list[int] = field(default_factory=list)  # … these are scored …
-    scored: int = 0  # … of which so many have been
+    scored: int = 0  # … and the number of them done
 
     def candidate_scores(self) -> np.ndarray:
         return np.array(self.scores, np.float32)[self.candidates]
 
 
 def read_precomputed_scores(scored: dict[Path, Documents]) -> dict[str, float]:
-    """The scores that files of `score.py ifd` hold, by the content of their tokenised rows; NaN where they hold none.
-    Raises InputError for one that is negative or not finite."""
+    """The scores in files of `score.py ifd`, keyed by the content of the tokenized rows; NaN for rows without a score.
+    Raises InputError for a score that is negative or not finite."""
     given, key = {}, SCORE.key
     for path, documents in scored.items():
         scores = {where: read_score(raw, key, where) for where, raw, row, _ in each_row(path) if row}
         negative = [f"{where}: {key} {value:g}" for where, value in scores.items() if value is not None and value < 0]
-        raise_if_any(negative, f"rows of --scores have a negative {key}, which is none")
+        raise_if_any(negative, f"rows of --scores have a negative {key}, which is not valid")
         for d, where in enumerate(documents.source):
             given[content_key(b"", documents, d)] = math.nan if scores[where] is None else scores[where]
     return given
 
 
 def match_precomputed_scores(documents: Documents, given: dict[str, float], source: str) -> list[float]:
-    """The given score of each document; NaN where it can have none, whatever is given. Raises InputError where one is
-    missing."""
+    """The given score of each document; NaN for documents that cannot have a score. Raises InputError for missing
+    ones."""
     keys = [content_key(b"", documents, d) for d in range(len(documents))]
     missing = [where for where, key in zip(documents.source, keys) if key not in given]
     raise_if_any(missing, f"of {len(documents)} rows of {source} are not in --scores")
@@ -406,11 +404,11 @@ def match_precomputed_scores(documents: Documents, given: dict[str, float], sour
 
 
 def choose_rows(worth: np.ndarray, answers: list[str] | None, count: int, decay: float = 0.1) -> np.ndarray:
-    """IterIT's choice of at most `count` rows, best first (int64): by `worth` (N,) times diversity of the `answers`, or
-    without answers by worth alone.
+    """Select at most `count` rows as IterIT does, best first (int64): by `worth` (N,) times diversity of the `answers`,
+    or without answers by worth alone.
 
-    TF-IDF and choice are among the rows whose worth is not below zero. Only when these are used up come the others, the
-    highest first. Rows whose worth is NaN are never chosen.
+    TF-IDF and diversity use the rows with worth >= 0 only. If these are fewer than `count`, rows with negative worth
+    follow, highest first. Rows whose worth is NaN are never chosen.
     """
     good, others = np.flatnonzero(worth >= 0), np.flatnonzero(worth < 0)
     if answers is None or not len(good):
@@ -421,8 +419,8 @@ def choose_rows(worth: np.ndarray, answers: list[str] | None, count: int, decay:
 
 
 def plan_scoring(selection: Selection, usable: np.ndarray, epoch: int, most: int) -> None:
-    """Which documents are scored for `epoch`: before the first all `usable` ones (none, where scores are given), before
-    a later one at most `most`: those chosen last, then the others by their newest score."""
+    """Set the documents to score for `epoch`. Before the first epoch: all `usable` ones (none if scores are given).
+    Before a later one: at most `most`, first those chosen last, then the others by their latest score."""
     candidates, given = usable, epoch == 0 and bool(selection.scores)
     if epoch > 0:
         known = np.array(selection.scores, np.float32)
@@ -435,7 +433,7 @@ def plan_scoring(selection: Selection, usable: np.ndarray, epoch: int, most: int
 def score_candidates(
     selection: Selection, model: Transformer, documents: Documents, ranks: DistributedEnv, micro_batch_tokens: int
 ) -> Iterator[None]:
-    """Score those candidates that have not been, on all ranks; yields after every chunk."""
+    """Score the remaining candidates, on all ranks; yields after every chunk."""
     if not selection.scores:
         selection.scores = [math.nan] * len(documents)
     while selection.scored < len(selection.candidates):
@@ -450,12 +448,12 @@ def score_candidates(
 def choose_candidates(
     selection: Selection, options: SelectionOptions, documents: Documents, tokenizer, epoch: int, count: int
 ) -> None:
-    """Choose among those scored: `selection.chosen`. Rank 0 does, the others get its choice."""
+    """Choose among the scored candidates: sets `selection.chosen`. Rank 0 chooses and broadcasts."""
     candidates, best = np.array(selection.candidates), None
     if is_first_rank():
         answers = [decode_answer(documents, d, tokenizer) for d in candidates] if options.score_type == "both" else None
         worth = SCORE.worth(selection.candidate_scores())
-        worth[np.isnan(worth)] = -math.inf  # measured, and no number: the last
+        worth[np.isnan(worth)] = -math.inf  # scored as NaN: rank last
         best = choose_rows(worth, answers, count, options.diversity_decay)
     selection.chosen, selection.epoch = candidates[broadcast(best)].tolist(), epoch
 
@@ -471,12 +469,12 @@ def select_epoch_rows(
     ranks: DistributedEnv,
     micro_batch_tokens: int,
 ) -> Iterator[tuple[int, int]]:
-    """Choose the `count` documents that `epoch` trains on (IterIT, section 3): `selection.chosen`.
+    """Select the `count` documents that `epoch` trains on (IterIT, section 3): sets `selection.chosen`.
 
-    Every document is scored before the first epoch (unless `selection.scores` holds scores), the best `update_ratio`
-    times as many as an epoch trains on before a later one; the choice is among those just scored. Yields how many are
-    scored, and of how many, after every chunk: then `selection` may be saved, and the work left and taken up again.
-    Every rank must exhaust it.
+    Before the first epoch every document is scored, unless `selection.scores` is given. Before a later epoch the best
+    `update_ratio * count` documents are scored again. The selection is among the documents just scored. Yields (number
+    scored, number to score) after every chunk; `selection` may be saved there, and a new call resumes from it. Every
+    rank must exhaust the generator.
     """
     if selection.scoring != epoch:
         usable = np.flatnonzero(data.has_prompt_and_answer(documents))
@@ -487,10 +485,10 @@ def select_epoch_rows(
 
 
 def describe_selection(selection: Selection) -> str:
-    """In words: how many of how many were chosen, and their scores."""
+    """A summary line: how many of the candidates were chosen, and their range of scores."""
     values = np.array(selection.scores)[selection.chosen]
     others = int((SCORE.worth(values) < 0).sum())
-    note = f"; {others:,} of them at {SCORE.worthless}, since no better were left" if others else ""
+    note = f"; {others:,} of them at {SCORE.worthless}, since no better rows were left" if others else ""
     chosen = f"{len(values):,} of {len(selection.candidates):,} chosen"
     return f"{chosen}, {SCORE.name} {values.min():.3f} to {values.max():.3f}{note}"
 
@@ -501,7 +499,7 @@ def decode_answer(documents: Documents, d: int, tokenizer) -> str:
 
 
 def write_selection(path: Path, documents: Documents, selection: Selection) -> None:
-    """A line for each scored document: those chosen first, best first, then the others by score."""
+    """Write one line per scored document: the chosen ones, best first, then the others by score."""
     chosen, candidates = set(selection.chosen), np.array(selection.candidates)
     worth = np.nan_to_num(SCORE.worth(selection.candidate_scores()), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     ranked = candidates[choose_rows(worth, None, len(candidates))].tolist()
@@ -534,20 +532,20 @@ def select_command(args: argparse.Namespace) -> None:
             chosen = choose_rows(worth, answers if args.by == "diversity" else None, count, args.diversity_decay)
             others = int((worth[chosen] < 0).sum())
             if others:
-                note += f" {others:,} taken at {SCORE.name} {SCORE.worthless}, since no better were left;"
+                note += f" {others:,} chosen at {SCORE.name} {SCORE.worthless}, since no better rows were left;"
         elif args.by == "score":
             chosen = choose_rows(scores, None, count)
         else:
             chosen = pick_diverse(scores, tf_idf(answers), count, args.diversity_decay)
     if not len(chosen):
         keys = dict.fromkeys(key for row in rows for key in row.raw)
-        advice = f"--score-key names the field that holds it; the rows have {', '.join(keys)}"
-        raise InputError(f"{args.scored}: nothing can be chosen, for no row has a number as {args.score_key}. {advice}")
+        advice = f"--score-key names the field with the score; the rows have {', '.join(keys)}"
+        raise InputError(f"{args.scored}: nothing can be chosen: no row has a number as {args.score_key}. {advice}")
     write_lines(args.out, [rows[i].raw for i in chosen])
     took = time.monotonic() - started
     print(f"{args.out}: {len(chosen):,} of {len(rows):,} rows by {args.by}, best first;{note} {took:.1f} s")
     if len(chosen) < count:
-        print(f"{count - len(chosen):,} rows fewer than --ratio {args.ratio:g} asks for: no more could be chosen.")
+        print(f"{count - len(chosen):,} rows fewer than --ratio {args.ratio:g} asks for: no other rows can be chosen.")
 
 
 # ---------------------------------------------------------------- command line
@@ -557,7 +555,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Difficulty of instructions; stages and selections made from it.", epilog=EXIT_CODES
     )
-    from parts.api.options import add_api_arguments  # here, so that training needs no httpx
+    from parts.api.options import add_api_arguments  # imported here, so that training needs no httpx
 
     commands = parser.add_subparsers(dest="command", required=True)
     make = partial(commands.add_parser, formatter_class=HelpFormatter)
@@ -567,82 +565,78 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: id, score, data or messages, model")
     p.add_argument("--instruction-only", action="store_true", help="show the instruction without its response")
     p.add_argument(
-        "--prompt-file", type=Path, metavar="F", help="instead of the built-in prompt: {instruction} and {answer}"
+        "--prompt-file", type=Path, metavar="F", help="replaces the built-in prompt; with {instruction} and {answer}"
     )
     p.add_argument("--votes", type=positive_int, default=1, metavar="N", help="average N replies (at temperature 1)")
-    p.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
+    p.add_argument("--skip-bad-rows", action="store_true", help="skip unusable rows instead of stopping")
     add_api_arguments(p)
     p.set_defaults(work=difficulty_command)
 
-    p = make("ifd", help="how little the prompt helps a local model to the answer")
+    p = make("ifd", help="instruction-following difficulty (IFD) of each row by a local model")
     p.add_argument("input", type=Path, metavar="IN")
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder")
-    p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the rows as they are, and ifd")
-    template_help = "how turns become text (default: as the model folder's own chat template, else phased)"
+    p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the input rows with the field ifd")
+    template_help = "chat template (default: the one that the model folder's own resembles, else phased)"
     p.add_argument("--template", choices=TEMPLATES, help=template_help)
     p.add_argument("--max-len", type=positive_int, default=2048, help="tokens; longer rows are cut at the end")
     p.add_argument(
-        "--micro-batch-tokens",
-        "--micro-tokens",
-        type=positive_int,
-        default=4096,
-        help="tokens that go through the model at once",
+        "--micro-batch-tokens", "--micro-tokens", type=positive_int, default=4096, help="tokens per forward pass"
     )
     p.add_argument(
         "--dtype",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="of the computation; auto: bf16 where the device has it. The losses are fp32",
+        help="dtype of the computation; auto: bf16 if the device supports it. The losses are fp32",
     )
     p.set_defaults(work=ifd_command)
 
     p = make("stages", help="split scored rows into stages of rising difficulty")
     p.add_argument("scored", type=Path, metavar="SCORED")
-    p.add_argument("--out-dir", type=Path, required=True, metavar="D", help="where s1.jsonl s2.jsonl … appear")
+    p.add_argument("--out-dir", type=Path, required=True, metavar="D", help="output folder of s1.jsonl s2.jsonl …")
     p.add_argument(
         "--bounds",
         type=float,
         nargs="+",
         default=[1.5, 3.5],
         metavar="X",
-        help="a stage ends below each bound (the defaults are Alpaca's)",
+        help="upper bounds of the stages, exclusive (the defaults are Alpaca's)",
     )
-    p.add_argument("--equal", type=positive_int, metavar="K", help="instead: K stages of nearly equal size")
-    p.add_argument("--random", action="store_true", help="the same sizes, rows at random (the paper's control)")
-    p.add_argument("--reverse", action="store_true", help="the hardest first")
-    p.add_argument("--seed", type=int, default=0, help="of --random")
-    key_help = "the field that holds the score (default: score or ifd, whichever the file has; of both, score)"
+    p.add_argument("--equal", type=positive_int, metavar="K", help="K stages of nearly equal size, instead of --bounds")
+    p.add_argument("--random", action="store_true", help="same sizes, random rows (the paper's control)")
+    p.add_argument("--reverse", action="store_true", help="hardest stage first")
+    p.add_argument("--seed", type=int, default=0, help="seed of --random")
+    key_help = "the field with the score (default: score or ifd, whichever the file has; score if it has both)"
     p.add_argument("--score-key", metavar="KEY", help=key_help)
-    p.add_argument("--allow-unscored", action="store_true", help="leave rows without a score out instead of stopping")
-    p.add_argument("--allow-empty", action="store_true", help="leave empty stages out instead of stopping")
-    p.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
+    p.add_argument("--allow-unscored", action="store_true", help="skip rows without a score instead of stopping")
+    p.add_argument("--allow-empty", action="store_true", help="skip empty stages instead of stopping")
+    p.add_argument("--skip-bad-rows", action="store_true", help="skip unusable rows instead of stopping")
     p.add_argument("--plots", action="store_true", help="also draw scores.png (needs matplotlib)")
     p.set_defaults(work=stages_command)
 
-    p = make("select", help="the best few per cent by score and diversity")
+    p = make("select", help="select the best rows by score and diversity")
     p.add_argument("scored", type=Path, metavar="SCORED")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the chosen rows, best first")
     p.add_argument(
-        "--ratio", type=fraction_or_count, default=0.05, help="a share of the rows below 1, from 1 on a count"
+        "--ratio", type=fraction_or_count, default=0.05, help="below 1 a fraction of the rows, from 1 on a number"
     )
     p.add_argument(
         "--by",
         choices=["diversity", "score", "length", "random"],
         default="diversity",
-        help="score x diversity (IterIT), score alone (Superfiltering), the longest answers, at random",
+        help="score x diversity (IterIT), score alone (Superfiltering), longest answers, or random",
     )
     p.add_argument("--diversity-decay", type=float, default=0.1, help="of the weights of terms that are chosen already")
-    key_help = "the field that holds the score (default: score or ifd, whichever the file has; of both, ifd)"
+    key_help = "the field with the score (default: score or ifd, whichever the file has; ifd if it has both)"
     p.add_argument("--score-key", metavar="KEY", help=key_help)
-    p.add_argument("--seed", type=int, default=0, help="of --by random")
-    p.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out instead of stopping")
+    p.add_argument("--seed", type=int, default=0, help="seed of --by random")
+    p.add_argument("--skip-bad-rows", action="store_true", help="skip unusable rows instead of stopping")
     p.set_defaults(work=select_command)
 
     for p in commands.choices.values():
         p.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     if args.command == "stages" and sorted(set(args.bounds)) != args.bounds:
-        parser.error("--bounds must rise")
+        parser.error("--bounds must be in increasing order")
     if args.command == "select" and not 0 <= args.diversity_decay <= 1:
         parser.error("--diversity-decay must be from 0 to 1")
     return args

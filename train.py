@@ -1,4 +1,4 @@
-"""Phased instruction fine-tuning: train on stage 1, go on from the result with stage 2, then stage 3.
+"""Phased instruction fine-tuning: train on stage 1, continue from the result with stage 2, then stage 3.
 
     torchrun train.py --stages s1 s2 s3
 
@@ -87,10 +87,10 @@ DEMO = Path(__file__).resolve().parent / "demo"
 
 
 def trained_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """Which parameters are trained, by name: the adapters where there are some (LoRA), else all. Step, optimizer,
-    clipping, saved state, memory plan and MFU ask here.
+    """The trained parameters by name: the adapters if the model has any (LoRA), else all parameters. The training step,
+    optimizer, clipping, saved state, memory plan and MFU all use this function.
 
-    To freeze some, leave them out of `chosen` (or freeze them before): what is not trained gets no gradient.
+    To freeze parameters, remove them from `chosen` (or freeze them before): frozen parameters get no gradient.
     """
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if model.lora_modules():
@@ -101,7 +101,7 @@ def trained_parameters(model: Transformer) -> dict[str, nn.Parameter]:
 
 
 def stage_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization, stage: int) -> torch.optim.Optimizer:
-    """A fresh optimizer for stage 0, 1, …; with --param-dtype bf16 each stage rounds by draws of its own."""
+    """A new optimizer for stage 0, 1, …; with --param-dtype bf16 each stage has its own random numbers for rounding."""
     optimizer = make_optimizer(trained, replace(optimization, seed=random_key(optimization.seed, stage)))
     check_optimizer(optimizer, trained)
     return optimizer
@@ -110,8 +110,8 @@ def stage_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization
 def check_gradients(
     model: Transformer, trained: dict[str, nn.Parameter], documents: Documents, ranks: DistributedEnv
 ) -> None:
-    """Raise ValueError where the training loss does not depend on a trained parameter, which then would never move. The
-    shortest document shows it."""
+    """Raise ValueError if the training loss does not depend on a trained parameter, which would then never change.
+    Tested on the shortest document."""
     add_gradients(model, documents, documents.lengths.argmin(keepdims=True), 0, ranks, scale=1.0)
     missing = [name for name, p in trained.items() if p.grad is None]
     for p in trained.values():
@@ -124,11 +124,11 @@ def check_gradients(
 
 
 def training_loss(losses: Tensor, log_z: Tensor, at: Tensor) -> Tensor:
-    """What is differentiated, for each of some supervised tokens (n,): here their cross-entropy, `losses`.
+    """The loss that is differentiated, for each of n supervised tokens (n,): here their cross-entropy, `losses`.
 
-    A re-weighted loss, or one with more terms, goes here; the losses that are logged, of held-out data and of IFD stay
-    plain cross-entropy. `log_z` is the logarithm of the softmax's normalizer, `at` (int64) says which of the
-    micro-batch's supervised tokens they are. The sum is divided by the supervised tokens of the batch.
+    A re-weighted loss, or one with more terms, goes here. Logged losses, held-out losses and IFD remain plain
+    cross-entropy. `log_z` is the logarithm of the softmax's normalizer. `at` (int64) contains the indices of these
+    tokens among the micro-batch's supervised tokens. The sum is divided by the batch's number of supervised tokens.
     """
     return losses
 
@@ -143,10 +143,12 @@ def batch_gradients(
     on_micro_batch: Callable[[], None],
     key: int = 0,
 ) -> float:
-    """Leave in every `p.grad` the gradient of the mean `training_loss` over the supervised tokens of the whole batch
-    (sharded, if p is); returns their mean cross-entropy. Neither depends on how the batch is cut into micro-batches or
-    dealt to ranks, up to floating-point order. `on_micro_batch` is called before every micro-batch, on all ranks alike;
-    it may save the state, and raise. `key` is that of the step, from which random numbers in the model are made.
+    """Set every `p.grad` to the gradient of the mean `training_loss` over the supervised tokens of the batch (sharded
+    if p is sharded). Returns their mean cross-entropy.
+
+    Neither depends on how the batch is divided into micro-batches or among ranks, up to floating-point order.
+    `on_micro_batch` is called before every micro-batch on every rank; it may save the state, and raise. `key` is the
+    key of the step, from which random numbers in the model are made.
     """
     supervised = int(documents.target_counts[batch].sum())
     total = torch.zeros((), device=ranks.device)
@@ -163,8 +165,8 @@ def batch_gradients(
 def add_gradients(
     model: Transformer, documents: Documents, part: np.ndarray, key: int, ranks: DistributedEnv, scale: float
 ) -> Tensor:
-    """Add those of a micro-batch's summed training loss, times `scale`; returns its summed cross-entropy. Only here the
-    model is in train mode: held-out loss, scores and samples are computed in eval mode."""
+    """Add the gradients of a micro-batch's summed training loss, times `scale`; returns its summed cross-entropy. The
+    model is in train mode only here: held-out loss, scores and samples are computed in eval mode."""
     model.train()
     inputs = (torch.from_numpy(a).to(ranks.device) for a in documents.pack(part))
     keys = torch.tensor([random_key(key, int(d)) for d in part] or [0]).to(ranks.device)
@@ -204,8 +206,8 @@ def held_out_loss(
 
 @dataclass
 class Progress:
-    """How far a run is, as its saved state holds it. Counts what is finished: stage 1, step 0 begins the second
-    stage."""
+    """How far a run is, as stored in its saved state. Counts finished stages and steps: stage 1, step 0 is the start of
+    the second stage."""
 
     stage: int = 0
     step: int = 0  # of the stage
@@ -219,7 +221,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """What the functions below work with; every rank has one."""
+    """The objects that the functions below share; every rank has its own."""
 
     model: Transformer
     state: TrainingState  # what is saved: weights, optimizer, Progress
@@ -233,7 +235,7 @@ class Run:
 
 
 def phased_training(stages: list[Stage], optimization: Optimization, selection: SelectionOptions, run: Run) -> None:
-    """Train on each stage in turn, from the weights that the one before it left (Phased IFT, section 3)."""
+    """Train on each stage in turn, starting from the weights of the previous stage (Phased IFT, section 3)."""
     state, done = run.state, run.state.progress
     for k in range(done.stage, len(stages)):
         stage = stages[k]
@@ -259,7 +261,7 @@ def phased_training(stages: list[Stage], optimization: Optimization, selection: 
 
 
 def train_step(run: Run, stage: Stage, epoch: int, batch: np.ndarray, lr: float, optimization: Optimization) -> None:
-    """Gradients of the batch, clipping, new weights; counted and logged."""
+    """Compute the batch's gradients, clip them, update the weights; count and log the step."""
     state, done, started = run.state, run.state.progress, time.perf_counter()
     key = random_key(optimization.seed, done.global_step)
     loss = batch_gradients(
@@ -277,21 +279,21 @@ def train_step(run: Run, stage: Stage, epoch: int, batch: np.ndarray, lr: float,
 
 
 def update_weights(state: TrainingState, lr: float) -> None:
-    """The optimizer's step. What follows the weights, such as an average of them, is updated here, in `state.more`."""
+    """The optimizer's step. Update tensors that follow the weights, such as their average, here, in `state.more`."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     state.optimizer.step()
 
 
 def more_state(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """`TrainingState.more` at the start of a run, by name: tensors that are saved and resumed beside weights and
-    optimizer. Here none; of an average of the weights, a copy of each."""
+    """`TrainingState.more` at the start of a run, by name: tensors that are saved and restored with the weights and the
+    optimizer. None by default; for an average of the weights, return a copy of each."""
     return {}
 
 
 def epoch_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -> np.ndarray:
-    """The documents that an epoch trains on: all, or with --select those chosen from the stage's own, best first, and
-    all rows of other stages."""
+    """The documents that an epoch trains on: all, or with --select the selected ones of the stage itself, best first,
+    and all rows of other stages."""
     if options.select == "none":
         return np.arange(len(stage.documents))
     selection = run.state.progress.selection
@@ -301,7 +303,7 @@ def epoch_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) ->
 
 
 def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -> None:
-    """IterIT: choose with the model as it is, and log the choice."""
+    """IterIT: select rows with the current model, and log the selection."""
     selection, started = run.state.progress.selection, time.perf_counter()
     if selection.scoring < 0:
         selection.scores = list(stage.scores)
@@ -324,14 +326,14 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
 
 
 def evaluate_if_due(run: Run, stage: Stage) -> None:
-    """Before the first step, and with --eval-every before every so many."""
+    """Evaluate before the first step, and with --eval-every N before every N-th step."""
     step, every = run.state.progress.global_step, run.output.eval_every
     if step == 0 or (every and step % every == 0):
         evaluate(run, stage.name if step else "start")
 
 
 def evaluate(run: Run, label: str) -> str:
-    """Log the held-out losses, unless they are known for this step. Returns them in words."""
+    """Measure and log the held-out losses, unless done for this step already. Returns them as text for the summary."""
     done = run.state.progress
     if done.last_eval_step == done.global_step:
         return ""
@@ -349,7 +351,7 @@ def evaluate(run: Run, label: str) -> str:
 
 
 def skip_step(run: Run, stage: Stage, batch: np.ndarray, loss: float, norm: float, most: int) -> None:
-    """Leave out a step that is not finite and name its rows, or save and raise WorkError when `most` have been."""
+    """Skip a step that is not finite and list its rows; after `most` skipped steps, save and raise WorkError."""
     done, rows = run.state.progress, [f"{stage.documents.ids[d]} ({stage.documents.source[d]})" for d in batch]
     what = f"{stage.name}, step {done.step + 1}: the loss is {loss}, the gradient's norm {norm}"
     heading = "The rows of this batch:"
@@ -360,10 +362,10 @@ def skip_step(run: Run, stage: Stage, batch: np.ndarray, loss: float, norm: floa
         return
     run.saver.save()
     if run.ranks.rank > 0:
-        raise WorkError("")  # the first rank says it
+        raise WorkError("")  # the first rank reports it
     raise WorkError(
         f"{what}. The weights before this step are kept in {run.output.out / 'resume'}. {format_list(heading, rows)}\n"
-        "Look at these rows and at the learning rate; --skip-nonfinite N goes on, skipping up to N such steps."
+        "Look at these rows and at the learning rate; --skip-nonfinite N skips up to N such steps."
     )
 
 
@@ -381,7 +383,8 @@ def log_step(
 
 
 def finish_stage(run: Run, stage: Stage) -> None:
-    """Save (the rest may take long, and is done again after a kill), measure, sample, export, count it."""
+    """Save the state, evaluate, sample and export, then mark the stage as finished. A kill in between repeats all but
+    the first."""
     run.saver.save()
     held_out, samples, folder = evaluate(run, stage.name), answer_samples(run, stage), run.output.out / stage.name
     export(folder, run.model, run.output, run.ranks, samples)
@@ -394,7 +397,7 @@ def finish_stage(run: Run, stage: Stage) -> None:
 
 
 def answer_samples(run: Run, stage: Stage) -> list[dict] | None:
-    """The answers to --sample-prompts, None without."""
+    """The answers to --sample-prompts; None without that flag."""
     if not run.output.sample_prompts:
         return None
     tokenizer = load_tokenizer(run.output.model)
@@ -409,7 +412,7 @@ def answer_samples(run: Run, stage: Stage) -> list[dict] | None:
 
 
 def finish_run(run: Run) -> None:
-    """Say what was skipped, write held_out.json, save without the optimizer's state."""
+    """Report skipped steps, write held_out.json, save the state without the optimizer."""
     done = run.state.progress
     if done.skipped:
         run.log.info(f"{done.skipped} of {done.global_step} steps were skipped: their loss or gradient is not finite.")
@@ -472,7 +475,7 @@ def read_data(args: argparse.Namespace, first: bool) -> tuple[list[Stage], dict[
 
 
 def set_template(args: argparse.Namespace) -> None:
-    """Set `args.template` where it was not given, and print which: a run that goes on keeps its own."""
+    """Set `args.template` if it was not given, and print it. A resumed run keeps its template."""
     arguments = read_json_object(args.out / "run.json").get("arguments", {})
     before = arguments.get("template") if isinstance(arguments, dict) else None
     if args.template is None and before in list(TEMPLATES):
@@ -484,8 +487,8 @@ def set_template(args: argparse.Namespace) -> None:
 
 
 def validate(args: argparse.Namespace, model: Transformer) -> tuple[list[Stage], dict[str, Documents], dict[str, str]]:
-    """What can be wrong is found before the first weight is read. Returns what `read_data` does, with a sha256 of every
-    file that was read."""
+    """Check arguments, config and data before any weight is read. Returns the result of `read_data`, with a sha256 of
+    every file read."""
     inputs = [
         args.model,
         *map(Path, [*args.stages, *args.eval, *args.scores]),
@@ -517,7 +520,7 @@ def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict
     run["skipped_rows"] = [line for d in documents for line in d.bad]
     defaults = vars(parse_args(["--stages", *args.stages, "--lr", "5e-4"]))
     before = check_same_run(args.out / "run.json", run, options.RESUMABLE_ARGS, defaults)
-    options.world_sizes(args)  # which raises where --replicas does not divide them
+    options.world_sizes(args)  # raises InputError if --replicas does not divide them
     print_stages(stages, chosen=args.select != "none")
     learned = sum(p.numel() for p in trained_parameters(model).values())
     print_plan(args, model, learned, max(int(d.lengths.max()) for d in documents), run["skipped_rows"])
@@ -534,7 +537,7 @@ def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict
 
 
 def resume(state: TrainingState, folder: Path, optimization: Optimization, ranks: DistributedEnv) -> str | None:
-    """Fill the state from the newest whole one in the folder; returns its name, None where there is none."""
+    """Restore the newest undamaged state of the folder; returns its name, None if there is none."""
     found = broadcast(newest_state(folder) if ranks.rank == 0 else None)
     if not found:
         return None
@@ -555,7 +558,7 @@ def train(
     stop: StopRequest,
     lock: Lock | None,
 ) -> None:
-    """On every rank: build the model, go on from where the run is, train."""
+    """On every rank: build the model, resume if there is a saved state, train."""
     weights, computation = dataclass_from_args(Weights, args), dataclass_from_args(Computation, args)
     optimization = dataclass_from_args(Optimization, args)
     model = build_model(args.model, read_config(args.model), weights, computation, ranks)
@@ -572,7 +575,7 @@ def train(
     log = RunLog(args.out if ranks.rank == 0 else None, done.metrics_size, done.order_size)
     if found:
         at = f"stage {done.stage + 1}, step {done.step}" if done.stage < len(stages) else "all stages done"
-        log.info(f"Going on from {found}: {at}.")
+        log.info(f"Resuming from {found}: {at}.")
     peak = memory_plan.peak_flops(ranks.device, model.compute_dtype)
     run = Run(
         model=model,
@@ -607,11 +610,11 @@ def start(args: argparse.Namespace) -> None:
                 stages, held_out = prepare(args, config)
         with init_distributed(args.replicas, store) as ranks, oom_advice(args.micro_batch_tokens):
             check_shared(args.out / "lock")
-            if ranks.rank > 0:  # from what the first has cached
+            if ranks.rank > 0:  # from the cache that the first has written
                 stages, held_out, _ = read_data(args, first=False)
             train(args, stages, held_out, ranks, stop, lock)
         if is_first_rank():
-            data.clear_cache(args.out / "cache")  # a run that ended well needs it no more
+            data.clear_cache(args.out / "cache")  # not needed after a successful run
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,4 @@
-"""What all programs share at the command line: errors and exit codes, files that appear whole, lists, tables,
-progress."""
+"""Command-line code shared by all programs: errors, exit codes, signals, argument types, lists, tables, progress."""
 
 import argparse
 import ctypes
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """Arguments, rows, files or folders that cannot be used. The message says where, what is wrong, what to do."""
+    """Unusable arguments, rows, files or folders. The message says where, what is wrong and what to do."""
 
 
 class WorkError(RuntimeError):
@@ -36,15 +35,16 @@ EXIT_CODES = "Exit codes: 0 done, 1 the work failed, 2 wrong arguments or input,
 
 
 def run_program(name: str, work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Do `work(args)` and return the exit code; one message on stderr says what went wrong, --debug shows the
+    """Run `work(args)` and return the exit code. Errors are printed as one message on stderr; --debug shows the
     traceback.
 
-    Of several ranks the first speaks for all; a failure of the work is told by whichever rank has it (with an empty
-    message: by another). Under torchrun the message also goes where torchrun looks for it, to be shown last.
+    Errors that all ranks share are printed by rank 0; a WorkError is printed by the rank that raises it (an empty
+    message is not printed: another rank prints the reason). Under torchrun the message is also written to torchrun's
+    error file, which torchrun prints last.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal may not know every letter
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters
     try:
         work(args)
         return 0
@@ -55,7 +55,7 @@ def run_program(name: str, work: Callable[[argparse.Namespace], None], args: arg
         if isinstance(e, InputError):
             code = 2
         elif isinstance(e, Interrupted | KeyboardInterrupt):
-            code, message = 130, f"interrupted: {e}" if str(e) else "interrupted; the same command goes on"
+            code, message = 130, f"interrupted: {e}" if str(e) else "interrupted; run the same command again to resume"
     message = f"{name}: {strip_control_chars(message)}" if message else ""
     if message and (code == 1 or os.environ.get("RANK", "0") == "0"):
         print(message, file=sys.stderr)
@@ -66,8 +66,8 @@ def run_program(name: str, work: Callable[[argparse.Namespace], None], args: arg
 
 
 def exit_process(code: int) -> None:
-    """End the process. At once: while Python takes itself apart, threads of a process group may still abort it, and a
-    run that ended well would count as failed."""
+    """End the process immediately. During Python's shutdown, threads of a process group may abort it, and a successful
+    run would count as failed."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
@@ -79,9 +79,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to stop.
 
-    The handler raises nothing, since an exception may come up inside a library that turns it into its own. Until
-    `deferred` it ends the process at once: nothing has begun that could be lost. From then on it sets `asked`, which
-    is looked at where the work can be saved; only a second SIGINT still ends the process at once.
+    The handler raises no exception, because a library may catch it and raise its own. Until `deferred` is set, it ends
+    the process immediately: there is no work to save. Afterwards it sets `asked`, which the program checks at points
+    where it can save; only a second SIGINT ends the process immediately.
     """
 
     asked = deferred = False
@@ -90,17 +90,17 @@ class StopRequest:
         if self.deferred and not (self.asked and number == signal.SIGINT):
             self.asked = True
             return
-        kept = "what was saved last is kept" if self.deferred else "nothing had been begun that could be lost"
+        kept = "the last saved state is kept" if self.deferred else "there was nothing to save yet"
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"interrupted: {kept}; the same command goes on\n".encode())
-        with suppress(RuntimeError, OSError, ValueError):  # the signal may have come in the middle of a write
+            os.write(2, f"interrupted: {kept}; run the same command again to resume\n".encode())
+        with suppress(RuntimeError, OSError, ValueError):  # the signal may have interrupted a write
             sys.stdout.flush()
         os._exit(130)
 
 
 def catch_signals() -> StopRequest:
-    """Answer signals as `StopRequest` says, to the end of the process: with the handlers restored earlier, a late
-    signal would change the exit code."""
+    """Install the handlers of `StopRequest`. They stay until the process ends: otherwise a late signal would change the
+    exit code."""
     stop = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if not isinstance(stop, StopRequest):
         stop = StopRequest()
@@ -110,17 +110,17 @@ def catch_signals() -> StopRequest:
 
 
 def set_parent_death_signal(number: int) -> None:
-    """Ask the kernel for this signal when the parent process ends, kill -9 included. On Linux only."""
+    """Ask the kernel to send this signal when the parent process ends, also by kill -9. On Linux only."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the kernel knew
+        if os.getppid() != parent:  # it ended before the call
             os.kill(os.getpid(), number)
 
 
 def handle_signals_and_parent() -> StopRequest:
-    """The first act of a program under torchrun, before torch's import takes seconds: answer signals, and take the
-    death of torchrun for one."""
+    """Install the signal handlers, and treat the death of torchrun as SIGTERM. Call it before importing torch, which
+    takes seconds."""
     stop = catch_signals()
     if "RANK" in os.environ:
         set_parent_death_signal(signal.SIGTERM)
@@ -128,7 +128,7 @@ def handle_signals_and_parent() -> StopRequest:
 
 
 def ignore_terminal_signals() -> None:
-    """In a process that helps another: Ctrl-C is the other's to answer, SIGTERM just ends this one."""
+    """For worker processes: the parent handles Ctrl-C, and SIGTERM ends only this process."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -139,12 +139,12 @@ def ignore_terminal_signals() -> None:
 
 
 def dataclass_from_args(kind: type, args: argparse.Namespace):
-    """A dataclass filled with the arguments of its fields' names: below the start, no function takes all of them."""
+    """A dataclass of type `kind` with each field taken from the argument of the same name."""
     return kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+    """Shows defaults, except those that carry no information."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.default in (None, False, math.inf) or action.default == []
@@ -182,27 +182,29 @@ def fraction(text: str) -> float:
 
 
 def fraction_or_count(text: str) -> float:
-    """A share below 1, or from 1 on a whole number."""
+    """A fraction below 1, or a whole number from 1 on."""
     if not 0 < float(text) < math.inf or (float(text) > 1 and float(text) % 1):
-        raise argparse.ArgumentTypeError(f"must be a share above 0 and below 1, or a whole number of rows, is {text}")
+        raise argparse.ArgumentTypeError(
+            f"must be a fraction above 0 and below 1, or a whole number of rows, is {text}"
+        )
     return float(text)
 
 
-# ---------------------------------------------------------------- what people see
+# ---------------------------------------------------------------- output
 
 
 def strip_control_chars(text: str) -> str:
-    """Without control characters, which could command a terminal, and without halves of characters."""
+    """Remove control characters, which a terminal could interpret, and unpaired surrogates."""
     return "".join(c for c in text if c in "\n\t" or c.isprintable() or c == "\u200d")
 
 
 def valid_unicode(text: str) -> str:
-    """With U+FFFD for halves of characters, which cannot be written as UTF-8."""
+    """Replace unpaired surrogates, which cannot be written as UTF-8, by U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def format_list(title: str, lines: list[str], most: int = 30) -> str:
-    """`title` and an indented line for each of `lines`, at `most` so many."""
+    """`title` and one indented line for each of `lines`, at most `most` of them."""
     more = [f"… and {len(lines) - most:,} more"] if len(lines) > most else []
     return "\n  ".join([title, *lines[:most], *more])
 
@@ -214,14 +216,14 @@ def raise_if_any(bad: list[str], what: str, advice: str = "") -> None:
 
 
 def print_list(what: str, lines: list[str]) -> None:
-    """The same for what is no error, on stdout."""
+    """Print such a list on stdout, as information."""
     if lines:
         print(strip_control_chars(format_list(f"{len(lines):,} {what}:", lines, most=10)))
 
 
 def print_summary(text: str, total: int, failed: dict[str, int]) -> None:
-    """Print `text` and how many of `total` rows have no result, by state. Raises WorkError for more than 5 % of them,
-    and for any that "failed"."""
+    """Print `text` and how many of `total` rows have no result, by state. Raises WorkError if more than 5 % have none,
+    or if any "failed"."""
     bad = ", ".join(f"{n:,} {what}" for what, n in failed.items() if n)
     print(text + (f"; {bad}" if bad else ""), flush=True)
     if failed.get("failed") or sum(failed.values()) > 0.05 * total:
@@ -235,11 +237,11 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]))
 
 
-LINE_SECONDS = 30  # between lines of progress, where stderr is no terminal
+LINE_SECONDS = 30  # between lines of progress, if stderr is not a terminal
 
 
 class ProgressLines(tqdm):
-    """tqdm for a log file: lines below one another."""
+    """tqdm for a log file: one line per update."""
 
     @staticmethod
     def status_printer(file):
@@ -255,11 +257,11 @@ class ProgressLines(tqdm):
         super().close()
 
     def moveto(self, n: int) -> None:
-        """Lines of several bars stand below one another by themselves."""
+        """Several bars need no cursor movement in a log file."""
 
 
 def progress(total: int, what: str, unit: str, initial: int = 0, shown: bool = True, left: bool = True) -> tqdm:
-    """A bar on stderr, or a line each half minute where that is no terminal. `left`: with the time left."""
+    """A progress bar on stderr, or one line per half minute if stderr is not a terminal. `left`: show the time left."""
     terminal = sys.stderr.isatty()
     counts, times = (
         "{desc}: {n_fmt}/{total_fmt} {unit}",

@@ -1,7 +1,7 @@
 """Generation: continuous batching over a key/value cache.
 
-Prompts are prefilled as one flat run of documents, the path of training. Then every active slot gets one token a step;
-a slot whose answer ends takes the next prompt at once. The models here are `Transformer`s of model.py.
+Prompts are prefilled as one packed sequence of documents, as in training. Then each step adds one token to every active
+slot; a slot whose answer ends takes the next prompt. The models are `Transformer`s of model.py.
 """
 
 import hashlib
@@ -33,21 +33,22 @@ from parts.memory import free_memory
 
 @dataclass(frozen=True)
 class Options:
-    """How answers are made. A prompt's chances come from the seed and its own tokens."""
+    """Sampling options. The random numbers of a prompt depend on the seed and its own tokens only."""
 
     max_new_tokens: int = 512
-    temperature: float = 0.0  # 0: always the likeliest token
+    temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 0
     batch_size: int | None = None  # slots; None: as many as free memory allows. Changes speed and memory only
-    compile: bool = False  # torch.compile on the step, with shapes that change seldom: all slots, a reach that doubles
+    compile: bool = False  # torch.compile the step, with few shapes: always all slots, and a cache length that doubles
 
 
 def sample(logits: Tensor, options: Options, chance: Tensor) -> Tensor:
-    """A token from each row of `logits` (n, V); `chance` (n,) in [0, 1) says which.
+    """Sample a token from each row of `logits` (n, V) with the uniform random numbers `chance` (n,) in [0, 1).
 
-    As in transformers: temperature, then the `top_k` likeliest, then the fewest that hold `top_p` of the rest.
+    As in transformers: temperature, then the `top_k` most likely tokens, then of these the fewest with a total
+    probability of `top_p`.
     """
     if options.temperature == 0:
         return logits.argmax(1)
@@ -70,7 +71,7 @@ def activation_dtype(model: nn.Module) -> torch.dtype:
 
 
 def prefill(model: nn.Module, cache: KVCache, prompts: list[list[int]], slots: list[int]) -> Tensor:
-    """Run prompts through the model as documents of one flat run: fp32 logits (D, V) after the last token of each."""
+    """Run prompts through the model as one packed sequence: fp32 logits (D, V) after the last token of each."""
     device = cache.k.device
     capacity, lengths = cache.capacity, torch.tensor([len(p) for p in prompts])
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
@@ -78,7 +79,7 @@ def prefill(model: nn.Module, cache: KVCache, prompts: list[list[int]], slots: l
     positions = torch.cat([torch.arange(n) for n in lengths])
     of_document = lengths.repeat_interleave(lengths)
     owners = torch.tensor(slots).repeat_interleave(lengths)
-    kept = (positions >= of_document - capacity).nonzero().squeeze(1)  # in a window's cache: the last that fit
+    kept = (positions >= of_document - capacity).nonzero().squeeze(1)  # with a sliding window: the last tokens that fit
     places = owners[kept] * capacity + positions[kept] % capacity
     sizes = {"longest": int(lengths.max()), "sliding_window": model.config.sliding_window}
     within = partial(varlen_attention, cu_seqlens=cu_seqlens, **sizes)
@@ -93,13 +94,13 @@ def decode_step(
 ) -> Tensor:
     """One more token for each of the first n slots: tokens (n,) at positions `lengths` (n,) -> fp32 logits (n, V).
 
-    The first `kv_len` places of the cache are read, which covers all; `masked` says whether some of them are to be
-    hidden from some slot: those that it has not filled. (What a window hides, the cache no longer has.) `logits` is
-    `token_logits`, or its recording.
+    Reads the first `kv_len` positions of the cache, which is enough for every slot; `masked`: whether some slot has not
+    filled all of them, so that a mask is needed. (Tokens outside a sliding window are no longer in the cache.)
+    `logits` is `token_logits`, or its traced version.
     """
     n, device, mask = len(tokens), tokens.device, ()
     if masked:
-        mask = ((torch.arange(kv_len, device=device) <= lengths[:, None])[:, None, None],)  # (n, 1, 1, reach)
+        mask = ((torch.arange(kv_len, device=device) <= lengths[:, None])[:, None, None],)  # (n, 1, 1, kv_len)
     places = torch.arange(n, device=device) * cache.capacity + lengths % cache.capacity
     return logits(model, tokens, lengths, places, cache.rows(), cache.read(n, kv_len), *mask)
 
@@ -113,26 +114,26 @@ def token_logits(
     read: tuple[Tensor, Tensor],
     mask: Tensor | None = None,
 ) -> Tensor:
-    """fp32 logits (n, V) of a token in each of n slots: `decode_step` with the views of the cache that it needs, of all
-    layers: `rows` to write to, at `places` (n,), and what is `read`, where `mask` (n, 1, 1, reach) is true."""
+    """fp32 logits (n, V) of one token in each of n slots, given views of all layers' cache: writes to `rows` at
+    `places` (n,), attends to `read` where `mask` (n, 1, 1, kv_len) is true."""
     layers = zip(zip(*(x.unbind() for x in rows)), zip(*(x.unbind() for x in read)))
     attentions = [partial(decode_attention, *layer, places, mask) for layer in layers]
     return model.logits_at(tokens, lengths, lengths + 1, attentions, slice(None))
 
 
 class RecordedLogits:
-    """`token_logits` of one frozen model on a CPU, recorded once by torch.jit.trace and run without Python: the same
+    """`token_logits` of one frozen model on a CPU, traced once by torch.jit.trace and run without Python: the same
     operators give the same bits, and a step of a small model takes half the time.
 
-    A recording holds for any number of slots and any length. It takes as long as a few dozen steps, so that short
-    answers go without. A model whose Python code asks for the values of tensors cannot be recorded, and runs as it is.
+    A trace is valid for any number of slots and any length. Tracing takes as long as a few dozen steps, so it is not
+    used for short answers. A model whose Python code reads tensor values cannot be traced, and runs untraced.
     """
 
     FROM_STEP = 32
 
     def __init__(self):
         self.steps = 0
-        self.recordings: dict[int, Callable] = {}  # by the number of inputs: without and with a mask
+        self.recordings: dict[int, Callable] = {}  # keyed by the number of inputs: without and with a mask
 
     def __call__(self, model: nn.Module, *inputs) -> Tensor:
         self.steps += 1
@@ -156,8 +157,8 @@ class RecordedLogits:
 
 
 def compiled_step(cache: KVCache):
-    """`decode_step` compiled; on CUDA as a CUDA graph, which must not write into tensors that could move: without the
-    marks, torch would leave it out, and only say so in a log."""
+    """`decode_step` compiled; on CUDA as a CUDA graph, which may only write to tensors with static addresses: they are
+    marked as such, or torch would skip the graph with only a log message."""
     for x in (cache.k, cache.v):
         torch._dynamo.mark_static_address(x)
     return torch.compile(decode_step, dynamic=False, mode="reduce-overhead" if cache.k.device.type == "cuda" else None)
@@ -173,12 +174,12 @@ class Slot:
     prompt: int  # its index
     length: int  # tokens in the cache
     rng: np.random.Generator
-    token: int = -1  # the newest, not in the cache yet
+    token: int = -1  # the latest token, not in the cache yet
     new_tokens: int = 0
 
 
 def compact_slots(slots: list[Slot | None], cache: KVCache) -> None:
-    """Move the last sequences into the slots that are free, and drop those that are free then."""
+    """Move the last sequences into free slots, and drop the free slots at the end."""
     for i in range(len(slots)):
         while slots and slots[-1] is None:
             slots.pop()
@@ -188,8 +189,8 @@ def compact_slots(slots: list[Slot | None], cache: KVCache) -> None:
 
 
 class Engine:
-    """The answers to one group of prompts, in slots of one cache: `admit` puts prompts into free slots, `step` makes
-    one more token for every active slot. Both return what happened, as `decode` yields it."""
+    """Generates the answers to one group of prompts in the slots of one cache: `admit` puts prompts into free slots,
+    `step` generates one more token for every active slot. Both return events, in the form that `decode` yields."""
 
     def __init__(
         self,
@@ -206,12 +207,12 @@ class Engine:
         self.device, self.prefill_tokens, self.logits_of = model.embed.weight.device, prefill_tokens, logits_of
         self.cache = KVCache(model.config, group.slots, group.capacity, activation_dtype(model), self.device)
         self.slots: list[Slot | None] = [None] * group.slots
-        self.waiting = group.members[::-1]  # the last is next
+        self.waiting = group.members[::-1]  # a stack: the last prompt is next
         self.advance = compiled_step(self.cache) if options.compile else decode_step
 
     def admit(self) -> list[tuple[int, int | None, str]]:
-        """Prefill waiting prompts into free slots, up to `prefill_tokens` of them or one prompt that has more, and draw
-        the first token of each."""
+        """Prefill waiting prompts into free slots, up to `prefill_tokens` tokens or one longer prompt, and sample the
+        first token of each."""
         admitted, tokens = [], 0
         for i, slot in enumerate(self.slots):
             if slot is not None:
@@ -228,11 +229,11 @@ class Engine:
         return self.append(admitted, prefill(self.model, self.cache, chosen, admitted))
 
     def step(self) -> list[tuple[int, int | None, str]]:
-        """One token for every slot; those that are free are dropped before, as no prompt waits for them."""
+        """Generate one token for every slot, after dropping free slots, for which no prompt is waiting."""
         compact_slots(self.slots, self.cache)
         n, state = len(self.slots), [(s.token, s.length) for s in self.slots]
         kv_len = max(length for _, length in state) + 1
-        if self.options.compile:  # shapes that change seldom
+        if self.options.compile:  # few shapes
             state += [(0, 0)] * (self.cache.slots - n)
             kv_len = max(128, 1 << (kv_len - 1).bit_length())
         kv_len = min(kv_len, self.cache.capacity)
@@ -249,7 +250,7 @@ class Engine:
         return self.append(list(range(n)), logits)
 
     def append(self, places: list[int], logits: Tensor) -> list[tuple[int, int | None, str]]:
-        """Draw a token for the slots at `places` from their logits; a slot whose answer ends becomes free."""
+        """Sample a token for the slots at `places` from their logits; a slot whose answer ends becomes free."""
         chances = [self.slots[i].rng.random() if self.options.temperature else 0.0 for i in places]
         tokens = sample(logits, self.options, torch.tensor(chances, dtype=torch.float64)).tolist()
         events = []
@@ -269,14 +270,14 @@ class Engine:
 
 # ---------------------------------------------------------------- all prompts
 
-PREFILL_TOKENS = 512  # at once, unless one prompt has more
+PREFILL_TOKENS = 512  # per prefill, unless one prompt is longer
 
 
 def plan_slots(
     model: nn.Module, prompts: list[list[int]], limits: list[int], options: Options, free: int | None = None
 ) -> list[Group]:
-    """Which prompts are answered together, the longest first, and with which cache; `free`: bytes (default: those that
-    are). With `batch_size`, or compiled for one shape, all share one. Raises WorkError where not one answer fits."""
+    """Group the prompts, longest first, and size a cache for each group; `free`: bytes of memory (default: measured).
+    With `batch_size`, or when compiling, all prompts share one cache. Raises WorkError if not one answer fits."""
     if not prompts:
         return []
     config, dtype, longest = model.config, activation_dtype(model), max(map(len, prompts))
@@ -290,7 +291,7 @@ def plan_slots(
         fitting = int((MEMORY_FRACTION * free - work) // slot_bytes(config, capacity, dtype, options.temperature > 0))
         if fitting < 1:
             raise WorkError(
-                f"{free / 2**30:,.2f} GiB of memory are free: too little for an answer of {capacity:,} tokens with its "
+                f"{free / 2**30:,.2f} GiB of memory are free, not enough for an answer of {capacity:,} tokens with its "
                 "prompt. Try a smaller --max-new-tokens, shorter prompts, --dtype bf16 (--batch-size 1 tries it anyway)"
             )
         return min(fitting, MAX_SLOTS)
@@ -298,7 +299,7 @@ def plan_slots(
     return plan_groups(needs, slots_of, config.sliding_window, divided=not options.compile)
 
 
-@torch.no_grad()  # and not inference_mode: a model that is sharded, and trained on, would not bear it
+@torch.no_grad()  # not inference_mode, which a sharded model that is trained afterwards does not support
 def decode(
     model: nn.Module,
     prompts: list[list[int]],
@@ -310,9 +311,9 @@ def decode(
 ) -> Iterator[tuple[int, int | None, str]]:
     """Yields (prompt, token, "") for every new token and (prompt, None, "stop" | "length") when its answer ends.
 
-    An answer does not depend on what else is in the batch. `limits`: most new tokens of each prompt, instead of one
-    number for all. A prompt must be shorter than the context, where an answer ends at the latest. `groups`: of
-    `plan_slots`, for ranks that have to agree on them.
+    An answer does not depend on the other prompts in the batch. `limits`: maximum new tokens of each prompt, instead of
+    one number for all. A prompt must be shorter than the context; an answer ends at the context's end at the latest.
+    `groups`: from `plan_slots`, for ranks that must use the same groups.
     """
     limits = limits or [options.max_new_tokens] * len(prompts)
     groups = plan_slots(model, prompts, limits, options) if groups is None else groups

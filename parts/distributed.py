@@ -1,4 +1,4 @@
-"""This process among the ranks: joining torchrun's group, its device and precision, and what ranks tell each other."""
+"""Distributed setup: torchrun's process group, device and precision of a rank, communication, sharding."""
 
 import ctypes
 import math
@@ -34,17 +34,17 @@ class DistributedEnv:
 
     @property
     def writes_shard(self) -> bool:
-        """Of the replicas, the first writes."""
+        """Whether this rank is in the first replica, which writes files."""
         return self.mesh.ndim == 1 or self.mesh.get_coordinate()[0] == 0
 
 
 def is_first_rank() -> bool:
-    """Whether torchrun calls this process rank 0, also before it has joined."""
+    """Whether this process is rank 0 of torchrun; also before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
-RENDEZVOUS_SECONDS = 600  # seconds in which all ranks must have come; they start together
-TORCHRUN_REPLY_SECONDS = 10  # seconds in which torchrun, which runs already, must answer; else it has been killed
+RENDEZVOUS_SECONDS = 600  # seconds for all ranks to arrive; they start together
+TORCHRUN_REPLY_SECONDS = 10  # seconds for torchrun, which runs already, to answer; otherwise it has been killed
 PEER_LOST_MESSAGES = (
     "gloo",
     "NCCL",
@@ -55,8 +55,8 @@ PEER_LOST_MESSAGES = (
 
 
 def rendezvous() -> dist.Store:
-    """The store through which the ranks of torchrun find each other, once all have come; alone, one of its own. Raises
-    WorkError where they have not within RENDEZVOUS_SECONDS."""
+    """The TCP store of torchrun's ranks, once all have arrived; a local one without torchrun. Raises WorkError if a
+    rank is missing after RENDEZVOUS_SECONDS."""
     if "RANK" not in os.environ:
         return dist.HashStore()
     rank, world_size, end = (
@@ -65,16 +65,16 @@ def rendezvous() -> dist.Store:
         time.monotonic() + RENDEZVOUS_SECONDS,
     )
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; else by the first rank
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # hosted by torchrun; otherwise by rank 0
     store, serves = None, rank == 0 and not served
     answer = time.monotonic() + (TORCHRUN_REPLY_SECONDS if served else RENDEZVOUS_SECONDS)
     while store is None:
         try:
-            # In C++ no signal is answered, so it waits for a few seconds at a time.
+            # Python handles no signals during a C++ call, so wait for a few seconds at a time.
             store = dist.TCPStore(host, port, world_size, serves, timedelta(seconds=3), wait_for_workers=False)
         except dist.DistError as e:
             if serves or time.monotonic() > answer:
-                raise WorkError(f"the ranks cannot meet at {host}:{port} ({str(e).splitlines()[0]})") from None
+                raise WorkError(f"the ranks cannot connect at {host}:{port} ({str(e).splitlines()[0]})") from None
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     store.set(f"rank {rank} came", "")
     for other in range(world_size):
@@ -83,22 +83,22 @@ def rendezvous() -> dist.Store:
 
 
 def wait_for_key(store: dist.Store, key: str, end: float = math.inf) -> bytes:
-    """What another rank sets under `key`; signals are answered meanwhile. Raises WorkError when the store is gone, or
-    at the time `end` (of time.monotonic)."""
+    """Wait for the value that another rank sets under `key`; signals are handled meanwhile. Raises WorkError if the
+    store is gone, or at the time `end` (of time.monotonic)."""
     try:
         while not store.check([key]):
             if time.monotonic() > end:
-                raise WorkError(f"{key!r} has not happened in {RENDEZVOUS_SECONDS} s: the ranks did not all start")
+                raise WorkError(f"{key!r} did not happen within {RENDEZVOUS_SECONDS} s: the ranks did not all start")
             time.sleep(0.02)
         return store.get(key)
     except dist.DistError:
-        raise WorkError("") from None  # the rank that served the store has ended, and said why
+        raise WorkError("") from None  # the rank that hosted the store has ended and printed the reason
 
 
 @contextmanager
 def first_rank_works(store: dist.Store) -> Iterator[bool]:
-    """Yields whether this is the first rank, whose block the others then wait for before theirs. Raises InputError,
-    which the first rank explains, on the others where it failed."""
+    """A context manager whose block runs on rank 0 first, then on the others; yields whether this is rank 0. If it
+    fails on rank 0, which prints the error, the others raise InputError."""
     if not is_first_rank():
         if wait_for_key(store, "first rank") == b"failed":
             raise InputError("")
@@ -108,16 +108,19 @@ def first_rank_works(store: dist.Store) -> Iterator[bool]:
         yield True
     except BaseException:
         store.set("first rank", "failed")
-        time.sleep(0.5 if "RANK" in os.environ else 0)  # in which the others read it, and need not complain
+        time.sleep(
+            0.5 if "RANK" in os.environ else 0
+        )  # time for the others to read it and exit without an error message
         raise
     store.set("first rank", "done")
 
 
 @contextmanager
 def init_distributed(replicas: int = 1, store: dist.Store | None = None) -> Iterator[DistributedEnv]:
-    """Join torchrun's process group, or be a group of one; leave it at the end. `store`: of `rendezvous`.
+    """A context manager that joins torchrun's process group (or a group of one) and leaves it at the end. `store`: from
+    `rendezvous`.
 
-    Raises InputError, and WorkError in place of what torch raises when another rank has ended."""
+    Raises InputError, and WorkError instead of torch's errors when another rank has ended."""
     tune_malloc()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -142,21 +145,23 @@ def init_distributed(replicas: int = 1, store: dist.Store | None = None) -> Iter
         raise
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or any(word in str(e) for word in PEER_LOST_MESSAGES):
-            raise WorkError(f"rank {place['rank']}: another rank has ended; the same command goes on") from e
+            raise WorkError(
+                f"rank {place['rank']}: another rank has ended; run the same command again to resume"
+            ) from e
         raise
     finally:
         dist.destroy_process_group()
 
 
 def broadcast(value):
-    """Rank 0's value (anything that pickles; it never leaves these processes) on every rank."""
+    """Rank 0's value (any picklable object) on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def all_reduce(numbers: list[float]) -> list[float]:
-    """Each number summed over the ranks, in fp64; on CPUs, so that no rank waits for its device."""
+    """Each number summed over the ranks, in fp64 on the CPU, so that no rank waits for its device."""
     if dist.get_world_size() == 1:
         return numbers
     total = torch.tensor(numbers, dtype=torch.float64)
@@ -165,10 +170,10 @@ def all_reduce(numbers: list[float]) -> list[float]:
 
 
 def gradient_norm(gradients: list[Tensor], ranks: DistributedEnv) -> float:
-    """The norm over all these gradients (this rank's parts of them) and all ranks. In pieces and fp64: torch's own norm
-    of a large fp32 tensor on a CPU is wrong in the third digit, and differs with the number of ranks."""
+    """The norm of all gradients (this rank's shards) over all ranks. Computed in pieces and fp64: torch's norm of a
+    large fp32 tensor on a CPU is wrong in the third digit, and depends on the number of ranks."""
     square = torch.zeros((), device=ranks.device, dtype=torch.float64)
-    length = 2**20 if ranks.device.type == "cpu" else 2**24  # a GPU sums in a tree, but starts slowly
+    length = 2**20 if ranks.device.type == "cpu" else 2**24  # GPUs sum pairwise, but each kernel launch has a cost
     for g in gradients:
         for piece in g.flatten().split(length):
             square += piece.float().square().sum()
@@ -177,7 +182,7 @@ def gradient_norm(gradients: list[Tensor], ranks: DistributedEnv) -> float:
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The part of a tensor that this rank owns, and its offset in the whole; all of a plain tensor."""
+    """This rank's shard of a tensor and its offset in the full tensor; for a plain tensor, the tensor itself."""
     if not isinstance(tensor, DTensor):
         return tensor, (0,) * tensor.dim()
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -185,29 +190,29 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, plain or sharded; of a sharded one every rank must ask."""
+    """The full tensor of a plain or sharded one; for a sharded tensor every rank must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @torch.no_grad()
 def check_shared(file: Path) -> None:
-    """Raise InputError, on every rank, where some rank does not see the `file` that rank 0 has written."""
+    """Raise InputError, on every rank, if some rank does not see the `file` that rank 0 has written."""
 
     def content() -> str | None:
         return file.read_text() if file.exists() else None
 
     wanted = broadcast(content())
-    for _ in range(20):  # other nodes may see it late
+    for _ in range(20):  # other nodes may see it with a delay
         if content() == wanted:
             break
         time.sleep(0.5)
     blind = int(all_reduce([content() != wanted])[0])
     if blind:
-        raise InputError(f"{file.parent} is not the same folder for {blind} ranks: --out must be seen by all nodes")
+        raise InputError(f"{file.parent} is not the same folder for {blind} ranks: --out must be shared by all nodes")
 
 
 def compute_dtype(choice: str) -> torch.dtype:
-    """Of "bf16", "fp32" or "auto": bf16 where this machine's device computes in it."""
+    """The dtype for "bf16", "fp32" or "auto": bf16 if this machine's device computes in it."""
     if choice == "auto":
         if torch.cuda.is_available():
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -218,7 +223,7 @@ def compute_dtype(choice: str) -> torch.dtype:
 
 
 def tune_malloc() -> None:
-    """Tell glibc to keep freed memory for the next step: mapping it again costs a CPU run a third of its time."""
+    """Make glibc keep freed memory for the next step: mapping it again takes a third of the time of a CPU run."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         try:
             libc = ctypes.CDLL("libc.so.6")
@@ -229,8 +234,8 @@ def tune_malloc() -> None:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """After passes without a backward: else what FSDP gathered stays until one comes, and stands in for the
-    parameters."""
+    """Call after forward passes without a backward: otherwise FSDP keeps the gathered parameters until the next
+    backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -239,7 +244,7 @@ def reshard(model: torch.nn.Module) -> None:
 def shard_model(
     model: torch.nn.Module, blocks: Sequence[torch.nn.Module], dtype: torch.dtype, mesh: DeviceMesh
 ) -> None:
-    """FSDP2 of each block and of the rest: computed in `dtype`, gradients reduced in fp32."""
+    """Apply FSDP2 to each block and to the rest: computation in `dtype`, gradient reduction in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in [*blocks, model]:
         fully_shard(part, mesh=mesh, mp_policy=policy)

@@ -15,14 +15,14 @@ from parts.cli import InputError
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file or folder is written before it takes its name."""
+    """The temporary path of a file or folder before it is renamed to `path`."""
     return path.with_name(path.name + ".tmp")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a path to write a file to. It becomes `path` when the block ends, and vanishes when it fails: whoever looks
-    at `path` sees the old or the new, whole. An OSError names the file."""
+    """A context manager for an atomic write: yields a temporary path, which is renamed to `path` when the block ends
+    and removed when it fails. Readers of `path` see the complete old or new file. An OSError names the file."""
     new = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,9 +38,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(path: Path) -> None:
-    """Give aside(path), a folder on disk, the name `path`, which an older folder may have.
+    """Rename the complete folder at `tmp_path(path)` to `path`, replacing an older folder.
 
-    Killed in between, either the old or the new folder is whole, under its name or as `path`.old: `recover_folder`.
+    After a kill, either the old or the new folder is complete, as `path` or as `path`.old; see `recover_folder`.
     """
     old = path.with_name(path.name + ".old")
     if path.exists():
@@ -51,7 +51,7 @@ def replace_folder(path: Path) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Undo or finish what a killed `replace_folder` left."""
+    """Undo or finish an interrupted `replace_folder`."""
     old = path.with_name(path.name + ".old")
     if old.exists() and not path.exists():
         os.replace(old, path)
@@ -59,8 +59,8 @@ def recover_folder(path: Path) -> None:
 
 
 def fsync_path(path: Path, inside: bool = False) -> None:
-    """Have a file, or the entries of a folder (`inside`: all that it holds, too), on disk when this returns. An OSError
-    names the file."""
+    """Sync a file or a folder's entries to disk (`inside`: also everything in the folder). An OSError names the
+    file."""
     for inner in path.rglob("*") if inside else ():
         fsync_path(inner)
     handle = os.open(path, os.O_RDONLY)
@@ -68,7 +68,7 @@ def fsync_path(path: Path, inside: bool = False) -> None:
         os.fsync(handle)
     except OSError as e:
         if path.is_dir() and e.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return  # some file systems know no fsync of folders
+            return  # some file systems do not support fsync of folders
         e.filename = str(path)
         raise
     finally:
@@ -84,8 +84,7 @@ def remove_path(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file that appears whole or not at all; text as UTF-8, what is no character (of a file's name) as JSON
-    escapes it."""
+    """Write a file atomically. Text is written as UTF-8; unpaired surrogates (from file names) as JSON escapes them."""
     with atomic_path(path) as new:
         new.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
@@ -107,7 +106,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict:
-    """A JSON object from a file; {} where there is no file. Raises InputError."""
+    """A JSON object from a file; {} if there is no file. Raises InputError."""
     if not path.exists():
         return {}
     try:
@@ -123,9 +122,9 @@ PAID_WORK = re.compile(r".+\.(partial(\.\d+)?\.jsonl|batch\.json)")
 
 
 def check_output_paths(outputs: list[Path], inputs: list[Path], folders: bool = False) -> None:
-    """Raise InputError if writing one of `outputs` would harm one of `inputs`, or another output; if one is named like
-    the work that another output still needs; or is a folder, unless `folders`. Beside an output lie the file it is
-    written to first, and the store and the batch of paid work."""
+    """Raise InputError if writing one of `outputs` would overwrite one of `inputs` or another output, if its name is
+    that of a partial file of another output, or if it is a folder (unless `folders`). An output's folder also
+    contains its temporary file and its partial work (store and batch)."""
     known: dict[Path, str] = {}
     for path in inputs:
         known.setdefault(path.resolve(), f"{path}, which is read")
@@ -159,7 +158,7 @@ def sha256(path: Path) -> str:
 
 
 def json_values(text: str) -> Iterator[tuple[int, object]]:
-    """(line, value) of each row of a JSONL text, or of one JSON array; the value is an InputError where it is not
+    """(line, value) of each row of a JSONL text, or of one JSON array; the value is an InputError for a row that is not
     JSON."""
     if not text.lstrip().startswith("["):
         for number, line in enumerate(text.split("\n"), 1):
@@ -179,7 +178,7 @@ def json_values(text: str) -> Iterator[tuple[int, object]]:
                 behind = white.match(text, start + 1).end()
                 if behind < len(text):
                     line += text.count("\n", start, behind)
-                    yield line, InputError("something stands behind the JSON array: one array a file, or a row a line")
+                    yield line, InputError("text after the JSON array: a file is one array, or has one row per line")
                 return
             value, end = decoder.raw_decode(text, start)
             yield line, value

@@ -1,4 +1,4 @@
-"""The key/value cache of generation, and how many answers fit into memory at once."""
+"""The key/value cache of generation, and how many answers fit into memory together."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from torch.distributed.tensor import DTensor
 from parts.cli import WorkError
 from parts.memory import oom_message
 
-MAX_SLOTS = 128  # slots: more gain little, and on CPUs nothing
-MEMORY_FRACTION = 0.85  # of what is free; the rest is for what is not foreseen
+MAX_SLOTS = 128  # slots: more are hardly faster, and on CPUs not at all
+MEMORY_FRACTION = 0.85  # of the free memory; the rest is a reserve
 
 
-# ---------------------------------------------------------------- what it takes
+# ---------------------------------------------------------------- memory
 
 
 def cache_bytes(config, capacity: int, dtype: torch.dtype) -> int:
-    """Keys and values of one slot."""
+    """Bytes of the keys and values of one slot."""
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * capacity * dtype.itemsize
 
 
 def slot_bytes(config, capacity: int, dtype: torch.dtype, sampled: bool) -> int:
-    """Of one more answer in the batch: keys and values of `capacity` tokens, its logits and what a decode step makes of
-    its one token. `sampled`: not greedy; sorts, and sums in fp64."""
+    """Bytes per slot: keys and values of `capacity` tokens, logits, and the activations of a decode step. `sampled`:
+    not greedy; sampling sorts, and sums in fp64."""
     size = dtype.itemsize
     logits = config.vocab_size * (size + 4 + (56 if sampled else 0))
     token = size * (4 * config.dim + 3 * config.hidden_dim + 4 * config.n_heads * config.head_dim)
@@ -33,9 +33,9 @@ def slot_bytes(config, capacity: int, dtype: torch.dtype, sampled: bool) -> int:
 
 
 def working_bytes(model: torch.nn.Module, tokens: int, longest: int, dtype: torch.dtype) -> int:
-    """Of what does not grow with the slots: the prefill of so many tokens, attention to the `longest` prompt, weights
-    that are cast, or gathered from shards, for as long as they are needed."""
-    c, size, block = model.config, dtype.itemsize, 512  # as many queries at a time as parts/kernels.py takes
+    """Bytes that do not grow with the slots: the prefill of `tokens` tokens, attention over the `longest` prompt, and
+    temporary copies of weights that are cast, or gathered from shards."""
+    c, size, block = model.config, dtype.itemsize, 512  # the same number of queries at a time as in parts/kernels.py
     prefill = tokens * size * (8 * c.dim + 4 * c.hidden_dim + 6 * c.n_heads * c.head_dim)
     attention = 3 * 4 * c.n_heads * min(block, longest) * longest
     passing = 0
@@ -46,7 +46,7 @@ def working_bytes(model: torch.nn.Module, tokens: int, longest: int, dtype: torc
     return prefill + attention + passing
 
 
-# ---------------------------------------------------------------- who shares a cache
+# ---------------------------------------------------------------- groups of prompts
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Group:
 def plan_groups(
     needs: list[int], slots_of: Callable[[int], int], sliding_window: int | None, divided: bool
 ) -> list[Group]:
-    """All prompts, the longest first, in as few groups as let each have enough slots.
+    """Divide all prompts, longest first, into as few groups as possible such that each has enough slots.
 
     `needs`: tokens of each prompt with its longest answer; `slots_of`: how many slots of a capacity fit. While fewer
-    fit than MOST and than wait, those that need less than half of the longest wait for a cache of their own, which has
-    more and shorter slots; not `divided`: all share one. A cache never needs more tokens than the window.
+    slots fit than MAX_SLOTS and than prompts wait, prompts that need less than half of the longest get a group of their
+    own, with more and shorter slots. Without `divided` all share one group. No slot is longer than the sliding window.
     """
     waiting, groups = sorted(range(len(needs)), key=lambda i: -needs[i]), []
     while waiting:
@@ -83,12 +83,12 @@ def describe_groups(groups: list[Group], prompts: list[list[int]], config, dtype
     lengths, caches = [len(p) for p in prompts], []
     for g in groups:
         size = g.slots * cache_bytes(config, g.capacity, dtype) / 2**30
-        caches.append(f"{g.slots:,} at once in caches of {g.capacity:,} tokens ({size:,.2f} GiB)")
+        caches.append(f"{g.slots:,} slots in caches of {g.capacity:,} tokens ({size:,.2f} GiB)")
     return f"{len(prompts):,} prompts of {min(lengths):,} to {max(lengths):,} tokens: " + ", then ".join(caches)
 
 
 def raise_oom_with_advice(answering: Iterator, groups: list[Group]) -> Iterator:
-    """The same; running out of memory becomes a WorkError that says what to change."""
+    """Iterate over `answering`; an out-of-memory error becomes a WorkError that says what to change."""
     try:
         yield from answering
     except (RuntimeError, MemoryError) as e:
@@ -96,15 +96,15 @@ def raise_oom_with_advice(answering: Iterator, groups: list[Group]) -> Iterator:
             raise
         fewer = max(1, max(g.slots for g in groups) // 2)
         advice = f"try --batch-size {fewer}" + " with a smaller --max-new-tokens" * (fewer == 1)
-        raise WorkError(f"out of memory: {advice}; what is answered is kept ({oom_message(e)})") from None
+        raise WorkError(f"out of memory: {advice}; finished answers are kept ({oom_message(e)})") from None
 
 
 # ---------------------------------------------------------------- the cache
 
 
 class KVCache:
-    """Keys and values of `slots` sequences, allocated once: (slots, capacity, G, hd) a layer. A token lies at its
-    position modulo `capacity`: where that is the window, a new one takes the place of the one it no longer sees."""
+    """Keys and values of `slots` sequences, allocated once: (slots, capacity, G, hd) per layer. A token is stored at
+    its position modulo `capacity`: if that is the sliding window, a new token overwrites the one that leaves it."""
 
     def __init__(self, config, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layers, slots, capacity, config.n_kv_heads, config.head_dim)
@@ -112,11 +112,11 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Keys and values to write to, (L, slots * capacity, G, hd): views."""
+        """Views of the keys and values to write to, (L, slots * capacity, G, hd)."""
         return self.k.flatten(1, 2), self.v.flatten(1, 2)
 
     def read(self, n: int, kv_len: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first n slots' first places, (L, n, G, reach, hd): views."""
+        """Views of the keys and values at the first `kv_len` positions of the first n slots, (L, n, G, kv_len, hd)."""
         return self.k[:, :n, :kv_len].transpose(2, 3), self.v[:, :n, :kv_len].transpose(2, 3)
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -128,8 +128,8 @@ class KVCache:
 def prefill_attention(
     within: Callable, rows: tuple[Tensor, Tensor], kept: Tensor, places: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Attention of prefill: what each document sees of itself; keys and values of the tokens `kept` (an index of them)
-    go to the `places` among the layer's rows of the cache."""
+    """Attention of prefill: causal within each document. Keys and values of the tokens `kept` (indices) are written to
+    the `places` in the layer's rows of the cache."""
     for stored, new in zip(rows, (k, v)):
         stored.index_copy_(0, places, new[kept])
     return within(q, k, v)
@@ -144,8 +144,8 @@ def decode_attention(
     k: Tensor,
     v: Tensor,
 ) -> Tensor:
-    """Attention of decode: one token for each of n slots, written to its place among the layer's rows of the cache, to
-    what is `read` of it. The R query heads of a key/value head are R queries to the same keys: nothing is repeated."""
+    """Attention of decode: one token for each of n slots is written to its place in the layer's rows of the cache, and
+    attends to `read`. The R query heads of a key/value head share its keys and values without copies."""
     for stored, new in zip(rows, (k, v)):
         stored.index_copy_(0, places, new)
     q = q.unflatten(1, (k.shape[1], -1))  # (n, G, R, hd)

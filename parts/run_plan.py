@@ -27,7 +27,7 @@ def print_plan(
             f"{longest:,} tokens",
             file=sys.stderr,
         )
-    print_list("rows that cannot be used are left out (run.json lists them all)", skipped)
+    print_list("unusable rows are skipped (run.json lists them all)", skipped)
     total = sum(p.numel() for p in model.parameters())
     of = "" if learned == total else f", {learned:,} of them trained"
     name = min(str(args.model), os.path.relpath(args.model), key=len)

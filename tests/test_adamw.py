@@ -169,7 +169,7 @@ def test_killed_it_goes_on(ranks, again, more, bench, straight, tmp_path):
     whole = tmp_path / "a" if (tmp_path / "a").exists() else straight
     run = Forked(train.main, training(tmp_path / "b", *BF16, *more), bench, ranks)
     run.wait_until((tmp_path / "b" / "resume" / "001-00000002").exists).kill()
-    assert "Going on" in go(bench, tmp_path / "b", *BF16, *more, ranks=again).stdout
+    assert "Resuming" in go(bench, tmp_path / "b", *BF16, *more, ranks=again).stdout
     if ranks == again:
         assert same(weights(tmp_path / "b"), weights(whole)) and metrics(tmp_path / "b") == metrics(whole)
     for ours, theirs in zip(metrics(tmp_path / "b"), metrics(whole), strict=True):

@@ -130,7 +130,7 @@ def test_killed_and_resumed_it_has_the_same_bits(more, bench, tmp_path):
             time.sleep(0.002)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
-        assert "Going on" in program("train", *training(tmp_path / "killed", *argv), cwd=bench).stdout
+        assert "Resuming" in program("train", *training(tmp_path / "killed", *argv), cwd=bench).stdout
 
     at_once(partial(program, "train", *training(tmp_path / "whole", *argv), cwd=bench), killed)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))

@@ -217,7 +217,7 @@ def test_a_signal_inside_the_scoring_keeps_what_is_scored(bench, tmp_path):
     go(bench, tmp_path / "o", *more, stages=stages, code=130, main=told_to_stop_in_the_second_chunk)
     state = read_manifest(tmp_path / "o" / "resume" / "000-00000000")["progress"]["progress"]
     assert state["selection"]["scored"] == 2 * score.CHUNK and state["step"] == 0
-    assert "Going on" in go(bench, tmp_path / "o", *more, stages=stages).stdout
+    assert "Resuming" in go(bench, tmp_path / "o", *more, stages=stages).stdout
     assert chosen(tmp_path / "o", 0) == chosen(tmp_path / "straight", 0)
     assert same(weights(tmp_path / "o", "stage1"), weights(tmp_path / "straight", "stage1"))
 
@@ -303,9 +303,9 @@ def test_given_scores_that_are_negative_or_infinite_are_refused_by_row(ifd, benc
 @pytest.mark.parametrize(
     "more, word",
     [
-        (("--select", "iterit", "--replay", "0.1"), "not together with --replay"),
+        (("--select", "iterit", "--replay", "0.1"), "cannot be combined with --replay"),
         (("--scores", "x"), "--scores needs --select"),
-        (("--select", "iterit", "--ratio", "0"), "a share above 0 and below 1"),
+        (("--select", "iterit", "--ratio", "0"), "a fraction above 0 and below 1"),
         (("--select", "iterit", "--ratio", "1.9"), "or a whole number of rows, is 1.9"),
         (("--select", "iterit", "--update-ratio", "0.5"), "at least 1"),
         (("--select", "iterit", "--scores", "nowhere"), "nowhere"),

@@ -202,7 +202,7 @@ def test_missing_doubled_and_exchanged_answers_are_errors(tmp_path):
     assert len(lines(tmp_path / "v.jsonl")) == 2
     rows, c = json.loads(a.read_text()), tmp_path / "c.json"
     c.write_text(json.dumps([rows[0] | {"instruction": "other"}, *rows[1:]]))
-    assert "something else" in compare(os.environ, a, c, expect=2).stderr
+    assert "differs from that" in compare(os.environ, a, c, expect=2).stderr
     c.write_text(json.dumps(rows + rows[:1]))
     assert "twice" in compare(os.environ, a, c, expect=2).stderr
     c.write_text('[{"instruction": "x"}]')

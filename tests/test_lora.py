@@ -157,7 +157,7 @@ def test_killed_it_goes_on(ranks, again, bench, straight, tmp_path):
     more = [*LORA, "--save-every", "1"]
     run = Forked(train.main, training(tmp_path / "o", *more), bench, ranks)
     run.wait_until((tmp_path / "o" / "resume" / "001-00000002").exists).kill()
-    assert "Going on" in go(bench, tmp_path / "o", *more, ranks=again).stdout
+    assert "Resuming" in go(bench, tmp_path / "o", *more, ranks=again).stdout
     if ranks is None:
         assert same(weights(tmp_path / "o"), weights(straight)) and metrics(tmp_path / "o") == metrics(straight)
     close(metrics(tmp_path / "o"), metrics(straight))
@@ -176,8 +176,8 @@ def test_other_adapters_are_refused_and_named(bench, straight):
         (["--lora", "4", "--lora-targets", "w_proj"], "w_proj"),
         (["--lora", "0"], "--lora"),
         (["--lora-alpha", "4"], "need --lora"),
-        (["--lora", "4", "--lora-alpha", "0"], "never learn"),
-        (["--lora", "4", "--weights", "bf16"], "not together"),
+        (["--lora", "4", "--lora-alpha", "0"], "must not be 0"),
+        (["--lora", "4", "--weights", "bf16"], "cannot be combined"),
     ],
 )
 def test_wrong_flags_are_errors(more, word, bench, tmp_path):

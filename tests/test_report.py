@@ -333,7 +333,7 @@ def test_figures_are_drawn_as_png_and_svg(tmp_path):
     stages = (tmp_path / "p" / "stages.svg").read_text()
     assert ">random<" in stages and ">a<" in stages and "stroke-dasharray" in stages
     assert (
-        "no steps"
+        "contains no training steps"
         in report(
             tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--metrics", tmp_path / "scored.jsonl", expect=2
         ).stderr

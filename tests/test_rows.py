@@ -74,7 +74,7 @@ def test_what_a_row_says_beside_its_turns_is_honoured(row, turns, tmp_path):
         ({"messages": CHAT, "history": [["1", "2"]]}, "history"),
         ({"messages": CHAT, "conversations": CHAT}, "two formats"),
         ({"messages": [{"role": "system", "content": "s"}, *CHAT], "system": "other"}, "two system texts"),
-        ({"messages": [CHAT[1], *CHAT]}, "opens with the assistant"),
+        ({"messages": [CHAT[1], *CHAT]}, "begins with the assistant"),
         ({"messages": [{"role": "tool", "content": "x"}, *CHAT]}, "tool"),
         (ALPACA | {"system": "s", "system_prompt": "t"}, "differ"),
         (ALPACA | {"system": 3}, "system"),
@@ -115,7 +115,7 @@ def test_rows_that_lose_characters_are_counted(small_smollm2, tmp_path, capsys):
     documents = data.tokenize_files([path], small_smollm2, "chatml", 64, shown=False)
     assert documents.unencodable == 2
     data.print_unencodable([documents, documents])
-    assert capsys.readouterr().out.startswith("4 rows hold characters")
+    assert capsys.readouterr().out.startswith("4 rows contain characters")
     assert data.concat([documents, documents]).unencodable == 4
 
 

@@ -205,9 +205,9 @@ def test_select_takes_what_is_too_hard_last_leaves_out_what_is_unscored_and_says
     for by in ("score", "diversity"):
         ids, out = pick("--ratio", "6", "--by", by)
         assert set(ids[:3]) == {"2", "5", "0"} and ids[3:] == ["1", "4"], by
-        assert "2 taken at IFD 1 or above" in out and "1 rows fewer" in out and "1 without ifd" in out
+        assert "2 chosen at IFD 1 or above" in out and "1 rows fewer" in out and "1 without ifd" in out
     ids, out = pick("--ratio", "0.34")
-    assert set(ids) == {"2", "5"} and len(lines(tmp_path / "o.jsonl")[0]) == 4 and "taken at IFD" not in out
+    assert set(ids) == {"2", "5"} and len(lines(tmp_path / "o.jsonl")[0]) == 4 and "chosen at IFD" not in out
     assert set(pick("--ratio", "3", "--by", "random")[0]) <= set("012345")
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps({"instruction": "q", "output": "a" * n}) + "\n" for n in (3, 9, 5))

@@ -138,7 +138,7 @@ def test_an_answer_ends_at_the_context_and_a_prompt_that_fills_it_is_not_asked(a
     for r in requests(tmp_path):
         assert r["max_tokens"] == min(100, context - len(r["prompt"])) > 0
     assert min(r["max_tokens"] for r in requests(tmp_path)) < 40 and len(requests(tmp_path)) == 31
-    assert "context ends" in answers(tmp_path)[1]["error"]
+    assert "context is" in answers(tmp_path)[1]["error"]
 
 
 def test_killed_it_goes_on_and_pays_for_nothing_twice(api, tmp_path):

@@ -359,7 +359,7 @@ def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
         (("--lr-grid", "1e-3", "--validation", str(folder / "prompts.jsonl")), "also choose the rate"),
         (("--lr-grid", "1e-3", "--prompts", str(folder / "more.jsonl")), "rows that train are prompts that test"),
         (("--lr-grid", "1e-3", "--validation", str(folder / "more.jsonl")), "rows that train are prompts that choose"),
-        (("--lr-grid", "1e-3", "--bounds", "3", "2"), "--bounds must rise"),
+        (("--lr-grid", "1e-3", "--bounds", "3", "2"), "--bounds must be in increasing order"),
         (("--lr-grid", "1e-3", "--out", str(folder)), "data that are not a study's"),
     ):
         assert study.main(arguments(folder, *more, *TRAIN)) == 2

@@ -133,7 +133,7 @@ def test_the_readmes_command_torchrun_trains_and_a_signal_to_it_saves(bench, str
     run.terminate()
     assert "state saved" in run.communicate()[1] and run.returncode
     done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
-    assert done.returncode == 0 and "Going on" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Resuming" in done.stdout, done.stderr
     close(metrics(tmp_path / "o"), metrics(straight))
 
 
@@ -327,7 +327,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(damage, bench, stra
         if damage == "empty folder":
             file.unlink()
     done = go(bench, out, "--eval", "s2", "--save-every", "1")
-    assert f"{newest} is damaged" in done.stderr and f"Going on from {before}" in done.stdout
+    assert f"{newest} is damaged" in done.stderr and f"Resuming from {before}" in done.stdout
     assert same(weights(out), weights(straight)) and metrics(out) == metrics(straight)
 
 
@@ -449,7 +449,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_state(bench
     assert state.name == f"000-{step - 1:08}"
     skipped = go(bench, poisoned / "o", *more, "--skip-nonfinite", "1", stages=(str(poisoned / "s"),))
     rows = metrics(poisoned / "o")
-    assert len(rows) == 5 and [r["step"] for r in rows if r["loss"] is None] == [step] and "Going on" in skipped.stdout
+    assert len(rows) == 5 and [r["step"] for r in rows if r["loss"] is None] == [step] and "Resuming" in skipped.stdout
     assert skipped.stdout.count("s.jsonl:") == 8 and "row23 (" in skipped.stdout
     assert f"stage1, step {step}: the loss is" in skipped.stdout and "skipped (1 of 1)" in skipped.stdout
     assert "1 of 5 steps were skipped" in skipped.stdout and "1 of them skipped" in skipped.stdout
@@ -492,7 +492,7 @@ def test_bad_rows_of_all_files_are_reported_together_or_left_out(bench, tmp_path
     assert all(f"{name}.jsonl:{line}:" in done.stderr for name in "ab" for line in (2, 3))
     done = go(bench, tmp_path / "o", "--skip-bad-rows", stages=stages)
     assert (
-        "4 rows that cannot be used are left out" in done.stdout
+        "4 unusable rows are skipped" in done.stdout
         and len(json.loads((tmp_path / "o" / "run.json").read_text())["skipped_rows"]) == 4
     )
 
@@ -538,7 +538,7 @@ def test_the_real_scored_rows_train_with_the_real_tokenizer(shared, tmp_path):
     (tmp_path / "s1.jsonl").write_bytes(b"".join(lines[:60]))
     stages = ("s1", str(shared / "alpaca_scored_stage3.jsonl"))
     done = go(tmp_path, tmp_path / "o", "--dry-run", "--skip-bad-rows", stages=stages)
-    assert "3,995" in done.stdout and "5 rows that cannot be used are left out" in done.stdout
+    assert "3,995" in done.stdout and "5 unusable rows are skipped" in done.stdout
     go(tmp_path, tmp_path / "o", "--template", "mistral", stages=("s1",))
     rows = metrics(tmp_path / "o")
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -606,7 +606,7 @@ def test_what_is_frozen_stays_and_any_optimizer_resumes(change, ranks, keep, ben
     run = Forked(CHANGES[change], training(tmp_path / "b", *more, stages=("s1", "s2")), bench, ranks)
     run.wait_until((tmp_path / "b" / "resume" / "001-00000001").exists).kill()
     done = go(bench, tmp_path / "b", *more, main=CHANGES[change], ranks=ranks, stages=("s1", "s2"))
-    assert "Going on" in done.stdout
+    assert "Resuming" in done.stdout
     before, whole, again = (
         load_file(bench / "m" / "model.safetensors"),
         weights(tmp_path / "a", "stage2"),
@@ -636,7 +636,7 @@ def test_an_optimizer_with_state_of_any_shape_resumes_on_one_rank_and_is_an_erro
 
 @pytest.mark.parametrize("kind, ranks, reason", [
     (torch.optim.Adafactor, 2, "statistics of rows and columns"), (torch.optim.Rprop, 2, "single entries"),
-    (torch.optim.LBFGS, 2, "computes the loss again"), (torch.optim.LBFGS, None, "computes the loss again"),
+    (torch.optim.LBFGS, 2, "recomputes the loss"), (torch.optim.LBFGS, None, "recomputes the loss"),
 ])  # fmt: skip
 def test_an_optimizer_that_cannot_step_is_refused_at_the_start_with_the_reason(kind, ranks, reason, bench, tmp_path):
     def main(argv):
@@ -654,9 +654,9 @@ def test_a_state_that_does_not_fit_what_is_trained_is_an_error(bench, tmp_path):
         (tmp_path / "o" / "resume" / "000-00000002").exists
     ).kill()
     done = go(bench, tmp_path / "o", *more, main=sgd, stages=stages, code=2)
-    assert "the saved state is of AdamW, and this run uses SGD" in done.stderr
+    assert "the saved state is of AdamW, but this run uses SGD" in done.stderr
     done = go(bench, tmp_path / "o", *more, main=freeze("norm"), stages=stages, code=2)
-    assert "belong to nothing that is trained now" in done.stderr and "exp_avg/norm.weight" in done.stderr
+    assert "do not belong to any trained parameter" in done.stderr and "exp_avg/norm.weight" in done.stderr
     Forked(freeze("norm"), training(tmp_path / "p", *more, stages=stages), bench).wait_until(
         (tmp_path / "p" / "resume" / "000-00000002").exists
     ).kill()

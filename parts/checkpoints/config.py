@@ -1,4 +1,4 @@
-"""config.json of a Llama or Mistral folder: what it says about the computation, checked before anything is built."""
+"""Reads and checks the config.json of a Llama or Mistral folder."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from parts.files import read_json_object
 
 @dataclass(frozen=True)
 class Config:
-    """What config.json says about the computation. `raw` keeps the whole file, so that saving loses nothing."""
+    """The settings of config.json that define the computation. `raw` is the complete file, used when saving."""
 
     dim: int  # C
     hidden_dim: int  # of the MLP
@@ -28,14 +28,14 @@ class Config:
     attention_bias: bool
     mlp_bias: bool
     raw: dict
-    untied_head: bool = False  # config.json ties the head, but the files hold another one: it is not tied
+    untied_head: bool = False  # config.json ties the head, but the files contain a different one: it is not tied
 
 
 def read_config(folder: str | Path) -> Config:
     """Read and check `folder`/config.json. Raises InputError, naming every key that cannot be used."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise InputError(f"{path} not found: --model wants a Hugging Face folder with config.json")
+        raise InputError(f"{path} not found: --model must be a Hugging Face folder with config.json")
     raw = read_json_object(path)
     try:
         config = parse_config(raw)
@@ -43,8 +43,8 @@ def read_config(folder: str | Path) -> Config:
         raise InputError(f"{path}: {e}") from None
     if (path.parent / "adapter_config.json").exists():
         raise InputError(
-            f"{folder} holds a LoRA adapter (adapter_config.json), which transformers would add to the weights. Merge "
-            "it first (peft's merge_and_unload), or move it out of the folder"
+            f"{folder} contains a LoRA adapter (adapter_config.json), which transformers would add to the weights. "
+            "Merge it first (peft's merge_and_unload), or move it out of the folder"
         )
     if config.tied and tensors_differ(path.parent, "lm_head.weight", "model.embed_tokens.weight"):
         return replace(config, tied=False, untied_head=True, raw=raw | {"tie_word_embeddings": False})
@@ -52,7 +52,7 @@ def read_config(folder: str | Path) -> Config:
 
 
 UNTIED_HEAD_NOTE = (
-    "config.json ties the output head to the embedding, but the files hold another head: kept, and not tied."
+    "config.json ties the output head to the embedding, but the files contain a different head, which is used."
 )
 
 
@@ -66,9 +66,9 @@ ROPE_TYPES = {
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What a model_type has that another has not: transformers' defaults, and which keys mean something."""
+    """Properties of a model_type: transformers' default values, and which keys it uses."""
 
-    kv_heads: int | None  # None: as many as heads
+    kv_heads: int | None  # None: equal to the number of heads
     max_positions: int
     windowed: bool  # by sliding_window
     biased: bool  # by attention_bias and mlp_bias
@@ -78,10 +78,10 @@ MODEL_DEFAULTS = {"llama": ModelDefaults(None, 2048, False, True), "mistral": Mo
 
 
 def parse_config(raw: dict) -> Config:
-    """A Config from the dictionary of a config.json, with transformers' defaults for keys that are absent.
+    """A Config from the dictionary of a config.json, with transformers' defaults for missing keys.
 
-    Anything that would change the computation and is not supported is an error. Sizes are bounded, so that an absurd
-    file is refused before anything is built.
+    Unsupported settings that would change the computation are errors. Sizes have bounds, so that an invalid file is
+    rejected before the model is built.
     """
     if not isinstance(raw, dict):
         raise InputError("is not a JSON object")
@@ -143,7 +143,7 @@ def check_heads(raw: dict, dim: int, n_heads: int, n_kv_heads: int, head_dim: in
 
 
 def read_number(source: dict, key: str, default, kind: type, low, high, errors: list[str]):
-    """source[key], or `default` where it is absent or null; if it is no number from low to high, adds to `errors`."""
+    """source[key], or `default` if it is missing or null; adds to `errors` unless it is a number from low to high."""
     value = default if source.get(key) is None else source[key]
     kinds = (int,) if kind is int else (int, float)
     if type(value) not in kinds or not low <= value <= high:
@@ -154,7 +154,7 @@ def read_number(source: dict, key: str, default, kind: type, low, high, errors: 
 
 
 def parse_rope(raw: dict, errors: list[str]) -> tuple[float, dict | None]:
-    """theta and scaling; newer files keep both under rope_parameters, older ones apart."""
+    """RoPE theta and scaling; newer files have both under rope_parameters, older ones in separate keys."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise InputError(f"rope_scaling must be an object, is {rope!r}")

@@ -1,4 +1,4 @@
-"""Export of a stage: a folder that appears as a whole, written by all ranks."""
+"""Export of a stage: a folder written by all ranks that appears atomically."""
 
 import json
 import shutil
@@ -15,8 +15,8 @@ from parts.files import atomic_write, fsync_path, remove_path, replace_folder, t
 def write_folder(
     folder: Path, rank: int, write: Callable[[Path], None], write_on_first_rank: Callable[[Path], None]
 ) -> None:
-    """Call `write` (on every rank) and `write_on_first_rank` with a new folder, which then takes the place of `folder`.
-    All or nothing: the new one is on disk before, as `replace_folder` does it. Raises WorkError."""
+    """Call `write` (on every rank) and `write_on_first_rank` with a new folder, which then replaces `folder` atomically
+    (see `replace_folder`). Raises WorkError."""
     new = temporary_path(folder)
     try:
         if rank == 0:
@@ -31,12 +31,14 @@ def write_folder(
         if rank == 0:
             with suppress(OSError):
                 remove_path(new)
-        raise WorkError(f"{folder} could not be written ({e}): make room and give the same command again") from None
+        raise WorkError(
+            f"{folder} could not be written ({e}): free disk space and run the same command again"
+        ) from None
     dist.barrier()
 
 
 def write_notes(folder: Path, new: Path, template: str, samples: list[dict] | None) -> None:
-    """template.json, samples.json where there are samples, and what was selected, which is in `folder` already."""
+    """Write template.json and samples.json (if there are samples), and copy the selections that are in `folder`."""
     atomic_write(new / "template.json", json.dumps({"template": template}))
     if samples is not None:
         atomic_write(new / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False))

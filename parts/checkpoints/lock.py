@@ -1,9 +1,9 @@
-"""A folder for one process alone. folder/lock says which; what locks depends on the file system:
+"""An exclusive lock on a folder. folder/lock names the process that has it. The lock depends on the file system:
 
-flock of the folder itself, which does not depend on a file that somebody may remove
-flock of folder/lock where a folder cannot be locked (NFS), or
-folder/lock, made exclusively, where there is no flock at all (some NFS, Lustre and FUSE mounts): it names machine
-and process, by which the next process judges whether the holder still runs.
+- flock of the folder itself, which does not depend on a file that could be removed;
+- flock of folder/lock, if folders cannot be locked (NFS);
+- the file folder/lock, created exclusively, if there is no flock (some NFS, Lustre and FUSE mounts). It names machine
+  and process, so that the next process can check whether the holder still runs.
 """
 
 import errno
@@ -19,12 +19,12 @@ from parts.cli import InputError, WorkError
 
 try:
     import fcntl
-except ImportError:  # not on every system
+except ImportError:  # not available on every system
     fcntl = None
 
 
 class Lock:
-    """That this process holds a folder. Raises InputError, saying who has it, when another process does."""
+    """This process's lock on a folder. Raises InputError, naming the holder, if another process has the lock."""
 
     def __init__(self, folder: Path):
         self.path, self.me = folder / "lock", describe_process()
@@ -33,7 +33,7 @@ class Lock:
             self.handle = flock(folder, os.O_RDONLY, self.path)
         except OSError as e:
             self.on_folder = False
-            if e.errno == errno.EBADF:  # NFS locks what is open for writing, and no folder is
+            if e.errno == errno.EBADF:  # NFS locks only files open for writing, and a folder cannot be
                 with suppress(OSError):
                     self.handle = flock(self.path, os.O_RDWR | os.O_CREAT, self.path)
         if self.handle is None:
@@ -43,11 +43,11 @@ class Lock:
             self.path.write_text(self.me, encoding="utf-8")
 
     def check(self) -> None:
-        """Raise WorkError when this process no longer holds the folder."""
+        """Raise WorkError if this process no longer has the lock."""
         if not self.on_folder and read_holder(self.path) != self.me:
             raise WorkError(
-                f"{self.path} was removed or replaced: another process may be writing in {self.path.parent}. This one "
-                "ends, and what it saved last is kept"
+                f"{self.path} was removed or replaced: another process may be writing in {self.path.parent}. This "
+                "process ends; its last saved state is kept"
             )
 
     def release(self) -> None:
@@ -59,8 +59,8 @@ class Lock:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[Lock]:
-    """Hold a folder, which is made if need be, and removed at the end if nothing is in it. Killed, a process holds
-    nothing. Raises as `Lock` does."""
+    """A context manager that locks a folder. The folder is created if necessary, and removed at the end if empty. A
+    killed process has no lock. Raises as `Lock` does."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)
     try:
@@ -72,17 +72,17 @@ def lock_folder(folder: Path) -> Iterator[Lock]:
 
 
 def flock(path: Path, flags: int, said: Path) -> int:
-    """An open file or folder, locked as long as the process lives. Raises InputError, with what the file `said` tells,
-    when another process has it, and OSError where such locks do not exist."""
+    """An open file or folder, locked until the process ends. Raises InputError with the holder named in `said` if
+    another process has the lock, and OSError if the file system has no such locks."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, "no flock on this system")
     handle = os.open(path, flags, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not (path.exists() and os.path.samestat(os.fstat(handle), path.stat())):
-            raise BlockingIOError  # removed by the process that has just released it
+            raise BlockingIOError  # removed by the process that has released it in the meantime
         return handle
-    except BlockingIOError:  # EWOULDBLOCK, and nothing else, is another process
+    except BlockingIOError:  # only EWOULDBLOCK means another process
         os.close(handle)
         raise InputError(in_use_error(said.parent, read_holder(said))) from None
     except OSError:
@@ -91,10 +91,10 @@ def flock(path: Path, flags: int, said: Path) -> int:
 
 
 def lock_file(path: Path, me: str) -> None:
-    """Make `path` with the content `me`; that of a process which has ended is removed. Raises InputError when another
-    process has it."""
+    """Create `path` with the content `me`, after removing the file of a process that has ended. Raises InputError if
+    another process has the lock."""
     holder = read_holder(path)
-    if holder == "":  # made, and not written yet: by now, or by a process that was killed in between
+    if holder == "":  # created but not written yet, by a running process or by one that was killed in between
         time.sleep(1)
         holder = read_holder(path)
     if holder is not None and not process_has_ended(holder):
@@ -108,7 +108,7 @@ def lock_file(path: Path, me: str) -> None:
         raise InputError(in_use_error(path.parent, read_holder(path))) from None
 
 
-def in_use_error(folder: Path, holder: str | None, advice: str = "wait for it, or end it") -> str:
+def in_use_error(folder: Path, holder: str | None, advice: str = "wait for it, or stop it") -> str:
     who = holder.splitlines()[0] if holder else "another process"
     return f"{folder} is in use by {who}: {advice}"
 
@@ -120,17 +120,17 @@ def read_holder(path: Path) -> str | None:
         return None
 
 
-# ---------------------------------------------------------------- whether a process still runs
+# ---------------------------------------------------------------- check whether a process still runs
 
 
 def describe_process() -> str:
-    """Three lines: for people; the machine, its start and its numbering of processes; when the process began."""
+    """Three lines: a description; the machine, its boot and its process namespace; the start time of the process."""
     line = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     return "\n".join([line, machine_id(), process_start_time(os.getpid()) or "unknown"])
 
 
 def machine_id() -> str:
-    """Host, start of its kernel, namespace of its processes; empty where not known."""
+    """Host, boot id and process namespace; empty if not known."""
     boot = namespace = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -139,7 +139,7 @@ def machine_id() -> str:
 
 
 def process_start_time(pid: int) -> str:
-    """When a process began, in ticks since the start of its machine: a number may belong to another one by now."""
+    """The start time of a process, in ticks since boot: process ids are reused."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -147,9 +147,9 @@ def process_start_time(pid: int) -> str:
 
 
 def process_has_ended(holder: str) -> bool:
-    """Whether the process that wrote `holder` certainly runs no more. Of another machine nobody knows from here."""
+    """Whether the process that wrote `holder` has certainly ended. This cannot be known for another machine."""
     if not holder:
-        return True  # killed before it could write who it is
+        return True  # killed before it could write its name
     try:
         first, place, ticks = holder.splitlines()
         pid, (host, boot, namespace) = int(first.split()[1]), place.split(" ")
@@ -159,7 +159,7 @@ def process_has_ended(holder: str) -> bool:
     if host != here_host:
         return False
     if boot != here_boot:
-        return bool(boot and here_boot)  # the machine has been started since
+        return bool(boot and here_boot)  # the machine has been restarted since
     if namespace != here_namespace:
         return False
     try:

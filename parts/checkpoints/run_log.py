@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its weights: run.json, which says what it was, and logs that grow by whole lines."""
+"""The records of a run: run.json, which describes it, and JSONL logs."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ LOG_FILES = ["metrics.jsonl", "order.jsonl", "held_out.json"]
 
 
 def describe_run(arguments: dict, versions: dict[str, str], hashes: dict[str, str]) -> dict:
-    """What run.json holds; `hashes` are of all that was read, by file."""
+    """The content of run.json; `hashes`: of all files read."""
     root = Path(__file__).resolve().parents[2]
     files = sorted([*root.glob("*.py"), *(root / "parts").rglob("*.py")])
     code = hashlib.sha256(b"".join(path.read_bytes() for path in files))
@@ -33,10 +33,10 @@ def describe_run(arguments: dict, versions: dict[str, str], hashes: dict[str, st
 
 
 def check_same_run(path: Path, run: dict, free: set[str], defaults: dict) -> dict:
-    """What run.json at `path` holds, {} where there is none. Raises InputError where it is of a run with other
-    arguments (but for `free` ones) or other data.
+    """The content of run.json at `path`, {} if there is none. Raises InputError if it belongs to a run with other
+    arguments (except `free` ones) or other data.
 
-    An argument that an older run.json does not know was at its default.
+    An argument that is missing in an older run.json had its default value.
     """
     before = read_json_object(path)
     if not before:
@@ -52,17 +52,17 @@ def check_same_run(path: Path, run: dict, free: set[str], defaults: dict) -> dic
     differs += [f"{f} is gone" for f in seen if f not in now]
     if differs:
         raise InputError(
-            format_list(f"{path.parent} holds a run with other settings:", differs)
-            + "\nGive the same command to go on, or another --out to start a new one."
+            format_list(f"{path.parent} contains a run with other settings:", differs)
+            + "\nRun the same command to resume, or give another --out to start a new run."
         )
     for what in ("code", "versions"):
         if before.get(what) != run[what]:
-            print(f"{path.parent}: the {what} changed since this run began; going on all the same", file=sys.stderr)
+            print(f"{path.parent}: the {what} changed since this run began; continuing", file=sys.stderr)
     return before
 
 
 def print_stages(stages: list, chosen: bool) -> None:
-    """A table of train.py's stages; `chosen`: an epoch takes some of the rows."""
+    """Print a table of train.py's stages; `chosen`: an epoch uses a selection of the rows."""
     table = []
     for s in stages:
         numbers = [s.mixed_in, s.documents.lengths.sum(), s.documents.target_counts.sum(), s.documents.lengths.max()]
@@ -74,27 +74,27 @@ def print_stages(stages: list, chosen: bool) -> None:
 
 
 def check_foreign_files(out: Path, written: list[str], inputs: list[Path]) -> None:
-    """Raise InputError where out/NAME of something `written` would fall on an input, or is there and not a run's
-    own."""
+    """Raise InputError if out/NAME of something `written` would overwrite an input, or exists but does not belong to a
+    run."""
     for path in inputs:
         for target in (out, *(out / name for name in written)):
             if target.resolve() == path.resolve() or (target.resolve() in path.resolve().parents and target != out):
-                raise InputError(f"{target} would be written over {path}, which is read: give another --out")
+                raise InputError(f"{target} would overwrite {path}, which is read: give another --out")
     there = [name for name in written if (out / name).exists()]
     if there and not (out / "run.json").exists():
         raise InputError(
-            f"{out} holds {', '.join(there)} and no run.json, so it is no run's folder: give another --out"
+            f"{out} contains {', '.join(there)} but no run.json, so it is not the folder of a run: give another --out"
         )
 
 
 class AppendLog:
-    """A JSONL file to which rows are added; after a kill it is cut back to what the saved state knows."""
+    """A JSONL file that rows are appended to; after a kill it is truncated to the size in the saved state."""
 
     def __init__(self, path: Path, size: int):
         self.path = path
-        self.file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
+        self.file = open(path, "ab")  # noqa: SIM115 (open until the run ends)
         if self.file.tell() < size:
-            print(f"{path} is shorter than the saved state says: lines are missing", file=sys.stderr)
+            print(f"{path} is shorter than recorded in the saved state: lines are missing", file=sys.stderr)
         else:
             self.file.truncate(size)
             self.file.seek(size)
@@ -105,11 +105,11 @@ class AppendLog:
             self.file.write((json.dumps(row) + "\n").encode())
             self.file.flush()
         except OSError as e:
-            advice = "make room and give the same command again"
+            advice = "free disk space and run the same command again"
             raise WorkError(f"{self.path} could not be written ({e.strerror}): {advice}") from None
 
     def sync(self) -> int:
-        """Have all of it on disk; its size."""
+        """Sync the file to disk; returns its size."""
         fsync_path(self.path)
         return self.size
 
@@ -119,15 +119,15 @@ class AppendLog:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 40 s, 12 min, 3.5 h."""
+    """A readable time: 40 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class RunLog:
-    """metrics.jsonl and order.jsonl in the folder `out`, the progress bar, and a stage's summary; silent where `out` is
-    None (on every rank but the first)."""
+    """metrics.jsonl and order.jsonl in the folder `out`, the progress bar, and the summary of a stage. Does nothing if
+    `out` is None (on all ranks except rank 0)."""
 
     def __init__(self, out: Path | None, metrics_size: int, order_size: int):
         self.metrics = AppendLog(out / "metrics.jsonl", metrics_size) if out else None
@@ -135,11 +135,11 @@ class RunLog:
 
     def close(self) -> None:
         for log in (self.metrics, self.order) if self.metrics else ():
-            with suppress(OSError):  # of a full disk, which `write` has told of
+            with suppress(OSError):  # of a full disk, which `write` has reported
                 log.file.close()
 
     def sync(self) -> tuple[int, int]:
-        """Have both files on disk; their sizes."""
+        """Sync both files to disk; returns their sizes."""
         return (self.metrics.sync(), self.order.sync()) if self.metrics else (0, 0)
 
     def write(self, row: dict) -> None:
@@ -148,13 +148,13 @@ class RunLog:
             self.metrics.write(finite)
 
     def begin(self, stage: str, steps: int, done: int, tokens_left: int) -> None:
-        """`tokens_left`: those that the run has still to train on, in this stage and the later ones."""
+        """`tokens_left`: tokens still to train on, in this stage and the later ones."""
         self.losses, self.tokens, self.seconds, self.skipped, self.tokens_left = [], 0, 0.0, 0, tokens_left
         self.bar = progress(steps, stage, "step", initial=done, shown=self.metrics is not None, left=False)
 
     def step(self, row: dict, ids: list[str], seconds: float, skipped: bool) -> None:
-        """A row with at least stage, step, epoch, loss and tokens; the ids of the step's rows. What was skipped
-        belongs to no mean."""
+        """Log a row with at least stage, step, epoch, loss and tokens, and the ids of the step's rows. Skipped steps
+        are not part of the means."""
         speed = row["tokens"] / max(seconds, 1e-6)
         more = {"seconds": round(seconds, 4), "tokens_per_second": round(speed, 1)}
         self.write(row | more | ({"skipped": True} if skipped else {}))
@@ -169,7 +169,7 @@ class RunLog:
         self.bar.update()
 
     def end(self) -> str:
-        """What the stage did in this process."""
+        """A summary of what the stage did in this process."""
         self.bar.close()
         skipped = f", {self.skipped} of them skipped" if self.skipped else ""
         if not self.losses:
@@ -180,7 +180,7 @@ class RunLog:
         return f"loss {first:.4f} -> {last:.4f}{skipped}, {self.seconds:.1f} s, {speed:,.0f} tokens/s"
 
     def info(self, text: str) -> None:
-        """A line on stdout, above the bar."""
+        """Print a line on stdout, above the progress bar."""
         if self.metrics and sys.stderr.isatty():
             tqdm.write(text)
         elif self.metrics:

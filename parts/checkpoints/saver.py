@@ -1,4 +1,4 @@
-"""When a run of training is saved, and when it stops."""
+"""When a training run saves its state, and when it stops."""
 
 import time
 from pathlib import Path
@@ -11,14 +11,14 @@ from parts.checkpoints.state import TrainingState, save_training
 from parts.cli import Interrupted, StopRequest
 from parts.distributed import DistributedEnv, all_reduce, reshard
 
-SIGNAL_SAVE_SECONDS = 600  # seconds after which a state is saved where no number of steps was asked for
+SIGNAL_SAVE_SECONDS = 600  # seconds between saved states without --save-every
 
 
 class Saver:
-    """Every rank has one and calls the same methods. What is saved is `state` as it is at that moment; its progress has
-    stage, step, global_step and the sizes of both logs.
+    """Saves `state` at safe points. Every rank has a Saver and calls the same methods. The state's progress has stage,
+    step, global_step and the sizes of both logs.
 
-    `folder` is where states lie; `every`: steps between them; `lock`: of the first rank, on the folder of the run.
+    `folder`: of the saved states; `every`: steps between them; `lock`: rank 0's, on the folder of the run.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class Saver:
         self.last_saved = time.monotonic()
 
     def save(self) -> None:
-        """In this order: the lock is still ours; the logs are on disk; all of the state is on disk; it takes its name;
-        the oldest state goes (the last three in `save_state`). Killed in between, the next start cuts the logs back to
-        the newest state that has a name."""
+        """Save in this order: check the lock; sync the logs; sync the state; rename it; remove the oldest state (the
+        last three in `save_state`). After a kill in between, the next start truncates the logs to the newest renamed
+        state."""
         reshard(self.model)
         if self.lock:
             self.lock.check()
@@ -49,11 +49,11 @@ class Saver:
         self.last_saved = time.monotonic()
 
     def safe_point(self, after_step: bool = False) -> None:
-        """Here the work can be left: save when the time (`after_step`: or the step) has come; when any rank was told
-        to stop, save and raise Interrupted."""
+        """A point where the run may stop. Saves if the time (`after_step`: or the step) for it has come. If any rank
+        received a signal, saves and raises Interrupted."""
         late = self.every is None and time.monotonic() - self.last_saved > SIGNAL_SAVE_SECONDS
         stop, due = all_reduce([self.stop.asked, late])
         if stop or due or (after_step and self.every and self.state.progress.global_step % self.every == 0):
             self.save()
         if stop:
-            raise Interrupted(f"state saved in {self.folder}; the same command goes on")
+            raise Interrupted(f"state saved in {self.folder}; run the same command again to resume")

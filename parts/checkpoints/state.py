@@ -1,6 +1,6 @@
-"""Saved state: tensors by name, in a safetensors file a rank, and a JSON of progress. Knows nothing of what they mean.
+"""Saved state: tensors by name, in one safetensors file per rank, and a JSON file of the progress.
 
-    folder/NAME/rank00000.safetensors …     the rows of each tensor that the rank owned
+    folder/NAME/rank00000.safetensors …     the rows of each tensor that belong to the rank
     folder/NAME/state.json                  progress, and a checksum of every file
 
 A state written by any number of ranks is read by any other.
@@ -30,11 +30,10 @@ KEPT_STATES = 2  # states
 
 
 def save_state(folder: Path, name: str, ranks: DistributedEnv, tensors: dict[str, Tensor], progress: dict) -> None:
-    """Write folder/NAME/ and keep it and the one before it (names must rise). Every rank must call.
+    """Write folder/NAME/, and keep it and the previous one (names must be in increasing order). Every rank must call.
 
-    A state is never replaced: where NAME is taken, this one becomes NAME-0001, … It gets its name when all of it is on
-    disk, and only then the oldest lose theirs; killed at any moment, the newest folder with a name is whole. Raises
-    WorkError.
+    A state is never overwritten: if NAME exists, the new one is NAME-0001, … It is renamed to NAME after it is on disk,
+    and only then older states are removed, so that after a kill the newest named folder is complete. Raises WorkError.
     """
     file = f"rank{ranks.rank:05}.safetensors"
     try:
@@ -55,21 +54,21 @@ def save_state(folder: Path, name: str, ranks: DistributedEnv, tensors: dict[str
             os.replace(new, new.with_suffix(""))
             fsync_path(folder)
             for old in saved_states(folder)[:-KEPT_STATES]:
-                os.replace(old, temporary_path(old))  # a folder with a name is never half removed
+                os.replace(old, temporary_path(old))  # rename first: a named folder is always complete
                 remove_path(temporary_path(old))
     except (OSError, WorkError) as e:
         if ranks.rank == 0 and new:
             with suppress(OSError):
                 remove_path(new)
         raise WorkError(
-            f"the state could not be saved in {folder} ({e}); the one before it is intact: make room and give the same "
-            "command again"
+            f"the state could not be saved in {folder} ({e}); the previous one is kept: free disk space and run the "
+            "same command again"
         ) from None
     dist.barrier()
 
 
 def unused_folder(folder: Path, name: str) -> Path:
-    """folder/NAME, or the first of folder/NAME-0001, … above all that are there."""
+    """folder/NAME, or if it exists folder/NAME-0001, … with the next free number."""
     again = [re.fullmatch(rf"{re.escape(name)}-(\d{{4}})", path.name) for path in folder.glob(f"{name}-*")]
     numbers = [int(match[1]) for match in again if match]
     if not numbers and not (folder / name).exists():
@@ -78,9 +77,9 @@ def unused_folder(folder: Path, name: str) -> Path:
 
 
 def write_rank(path: Path, ranks: DistributedEnv, tensors: dict[str, Tensor]) -> str:
-    """Write the rows that this rank owns; the sha256 of the file, which is on disk."""
+    """Write and sync the rows that belong to this rank; returns the file's sha256."""
     parts = {n: local_part(tensor) for n, tensor in tensors.items()}
-    # What is not sharded is the same on every rank.
+    # Tensors that are not sharded are equal on every rank.
     mine = {n: p for n, p in parts.items() if p[0].numel() and (ranks.rank == 0 or p[0].dim())}
     first_rows = {n: offset[0] for n, (_, offset) in mine.items() if offset}
     content = {n: part.to("cpu").contiguous() for n, (part, _) in mine.items()}
@@ -90,12 +89,12 @@ def write_rank(path: Path, ranks: DistributedEnv, tensors: dict[str, Tensor]) ->
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """All states of a folder, oldest first."""
+    """The paths of all states in a folder, oldest first."""
     return sorted(path for path in folder.glob("*") if path.is_dir() and path.suffix != ".tmp")
 
 
 def read_manifest(path: Path) -> dict:
-    """{"progress", "files": {file: sha256}} of a state. Raises ValueError, KeyError, TypeError or OSError if
+    """Read state.json: {"progress", "files": {file: sha256}}. Raises ValueError, KeyError, TypeError or OSError if
     damaged."""
     about = json.loads((path / "state.json").read_text())
     if hashlib.sha256(about["state"].encode()).hexdigest() != about["sha256"]:
@@ -104,7 +103,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest state that is whole; says on stderr which ones are damaged. What killed saves left is removed."""
+    """The newest undamaged state; prints damaged ones on stderr. Removes the remains of interrupted saves."""
     for path in folder.glob("*.tmp"):
         remove_path(path)
     for path in reversed(saved_states(folder)):
@@ -115,13 +114,13 @@ def newest_state(folder: Path) -> Path | None:
             reason = f"{broken[0]} does not match its checksum"
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             reason = str(e)
-        print(f"{path} is damaged ({reason}): going back to the state before it", file=sys.stderr)
+        print(f"{path} is damaged ({reason}): using the state before it", file=sys.stderr)
     return None
 
 
 @dataclass
 class SavedTensor:
-    """A tensor of a saved state: its dtype, the shape of the whole, and the pieces of rows that files hold."""
+    """A tensor of a saved state: its dtype, its full shape, and its rows in each file."""
 
     name: str
     dtype: torch.dtype
@@ -129,10 +128,9 @@ class SavedTensor:
     pieces: list[tuple[Path, int, int]]  # file, first row, rows
 
     def copy_to(self, target: Tensor) -> None:
-        """Fill the part of `target`, plain or sharded, that this rank owns. Raises InputError unless the shapes
-        agree."""
+        """Fill this rank's part of `target`, plain or sharded. Raises InputError if the shapes differ."""
         if tuple(target.shape) != self.shape:
-            raise InputError(f"the saved {self.name} is {self.shape}, and not {tuple(target.shape)}")
+            raise InputError(f"the saved {self.name} has the shape {self.shape}, not {tuple(target.shape)}")
         local, offset = local_part(target)
         for file, first, rows in self.pieces:
             if local.dim() == 0:
@@ -144,7 +142,7 @@ class SavedTensor:
 
 
 def read_state(path: Path) -> tuple[dict, dict[str, SavedTensor]]:
-    """The progress of a state and its tensors by name; reads headers only."""
+    """The progress of a state, and its tensors by name; reads headers only."""
     state = read_manifest(path)
     found: dict[str, SavedTensor] = {}
     for file in state["files"]:
@@ -160,20 +158,20 @@ def read_state(path: Path) -> tuple[dict, dict[str, SavedTensor]]:
     return state["progress"], found
 
 
-# ---------------------------------------------------------------- what training saves
+# ---------------------------------------------------------------- training state
 
 
 @dataclass
 class TrainingState:
-    """Everything that a resumed run needs: what is not in here is lost at a kill.
+    """Everything that a resumed run needs; anything else is lost at a kill.
 
-    `more` is the place for tensors of your own, such as an average of the weights: by name, plain or sharded, changed
-    in place. A number is a field of the progress.
+    Put additional tensors, such as an average of the weights, into `more`: by name, plain or sharded, updated in place.
+    Additional numbers are fields of the progress.
     """
 
     trained: dict[str, nn.Parameter]  # by name
     optimizer: torch.optim.Optimizer
-    progress: Any  # a dataclass of numbers, texts and lists
+    progress: Any  # a dataclass of numbers, strings and lists
     more: dict[str, Tensor]
 
 
@@ -184,10 +182,10 @@ UNSHARDED = {
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> None:
-    """Raise ValueError where an optimizer would silently do less than it seems to, InputError where it cannot step."""
+    """Raise ValueError for a configuration that an optimizer would silently ignore, InputError if it cannot step."""
     kind, sharded = type(optimizer).__name__, any(isinstance(p, DTensor) for p in trained.values())
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise InputError(f"make_optimizer: {kind} computes the loss again within a step, which this loop does not do")
+        raise InputError(f"make_optimizer: {kind} recomputes the loss within a step, which is not supported")
     for unsharded, reason in UNSHARDED.items():
         if sharded and isinstance(optimizer, unsharded):
             raise InputError(f"make_optimizer: {kind} works on one rank only: {reason}")
@@ -198,12 +196,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Para
             f"make_optimizer: each trained parameter must be in one group: {', '.join(missing) or 'others'}"
         )
     if any(group["lr"] for group in optimizer.param_groups):
-        raise ValueError('make_optimizer: a rate of its own would be overwritten: give the group an "lr_scale"')
+        raise ValueError('make_optimizer: the lr of a group would be overwritten: give the group an "lr_scale"')
 
 
 def state_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """All tensors of a state, by name: weight/NAME, more/NAME, and for every one that the optimizer holds of a
-    parameter optimizer/KEY/NAME."""
+    """All tensors of a state, by name: weight/NAME, more/NAME, and optimizer/KEY/NAME for the optimizer's tensors of
+    each parameter."""
     tensors = {f"weight/{name}": p.detach() for name, p in state.trained.items()}
     tensors |= {f"more/{name}": tensor for name, tensor in state.more.items()}
     for name, p in state.trained.items():
@@ -213,13 +211,13 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
 
 
 def describe_optimizer(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
-    """What of an optimizer's state is no tensor: its kind, and numbers by parameter and by group. Raises WorkError for
-    all else."""
+    """The parts of an optimizer's state that are not tensors: its class, and numbers by parameter and by group. Raises
+    WorkError for anything else."""
     numbers = {}
     for name, p in trained.items():
         for key, value in optimizer.state.get(p, {}).items():
             if not isinstance(value, Tensor | int | float | None):
-                raise WorkError(f"the optimizer's {key} is a {type(value).__name__}, which a state cannot hold")
+                raise WorkError(f"the optimizer's {key} is a {type(value).__name__}, which cannot be saved")
             if isinstance(value, int | float):
                 numbers.setdefault(name, {})[key] = value
     groups = [{k: v for k, v in g.items() if isinstance(v, int | float) and k != "lr"} for g in optimizer.param_groups]
@@ -227,25 +225,25 @@ def describe_optimizer(trained: dict[str, nn.Parameter], optimizer: torch.optim.
 
 
 def save_training(folder: Path, name: str, ranks: DistributedEnv, state: TrainingState) -> None:
-    """`save_state` of a TrainingState."""
+    """Save a TrainingState with `save_state`."""
     about = {"progress": asdict(state.progress), "optimizer": describe_optimizer(state.trained, state.optimizer)}
     save_state(folder, name, ranks, state_tensors(state), about)
 
 
 def restore_training(state: TrainingState, saved: dict[str, SavedTensor], about: dict) -> None:
-    """Put the saved tensors (of `read_state`) into weights, optimizer and `more`, whatever the sharding; `about` is
-    what `save_training` wrote of the optimizer. Raises InputError for a tensor that has no place, and for a weight or
-    one of `more` that is not there."""
+    """Copy the saved tensors (of `read_state`) into weights, optimizer and `more`, with any sharding; `about` is the
+    description of the optimizer that `save_training` wrote. Raises InputError for unexpected tensors, and for missing
+    weights or tensors of `more`."""
     in_place = {f"weight/{name}": p.detach() for name, p in state.trained.items()}
     in_place |= {f"more/{name}": tensor for name, tensor in state.more.items()}
     of_optimizer = {name: tensor for name, tensor in saved.items() if name.startswith("optimizer/")}
     if about["kind"] != type(state.optimizer).__name__:
-        raise InputError(f"the saved state is of {about['kind']}, and this run uses {type(state.optimizer).__name__}")
+        raise InputError(f"the saved state is of {about['kind']}, but this run uses {type(state.optimizer).__name__}")
     missing = [name for name in in_place if name not in saved]
-    raise_if_any(missing, "trained parameters, or tensors beside them, are not in the saved state")
+    raise_if_any(missing, "trained parameters or additional tensors are not in the saved state")
     strange = [name for name in saved if name not in in_place and name not in of_optimizer]
     strange += [name for name in of_optimizer if name.split("/", 2)[2] not in state.trained]
-    raise_if_any(strange, "tensors of the saved state belong to nothing that is trained now")
+    raise_if_any(strange, "tensors of the saved state do not belong to any trained parameter")
     for name, target in in_place.items():
         saved[name].copy_to(target)
     restore_optimizer(state.optimizer, of_optimizer, about, state.trained)
@@ -254,7 +252,7 @@ def restore_training(state: TrainingState, saved: dict[str, SavedTensor], about:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, saved: dict[str, SavedTensor], about: dict, trained: dict[str, nn.Parameter]
 ) -> None:
-    """Tensors by optimizer/KEY/NAME, and the numbers of `describe_optimizer`. Raises InputError."""
+    """Restore the tensors optimizer/KEY/NAME and the numbers of `describe_optimizer`. Raises InputError."""
     if len(about["groups"]) != len(optimizer.param_groups):
         raise InputError(
             f"the saved optimizer has {len(about['groups'])} groups, this one {len(optimizer.param_groups)}"
@@ -272,12 +270,12 @@ def restore_optimizer(
 
 
 def init_optimizer_state(saved: SavedTensor, p: nn.Parameter, on_device: bool) -> Tensor:
-    """An empty tensor for an optimizer's state of `p`, sharded as `p` is where it has the same shape. `on_device`: so
-    is a single number. Raises InputError."""
+    """An empty tensor for an optimizer's state of `p`, sharded like `p` if it has the same shape. `on_device`: put
+    scalars on the device too. Raises InputError."""
     if saved.shape == tuple(p.shape):
         return torch.empty_like(p, dtype=saved.dtype, requires_grad=False)
     if saved.shape and isinstance(p, DTensor):
         raise InputError(
-            f"the saved {saved.name} is {saved.shape}, its parameter {tuple(p.shape)}: it cannot be sharded"
+            f"the saved {saved.name} has the shape {saved.shape}, its parameter {tuple(p.shape)}: it cannot be sharded"
         )
     return torch.empty(saved.shape, dtype=saved.dtype, device=p.device if on_device or saved.shape else "cpu")

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: read slice by slice into what a rank owns, written in shards. Never pickle."""
+"""Tensors in safetensors files: read in slices into a rank's shard, written in shards. Pickle is never used."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ DTYPES = {
 }
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 SHARD_BYTES = 5 * 10**9
-READ_BYTES = 2**24  # of a tensor at a time: pages of a mapped file count as memory until it is closed
+READ_BYTES = 2**24  # read per slice: pages of a mapped file count as memory until it is closed
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -41,11 +41,11 @@ def open_tensors(path: Path):
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file that appears whole or not at all. Raises WorkError."""
+    """Write a safetensors file atomically. Raises WorkError."""
     try:
         with atomic_path(path) as new:
             save_file(tensors, new, metadata=metadata)
-            new.chmod(0o644)  # safetensors makes files that only their owner reads
+            new.chmod(0o644)  # safetensors creates files that only their owner can read
     except (OSError, SafetensorError) as e:
         raise WorkError(f"{path} could not be written ({e})") from None
 
@@ -76,10 +76,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], surplus: set[str]) -> dict[str, Path]:
-    """Where each tensor of `shapes` lies in an HF folder: {its name: file}. Reads only the files' headers.
+    """The file of each tensor of `shapes` in an HF folder, by name. Reads only the files' headers.
 
-    `surplus` names tensors that may be there too; so may the rotary frequencies of old exports. Raises one InputError
-    that lists every tensor that is missing, surplus, of another shape or not of floats.
+    Tensors named in `surplus` are allowed, as are the rotary frequencies of old exports. Raises one InputError that
+    lists every tensor that is missing, unexpected, of another shape or not of floats.
     """
     found: dict[str, Path] = {}
     errors = []
@@ -105,7 +105,7 @@ def find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], surplus: set[
 
 
 def tensors_differ(folder: Path, first: str, second: str) -> bool:
-    """Whether an HF folder holds both of these tensors and they are not the same. Reads a few rows at a time."""
+    """Whether an HF folder contains both tensors with different values. Reads a few rows at a time."""
     places = {}
     for path in weight_files(folder) if any(folder.glob("*.safetensors")) else []:
         with open_tensors(path) as f:
@@ -126,13 +126,13 @@ def stored_dtype(path: Path, key: str) -> torch.dtype:
 
 @torch.no_grad()
 def check_nan(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Raise InputError, on every rank, naming the tensors read from `folder` that hold NaN."""
+    """Raise InputError, on every rank, listing the tensors read from `folder` that contain NaN."""
     found = all_reduce([bool(local_part(t)[0].isnan().any()) for t in tensors.values()])
-    raise_if_any([name for name, nan in zip(tensors, found) if nan], f"tensors of {folder} hold NaN")
+    raise_if_any([name for name, nan in zip(tensors, found) if nan], f"tensors of {folder} contain NaN")
 
 
 def read_slice(path: Path, key: str, target: Tensor, offset: tuple[int, ...]) -> None:
-    """Fill `target` with the part at `offset` of the tensor `key`, converting its dtype, a few rows at a time."""
+    """Fill `target` with the slice at `offset` of the tensor `key`, converting the dtype, a few rows at a time."""
     if target.dim() == 0:
         with open_tensors(path) as f:
             target.copy_(f.get_tensor(key))
@@ -153,8 +153,8 @@ def save_weights(
     folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, merged: Callable[[str, Tensor], Tensor]
 ) -> None:
     """Write tensors, plain or sharded over the ranks, as `dtype` to the safetensors of an HF folder: one file, or
-    shards of at most 5 GB with an index. Rank 0 writes, a shard at a time; every rank must call. `merged` turns a name
-    and its whole tensor into what is written. Raises WorkError.
+    shards of at most 5 GB with an index. Rank 0 writes, a shard at a time; every rank must call. `merged` maps a name
+    and its full tensor to the tensor to write. Raises WorkError.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -180,7 +180,7 @@ def save_weights(
         if writes:
             write_tensors(folder / file, part, {"format": "pt"})
     if writes and len(shards) > 1:
-        (folder / SINGLE).unlink(missing_ok=True)  # of an earlier save: readers would prefer it
+        (folder / SINGLE).unlink(missing_ok=True)  # from an earlier save: readers would prefer it
         total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         atomic_write(
@@ -190,8 +190,8 @@ def save_weights(
 
 @torch.no_grad()
 def checksum(tensors: dict[str, Tensor]) -> str:
-    """What the tensors hold, bit for bit, as 16 hex digits: the same for any number of ranks. Every rank must call."""
-    # One tensor of sums: a small one for each would cut up the memory that the pieces leave, which then stays unused.
+    """A checksum of the tensors' bits, as 16 hex digits: the same for any number of ranks. Every rank must call."""
+    # One tensor for all sums: many small tensors would fragment the memory that the pieces free.
     found = torch.zeros(len(tensors), dtype=torch.int64, device=next(iter(tensors.values())).device)
     for k, tensor in enumerate(tensors.values()):
         local, offset = local_part(tensor.detach())
@@ -199,17 +199,17 @@ def checksum(tensors: dict[str, Tensor]) -> str:
         place = offset[0] * math.prod(tensor.shape[1:]) if offset else 0
         for piece in bits.flatten().split(2**18):
             at = torch.arange(place, place + len(piece), device=piece.device)
-            found[k] += (piece.long() * (at % 65521 + 1)).sum()  # wraps around, on every machine alike
+            found[k] += (piece.long() * (at % 65521 + 1)).sum()  # wraps around on every machine
             place += len(piece)
     sharded = [t for t in tensors.values() if isinstance(t, DTensor)]
     if sharded:
-        dist.all_reduce(found, group=sharded[0].device_mesh.get_group(-1))  # the other replicas have the same
+        dist.all_reduce(found, group=sharded[0].device_mesh.get_group(-1))  # the other replicas have the same sums
     return hashlib.sha256(json.dumps([list(tensors), found.tolist()]).encode()).hexdigest()[:16]
 
 
 def check_weights(parameters: dict[str, Tensor], folder: Path, out: Path) -> None:
-    """Raise InputError, on every rank, where the weights just loaded from `folder` hold NaN or are not those that the
-    run began with; its run.json says which these are, from now on."""
+    """Raise InputError, on every rank, if the weights just loaded from `folder` contain NaN or differ from those that
+    the run began with. A new run records them in its run.json."""
     path = out / "run.json"
     check_nan(parameters, folder)
     found, description = checksum(parameters), broadcast(read_json_object(path))

@@ -1,11 +1,11 @@
 """Byte-pair encoding as Hugging Face's `tokenizers` and tiktoken compute it, and the files that describe it.
 
-A text is normalized, cut into words, each word into symbols of one character; then the pair of symbols whose merge has
-the lowest rank is merged, leftmost first, until no pair can be. There are two kinds of vocabulary:
+A text is normalized and split into words, and each word into symbols of one character. Then the pair of symbols with
+the lowest merge rank is merged, leftmost first, until no pair can be merged. There are two kinds of vocabulary:
 
 - byte-level (GPT-2, Llama-3, SmolLM2): a symbol is a byte, written as the character of that number (latin-1);
-- of characters (Llama-2, Mistral, TinyLlama as transformers saves them): spaces are "▁", and a character that is not in
-  the vocabulary becomes its UTF-8 bytes, "<0xE2>" and so on.
+- character-level (Llama-2, Mistral, TinyLlama as transformers saves them): spaces are "▁", and a character that is not
+  in the vocabulary becomes its UTF-8 bytes, "<0xE2>" and so on.
 """
 
 import base64
@@ -20,16 +20,16 @@ from pathlib import Path
 from parts.cli import InputError
 from parts.text.pre_tokenization import GPT2_PATTERN, LLAMA3_PATTERN, compile_pattern, cut
 
-UNKNOWN = "\U0010ffff unknown"  # stands for unk_token among the symbols; no text of one character equals it
+UNKNOWN = "\U0010ffff unknown"  # represents unk_token among the symbols; no text of one character equals it
 
 
 class AddedTokens:
-    """Strings that become one token wherever a text holds them. A special token's name keeps to plain text."""
+    """Strings that become one token wherever they occur in a text. The name of a special token remains plain text."""
 
     def __init__(self, ids: dict[str, int | None]):
         """`ids`: {string: id, or None for the name of a special token}."""
         ids = {name: i for name, i in ids.items() if name}
-        names = sorted(ids, key=len, reverse=True)  # `tokenizers` takes the leftmost match, then the longest
+        names = sorted(ids, key=len, reverse=True)  # `tokenizers` prefers the leftmost match, then the longest
         found = any(i is not None for i in ids.values())
         self.ids, self.pattern = ids, re.compile("|".join(map(re.escape, names))) if found else None
 
@@ -48,12 +48,12 @@ class AddedTokens:
 
 
 class BPETokenizer:
-    """A byte-pair encoder. Text never becomes a special token: `encode` makes none, whatever the text holds.
+    """A byte-pair encoder. `encode` never produces special tokens, whatever the text contains.
 
-    vocab: {symbols: id}. merges: {(left, right): rank}, or None where the rank of a merge is the id of what it makes
+    vocab: {symbols: id}. merges: {(left, right): rank}, or None if the rank of a merge is the id of the merged token
     (tiktoken). normalize: applied to a text first. steps: functions (text, whether it begins the document) -> words,
-    applied one after the other. specials, text_tokens: {text: id} of the added tokens that text cannot and can make;
-    `normalized` names those that are looked for after normalization. ignore_merges: a word in vocab is one token.
+    applied in order. specials, text_tokens: {text: id} of the added tokens that text cannot and can produce;
+    `normalized`: those that are matched after normalization. ignore_merges: a word in vocab is one token.
     """
 
     def __init__(
@@ -77,9 +77,7 @@ class BPETokenizer:
         self.merges, self.steps, self.specials, self.text_tokens = merges, steps, specials, text_tokens or {}
         self.byte_level, self.normalize, self.ignore_merges = byte_level, normalize, ignore_merges
         self.byte_fallback, self.fuse_unknown, self.strip_first_space = byte_fallback, fuse_unknown, strip_first_space
-        self.prefix_space = (
-            prefix_space  # in front of every text ("always"), of a document's first ("first"), of none ("")
-        )
+        self.prefix_space = prefix_space  # before every text ("always"), a document's first ("first"), or none ("")
         self.vocab = vocab if unknown is None else vocab | {UNKNOWN: unknown}
         self.alphabet = frozenset(piece for piece in vocab if len(piece) == 1)
         self.missing_bytes = bytes(b for b in range(256) if chr(b) not in vocab) if byte_level else b""
@@ -96,7 +94,7 @@ class BPETokenizer:
         self.encode_word_cached = lru_cache(maxsize=2**16)(self.encode_word)
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Token ids. `first`: the text begins a document, where some vocabularies put a space in front."""
+        """Token ids. `first`: the text begins a document; some vocabularies then add a space before it."""
         ids = []
         for i, part in enumerate(self.added.split(text)):
             if isinstance(part, int):
@@ -117,8 +115,8 @@ class BPETokenizer:
         return [word.encode().decode("latin-1") for word in words] if self.byte_level else words
 
     def symbols(self, word: str) -> list[str]:
-        """The symbols that a word begins as. What is not in the vocabulary becomes bytes, else the unknown token, else
-        nothing, as in `tokenizers`."""
+        """The initial symbols of a word. Characters that are not in the vocabulary become bytes, else the unknown
+        token, else nothing, as in `tokenizers`."""
         if self.alphabet.issuperset(word):
             return list(word)
         out, unknown = [], 0
@@ -152,7 +150,7 @@ class BPETokenizer:
             _, i, left, right = heapq.heappop(heap)
             j = after[i]
             if parts[i] != left or j == len(parts) or parts[j] != right:
-                continue  # one of the two has been merged with another neighbour since
+                continue  # one of the two has been merged with its other neighbour
             parts[i], parts[j] = left + right, ""
             after[i] = k = after[j]
             if k < len(parts):
@@ -179,14 +177,14 @@ class BPETokenizer:
 
 
 def byte_tokens(character: str) -> list[str]:
-    """The tokens that stand for the UTF-8 bytes of a character in a vocabulary of characters."""
+    """The tokens of a character's UTF-8 bytes in a character-level vocabulary."""
     return [f"<0x{b:02X}>" for b in character.encode()]
 
 
 def piece_bytes_of_byte_level(piece: str) -> bytes:
     try:
         return piece.encode("latin-1")
-    except UnicodeEncodeError:  # a token that no text makes
+    except UnicodeEncodeError:  # a token that no text produces
         return piece.encode()
 
 
@@ -199,7 +197,7 @@ def piece_bytes_of_characters(piece: str) -> bytes:
 
 
 def read_tiktoken(path: Path) -> BPETokenizer:
-    """Llama-3's ranks: a line "base64 rank" a token. Its 256 special tokens follow; names as in Llama 3.1 and later."""
+    """Llama-3's ranks: one line "base64 rank" per token. 256 special tokens follow, with Llama 3.1's names."""
     try:
         lines = [line.split() for line in path.read_text(encoding="ascii").split("\n") if line]
         vocab = {base64.b64decode(piece, validate=True).decode("latin-1"): int(rank) for piece, rank in lines}
@@ -226,7 +224,7 @@ def read_tiktoken(path: Path) -> BPETokenizer:
 
 
 def tiktoken_as_json(tokenizer: BPETokenizer) -> dict:
-    """A tokenizer.json that encodes as Llama-3's ranks do, for tools that read no such file."""
+    """A tokenizer.json equivalent to Llama-3's ranks, for tools that cannot read a file of ranks."""
     letters = {byte: letter for letter, byte in byte_letters().items()}
     merges = [
         (piece[:k].translate(letters), piece[k:].translate(letters), rank)
@@ -266,8 +264,9 @@ def tiktoken_as_json(tokenizer: BPETokenizer) -> dict:
 
 
 def read_tokenizer_json(path: Path, declared: dict[str, tuple[int, bool]]) -> BPETokenizer:
-    """An HF tokenizer.json with a BPE model of either kind. What would tokenize differently and is not supported is an
-    InputError. `declared`: {text: (id, is special)} of what tokenizer_config.json and its kin add; they override."""
+    """Load an HF tokenizer.json with a BPE model of either kind. Raises InputError for unsupported settings that would
+    change the tokens. `declared`: {text: (id, is special)}, added by tokenizer_config.json and similar files; these
+    override tokenizer.json."""
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         return parse_tokenizer_json(spec, declared)
@@ -297,7 +296,7 @@ def parse_tokenizer_json(spec: dict, declared: dict[str, tuple[int, bool]]) -> B
     unknown_id = None if unknown is None else vocab.get(unknown, specials.get(unknown))
     if unknown is not None and unknown_id is None:
         raise InputError(f"unk_token {unknown!r} is not in the vocabulary")
-    known = {*specials, unknown}  # pieces that no text may make
+    known = {*specials, unknown}  # pieces that no text may produce
     if prepends and scheme == "first":
         raise InputError("not supported: a Prepend normalizer together with a Metaspace of the scheme 'first'")
     if byte_level:
@@ -313,11 +312,11 @@ def parse_tokenizer_json(spec: dict, declared: dict[str, tuple[int, bool]]) -> B
             )
         vocab = {t: i for t, i in vocab.items() if t not in known}
         splittable = not model.get("ignore_merges") and not any("▁" in t.lstrip("▁") for t in vocab)
-        if "▁" in vocab and splittable:  # no merge reaches across the border of a word: cut there, and cache words
+        if "▁" in vocab and splittable:  # merges never cross word boundaries: split there, and cache words
             steps.append(lambda text, first: re.findall("▁*[^▁]+|▁+", text))
     missing = next((f"{a} {b}" for a, b in merges if a + b not in vocab), None)
     if missing:
-        raise InputError(f"the merge {missing!r} makes a token that is not in the vocabulary")
+        raise InputError(f"the merge {missing!r} produces a token that is not in the vocabulary")
     decoder = json.dumps(spec.get("decoder") or {})
     return BPETokenizer(
         vocab,
@@ -342,7 +341,7 @@ def unsupported(what) -> InputError:
 
 
 def byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet: every byte as one printable letter, {letter: byte}; bytes without one follow from U+0100."""
+    """GPT-2's alphabet: every byte as one printable character, {character: byte}; others are mapped from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -351,7 +350,7 @@ def byte_letters() -> dict[str, int]:
 def read_added_tokens(
     added: list[dict], declared: dict[str, tuple[int, bool]]
 ) -> tuple[dict[str, int], dict[str, int], set[str]]:
-    """Special tokens and text tokens, {text: id}, and the texts of those that are looked for after normalization."""
+    """Special tokens and text tokens, {text: id}, and the texts of those that are matched after normalization."""
     specials, text_tokens, normalized = {}, {}, set()
     listed = {a["content"]: (int(a["id"]), bool(a.get("special"))) for a in added}
     for text, (i, special) in (declared | listed).items():
@@ -366,7 +365,7 @@ def read_added_tokens(
 
 
 def read_normalizer(spec: dict | None) -> tuple[Callable[[str], str], bool]:
-    """The function that a normalizer is, and whether it puts something in front of every text."""
+    """A normalizer as a function, and whether it adds a prefix to every text."""
     functions, prepends = [], False
     for part in [] if not spec else spec["normalizers"] if spec.get("type") == "Sequence" else [spec]:
         match part:
@@ -392,8 +391,8 @@ def read_normalizer(spec: dict | None) -> tuple[Callable[[str], str], bool]:
 
 
 def read_pre_tokenizer(spec: dict) -> tuple[list[Callable[[str, bool], list[str]]], str]:
-    """The steps that cut a text into words, and when they put a space in front: "always", "first", "never" or "" (they
-    never look for one)."""
+    """The steps that split a text into words, and when they add a space before it: "always", "first", "never" or ""
+    (no such step)."""
     steps, scheme = [], ""
     parts = spec["pretokenizers"] if spec.get("type") == "Sequence" else [spec] if spec else []
     for k, part in enumerate(parts):
@@ -428,7 +427,7 @@ def cutting(pattern: str, keep_between: bool) -> Callable[[str, bool], list[str]
 
 
 def metaspace_words(text: str, first: bool, scheme: str, split: bool) -> list[str]:
-    """`tokenizers`' Metaspace: spaces become "▁", with one in front unless there is one already."""
+    """`tokenizers`' Metaspace: spaces become "▁", with one added in front if there is none."""
     text = text.replace(" ", "▁")
     if (scheme == "always" or (scheme == "first" and first)) and not text.startswith("▁"):
         text = "▁" + text

@@ -1,7 +1,6 @@
-"""Arrays in one file that processes map instead of reading: the ranks of a node share its pages.
+"""Arrays in one memory-mapped file, so that the ranks of a node share its pages.
 
-A file is a line of JSON (where each array lies, and whatever else belongs to it), then the arrays. Checksums tell a
-damaged file from a whole one.
+A file has a line of JSON (offsets of the arrays, and other data), then the arrays. Checksums detect damaged files.
 """
 
 import json
@@ -12,11 +11,11 @@ import numpy as np
 
 from parts.files import atomic_path
 
-BLOCK = 2**24  # bytes read at a time
+BLOCK = 2**24  # bytes per read
 
 
 class StringArray:
-    """Many texts as two arrays: UTF-8 end to end, and where each begins. A list of strings takes ten times the
+    """Many strings as two arrays: concatenated UTF-8, and the offset of each. A list of strings takes ten times the
     memory."""
 
     def __init__(self, content: np.ndarray, starts: np.ndarray):
@@ -38,7 +37,7 @@ class StringArray:
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], rest: dict) -> None:
-    """Write flat arrays and a JSON object to a file that appears whole or not at all."""
+    """Write flat arrays and a JSON object to a file, atomically."""
     places, offset, crc = {}, 0, 0
     for name, array in arrays.items():
         content = np.ascontiguousarray(array).view(np.uint8).data
@@ -52,7 +51,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], rest: dict) -> None:
 
 
 def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict] | None:
-    """What `save_arrays` wrote, the arrays mapped read-only; None where there is no such file or it is damaged."""
+    """The data that `save_arrays` wrote, with arrays mapped read-only; None if the file is missing or damaged."""
     try:
         with open(path, "rb") as f:
             line = f.readline()

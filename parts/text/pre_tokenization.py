@@ -15,7 +15,7 @@ LLAMA3_PATTERN = (
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Letters and numbers that Unicode 14 to 16 added. The reference tokenizers know Unicode 16; Python 3.10 knows 13.
+# Letters and numbers that Unicode 14 to 16 added. The reference tokenizers use Unicode 16; Python 3.10 has 13.
 ADDED_SINCE_UNICODE_13 = {
     "L": "870-887 889-88E 8B5 8C8-8C9 C5D CDD 170D 171F 1B4C 1C89-1C8A 2C2F 2C5F 9FFD-9FFF A7C0-A7C1 A7CB-A7CD "
     "A7D0-A7D1 A7D3 A7D5-A7DC A7F2-A7F4 10570-1057A 1057C-1058A 1058C-10592 10594-10595 10597-105A1 105A3-105B1 "
@@ -28,7 +28,7 @@ ADDED_SINCE_UNICODE_13 = {
     "N": "10D40-10D49 116D0-116E3 11BF0-11BF9 11F50-11F59 16130-16139 16AC0-16AC9 16D70-16D79 1CCF0-1CCF9 1D2C0-1D2D3 "
     "1E4F0-1E4F9 1E5F1-1E5FA",
 }
-WHITE_SPACE = "9-D 20 85 A0 1680 2000-200A 2028-2029 202F 205F 3000"  # Unicode's; Python's \s holds four more
+WHITE_SPACE = "9-D 20 85 A0 1680 2000-200A 2028-2029 202F 205F 3000"  # Unicode's; Python's \s contains four more
 
 
 @cache
@@ -46,7 +46,7 @@ def character_class(name: str, negated: bool) -> str:
 
 
 def compile_pattern(pattern: str) -> re.Pattern:
-    """Compile a tokenizer's pattern with Python's `re`, spelling out the Unicode classes which `re` lacks."""
+    """Compile a tokenizer's pattern with Python's `re`, expanding the Unicode classes that `re` lacks."""
     if re.search(r"\\[wWbB]|&&|\\[pP]\{\^|\(\?[a-z]*m|\[\[:", pattern):
         raise InputError(f"pre-tokenization pattern not supported, Python's re would read it otherwise: {pattern}")
     out, inside = [], False

@@ -1,7 +1,7 @@
-"""Rows: what a data file may hold. JSONL or one JSON array, one of five formats a file, every bad row named.
+"""Rows of data files: JSONL or one JSON array, one of five formats per file. Every bad row is reported.
 
-Whatever its format, a row becomes an id, a list of turns and perhaps a score. A field that changes what a row means is
-honoured or refused by name, never ignored (docs/data.md has the table).
+A row of any format becomes an id, a list of turns and an optional score. A field that changes the meaning of a row is
+either used or rejected by name, never ignored (docs/data.md has the table).
 """
 
 import json
@@ -39,14 +39,14 @@ ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's newer name for it
 }
-FORMATS = {  # the keys by which a format is known
+FORMATS = {  # the keys that identify a format
     "phased": ("data",),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-# Fields that change what a row means and that nothing here can honour: an error where they hold something.
+# Unsupported fields that change the meaning of a row: an error unless empty.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 UNSUPPORTED = (
     "tools",
@@ -75,10 +75,10 @@ TRAINED_KEYS = ("weight", "loss", "train")  # of a message: OpenAI's, ms-swift's
 
 
 def check_fields(source: dict, names: tuple[str, ...]) -> None:
-    """Raise InputError for the first of these fields that holds something."""
+    """Raise InputError for the first of these fields that is not empty."""
     for name in names:
         if source.get(name) not in (None, "", [], {}, False):
-            raise InputError(f"the field {name} is not supported: what it says would be lost. Remove it, or the row")
+            raise InputError(f"the field {name} is not supported, and its content would be lost. Remove it, or the row")
 
 
 def field_text(content) -> str:
@@ -111,7 +111,7 @@ def chat_turn(message: dict) -> Turn:
 
 
 def system_turn(raw: dict) -> list[Turn]:
-    """What `system` or `system_prompt` beside a row's other fields says, as a turn; none where they are absent."""
+    """A row's field `system` or `system_prompt` as a list of one turn; empty if both are missing."""
     found = [raw[key] for key in ("system", "system_prompt") if raw.get(key) is not None]
     if any(not isinstance(text, str) for text in found):
         raise InputError("system must be text")
@@ -126,7 +126,7 @@ def row_turns(raw: dict, form: str) -> list[Turn]:
     check_fields(raw, UNSUPPORTED)
     for key in TRAINED_KEYS:
         if raw.get(key) not in (None, 1):
-            raise InputError(f"{key} of a whole row is not supported, only that of a message (0 or 1)")
+            raise InputError(f"{key} of a whole row is not supported, only of a message (0 or 1)")
     system = system_turn(raw)
     if form == "phased":
         if not isinstance(raw["data"], list):
@@ -154,7 +154,7 @@ def row_turns(raw: dict, form: str) -> list[Turn]:
         check_fields(raw, ("history",))
     if system and turns and turns[0].role == "system":
         if turns[0].text != system[0].text:
-            raise InputError("two system texts: one in the conversation and another beside it")
+            raise InputError("two system texts: one in the conversation and one in a field of the row")
         system = []
     return [*system, *turns]
 
@@ -165,7 +165,7 @@ def messages_of(turns: list[Turn]) -> list[dict]:
 
 
 def check_turns(turns: list[Turn]) -> None:
-    """Raise InputError unless this is text, or [system] user assistant user assistant … with every answer there."""
+    """Raise InputError unless this is text, or [system] user assistant user assistant … without empty answers."""
     roles = [turn.role for turn in turns]
     if roles == ["text"]:
         if not turns[0].text.strip():
@@ -174,7 +174,7 @@ def check_turns(turns: list[Turn]) -> None:
     if roles[:1] == ["system"]:
         roles = roles[1:]
     if roles[:1] == ["assistant"]:
-        raise InputError("it opens with the assistant, which templates have no place for: remove that turn, or the row")
+        raise InputError("it begins with the assistant, which templates do not support: remove that turn, or the row")
     if len(roles) < 2 or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
         raise InputError(
             f"turns must be user, assistant, user, assistant, … and end with an answer; they are: "
@@ -188,15 +188,15 @@ def check_turns(turns: list[Turn]) -> None:
 
 
 def check_characters(raw) -> None:
-    """Raise InputError where a value read from JSON holds what cannot be written again, in a text, an id or a key."""
+    """Raise InputError if a string in a value read from JSON cannot be written again as UTF-8."""
     try:
         json.dumps(raw, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InputError("half of a surrogate pair, which is no character") from None
+        raise InputError("an unpaired surrogate, which is not a character") from None
 
 
 def finite_number(value, name: str) -> float:
-    """A score, which published files hold as text, at times with newlines behind. Raises InputError."""
+    """A score as float; published files contain strings, some with trailing newlines. Raises InputError."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -207,7 +207,7 @@ def finite_number(value, name: str) -> float:
 
 
 def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
-    """A checked Row and its format; `form` is the file's format where that is known already. Raises InputError."""
+    """A checked Row and its format; `form` is the file's format if known already. Raises InputError."""
     if not isinstance(raw, dict):
         raise InputError(f"a row must be a JSON object, this is {json.dumps(raw)[:40]}")
     known = [name for name, keys in FORMATS.items() if all(key in raw for key in keys)]
@@ -217,7 +217,7 @@ def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
         raise InputError(f"a row of the format '{known[0]}' in a file of the format '{form}'")
     several = [name for name in known if name != "text"]
     if len(several) > 1:
-        raise InputError(f"a row of two formats at once, {' and '.join(several)}: remove the fields of one")
+        raise InputError(f"a row of two formats, {' and '.join(several)}: remove the fields of one")
     form = form or known[0]
     turns = row_turns(raw, form)
     check_turns(turns)
@@ -227,8 +227,7 @@ def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
 
 
 def each_row(path: str | Path) -> Iterator[tuple[str, object, Row | None, str]]:
-    """(file:line, the value as it was read, its Row or None, what is wrong with it) of each row of a JSONL or JSON
-    file.
+    """(file:line, raw value, its Row or None, error or None) of each row of a JSONL or JSON file.
 
     Raises InputError when the file itself cannot be read.
     """
@@ -245,7 +244,7 @@ def each_row(path: str | Path) -> Iterator[tuple[str, object, Row | None, str]]:
 
 
 def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
-    """The good rows of a JSONL or JSON file, and a line "file:line: what is wrong" for each bad one."""
+    """The good rows of a JSONL or JSON file, and a line "file:line: error" for each bad one."""
     rows, bad = [], []
     for where, _, row, problem in each_row(path):
         if row:
@@ -255,34 +254,34 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
     return rows, bad
 
 
-SKIP_ADVICE = "Mend them, or leave them out with --skip-bad-rows."
+SKIP_ADVICE = "Correct them, or skip them with --skip-bad-rows."
 
 
 def read_good_rows(path: Path, skip_bad: bool) -> list[Row]:
-    """Every row of a file; bad ones are an InputError, or left out and listed on stdout."""
+    """The rows of a file. Raises InputError for bad rows, or skips them and lists them on stdout."""
     rows, bad = read_rows(path)
     if not skip_bad:
         raise_if_any(bad, "rows cannot be used", SKIP_ADVICE)
-    print_list("rows that cannot be used are left out", bad)
+    print_list("unusable rows are skipped", bad)
     if not rows:
         raise InputError(f"{path}: no rows")
     return rows
 
 
 def has_exact_answer(answer: str, expected: str) -> bool:
-    """Whether an answer is the expected one: letter for letter, but for case and white space."""
+    """Whether an answer equals the expected one, ignoring case and white space."""
     return " ".join(answer.lower().split()) == " ".join(expected.lower().split())
 
 
 def find_files(name: str, folders: list[Path]) -> list[Path]:
-    """The files of a stage: `name` itself, with .jsonl or .json behind it, or the data files of a folder."""
+    """The files of a stage: `name` itself, `name` with .jsonl or .json appended, or the data files of a folder."""
     for folder in folders:
         paths = [p for p in (folder / name, folder / f"{name}.jsonl", folder / f"{name}.json") if p.is_file()]
         inside = sorted([*(folder / name).glob("*.jsonl"), *(folder / name).glob("*.json")])
         if len(paths) + bool(inside) > 1:
             many = ", ".join([*map(str, paths), *([f"{folder / name}/"] if inside else [])])
-            raise InputError(f"{name} may mean {many}: name the file, or rename one")
+            raise InputError(f"{name} is ambiguous ({many}): give the full file name, or rename one")
         if paths or inside:
             return paths or inside
     tried = ", ".join(str(folder / f"{name}[.jsonl]") for folder in folders)
-    raise InputError(f"{name}: no such file, and no folder with *.jsonl files in it (looked for {tried})")
+    raise InputError(f"{name}: no such file, and no folder with *.jsonl files (looked for {tried})")

@@ -1,7 +1,7 @@
-"""Chat templates: how the turns of a conversation become tokens, for training and generation alike.
+"""Chat templates: how the turns of a conversation become tokens, in training and generation.
 
-A prompt at generation is token for token the beginning of the same document at training. A template is also written as
-Jinja (`chat_template`), so that other tools prompt an exported model in the same way.
+The tokens of a prompt in generation are a prefix of the same document's tokens in training. A template is also exported
+as Jinja (`chat_template`), so that other tools prompt an exported model in the same way.
 """
 
 import json
@@ -17,17 +17,17 @@ from parts.text.rows import Turn
 
 @dataclass(frozen=True)
 class Template:
-    """The pieces of a conversation. Each piece is tokenized by itself; {} stands for the turn's text; a piece between
-    ‹ and › is one special token, which nothing but a template can make. Only `answer` is supervised."""
+    """The pieces of a conversation. Each piece is tokenized separately; {} is replaced by the turn's text; a piece
+    between ‹ and › is one special token, which only a template can produce. Only `answer` is supervised."""
 
     first: tuple[str, ...]  # the first user turn
     later: tuple[str, ...]  # further user turns
-    header: tuple[str, ...]  # opens an answer: a prompt for generation ends here
+    header: tuple[str, ...]  # before an answer: a prompt for generation ends here
     answer: tuple[str, ...]
     system: tuple[str, ...] = ()  # a turn of its own, or else …
     system_text: str = "{}\n"  # … text in front of the first user turn's
     begin: tuple[str, ...] = ("‹bos›",)
-    prefix_every_text: bool = False  # every text is tokenized like the first of a document, with its prefix space
+    prefix_every_text: bool = False  # every text gets a prefix space, like the first of a document
 
     def __post_init__(self):
         for name in ("begin", "system", "first", "later", "header", "answer"):
@@ -36,11 +36,11 @@ class Template:
             if not isinstance(pieces, tuple):
                 raise ValueError(f"{name} must be a tuple of pieces, is {pieces!r}: a comma is missing")
             if any(c in piece for piece in pieces for c in "‹›" if not re.fullmatch("‹[^‹›]+›", piece)):
-                raise ValueError(f"{name}: a special token is a piece by itself: {pieces!r}")
+                raise ValueError(f"{name}: a special token must be a separate piece: {pieces!r}")
             if whole.count("{}") != (1 if name in ("first", "later", "answer") else bool(whole and name == "system")):
-                raise ValueError(f"{name}: {{}} must stand once where the turn's text goes: {pieces!r}")
+                raise ValueError(f"{name}: {{}} must occur once, in place of the turn's text: {pieces!r}")
         if not self.answer[-1].startswith("‹") or self.system_text.count("{}") != 1:
-            raise ValueError("an answer must end in a special token, and system_text hold {} once")
+            raise ValueError("an answer must end with a special token, and system_text must contain {} once")
 
 
 LLAMA3_TURN = ("‹<|start_header_id|>›", "user", "‹<|end_header_id|>›", "\n\n{}", "‹<|eot_id|>›")
@@ -48,7 +48,7 @@ MISTRAL_USER = ("‹[INST]›", "{}", "‹[/INST]›")
 CHATML_USER = ("‹<|im_start|>›", "user\n{}", "‹<|im_end|>›", "\n")
 
 TEMPLATES = {
-    # Phased IFT's own training format, piece by piece as its code tokenizes it.
+    # Phased IFT's training format, in the pieces that its code tokenizes.
     "phased": Template(
         first=("User: {}", "‹eos›"), later=("\nUser: {}", "‹eos›"), header=("\nAssistant: ",), answer=("{}", "‹eos›")
     ),
@@ -111,7 +111,7 @@ TEMPLATES = {
 }
 
 
-# What a chat template contains if the model was trained with one of ours; the first that fits decides.
+# Strings in the chat template of a model that was trained with one of our templates; the first match is used.
 MARKERS = {
     "llama3": ("<|start_header_id|>",),
     "chatml": ("<|im_start|>",),
@@ -123,7 +123,7 @@ MARKERS = {
 
 
 def read_chat_template(folder: Path) -> str:
-    """The Jinja chat template of a model folder, "" where it has none."""
+    """The Jinja chat template of a model folder, "" if it has none."""
     file = folder / "chat_template.jinja"
     if file.exists() and (text := read_text(file)).strip():
         return text
@@ -136,10 +136,10 @@ def read_chat_template(folder: Path) -> str:
 
 
 def choose_template(folder: Path, tokenizer, given: str | None) -> tuple[str, list[str]]:
-    """The name of the template for a model folder, and lines that say why and what differs from the folder's own.
+    """The name of the template for a model folder, and lines that explain the choice and differences to its own.
 
-    `given` by the user, else that of an export of ours (template.json), else the one that its chat template resembles,
-    else `phased`. Raises InputError.
+    In this order: `given` by the user; the folder's template.json (an export of this project); the one that the
+    folder's chat template resembles; `phased`. Raises InputError.
     """
     jinja = re.sub(r"\{#.*?#\}", "", read_chat_template(folder), flags=re.DOTALL)  # without comments
     own = next((name for name, marks in MARKERS.items() if all(mark in jinja for mark in marks)), None)
@@ -150,29 +150,29 @@ def choose_template(folder: Path, tokenizer, given: str | None) -> tuple[str, li
         raise InputError(f"{folder / 'template.json'}: unknown template {exported!r} (known: {', '.join(TEMPLATES)})")
     if given or exported:
         name, why = (given, "--template") if given else (exported, "template.json of the model folder")
-        differs = (exported or own or "one that none of ours resembles") if jinja and (exported or own) != name else ""
+        differs = (exported or own or "unknown to this program") if jinja and (exported or own) != name else ""
         notes = [f"The model folder's own chat template ({differs}) is replaced by {name}."] if differs else []
         return name, [f"Template {name}: given by {why}.", *notes]
     if not own and not jinja:
         return "phased", ["Template phased: the model folder has no chat template."]
     if not own:
-        why = "the model folder's chat template resembles none of ours and is replaced (see --template)"
+        why = "the model folder's chat template is unknown to this program and is replaced (see --template)"
         return "phased", [f"Warning: template phased: {why}."]
     marks = " and ".join(MARKERS.get(own, ("[INST], here a control token",)))
     notes = [f"Template {own}: the model folder's chat template contains {marks}."]
     if added := default_system_text(jinja):
         notes.append(
-            f"Warning: that chat template holds a text of its own, {added[:60]!r}…, for prompts without a system turn "
-            f"or with tools; {own} adds none. Where the model should have one, give rows and prompts a system turn."
+            f"Warning: that chat template adds the text {added[:60]!r}… to prompts without a system turn or with "
+            f"tools; {own} adds none. If the model needs it, give rows and prompts a system turn."
         )
     return own, notes
 
 
 def default_system_text(jinja: str) -> str:
-    """A sentence that a chat template adds by itself, "" where it adds none: a literal of at least four words that is
-    no error message."""
+    """The sentence that a chat template adds to a conversation, "" if it adds none: a literal of at least four words
+    that is not an error message."""
     jinja = re.sub(r"raise_exception\(.*?\)\s*[-%}]", "", jinja, flags=re.DOTALL)
-    outside = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "\n", jinja, flags=re.DOTALL)  # is put in as it stands
+    outside = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "\n", jinja, flags=re.DOTALL)  # literal text of the template
     for literal in [*re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", jinja), (outside,)]:
         text = re.sub(r"<\|.*?\|>|\\n|\[/?\w+\]", "\n", "".join(literal))
         sentence = next((line for line in text.split("\n") if len(re.findall(r"[A-Za-z]{2,}", line)) >= 4), "")
@@ -203,12 +203,11 @@ def stop_ids(template: Template, tokenizer) -> list[int]:
 
 @lru_cache(maxsize=64)
 def fit_template(template: Template, tokenizer) -> Template:
-    """The template in the pieces of one tokenizer: what a literal holds of its special tokens' names becomes the tokens
-    (in Mistral's later vocabularies [INST] is one), and a BOS that it lacks is left out. Raises InputError where it
-    lacks another token."""
+    """Adapt a template to a tokenizer: names of its special tokens in literals become these tokens (in Mistral's later
+    vocabularies [INST] is one), and a missing BOS is omitted. Raises InputError if another token is missing."""
     names = sorted(tokenizer.specials, key=len, reverse=True)
     pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("(?!)")
-    # Where the prefix space stands in front of a document's first text only, the others need it spelled out.
+    # If the tokenizer adds a prefix space to a document's first text only, add it to the other texts.
     space = " " if template.prefix_every_text and tokenizer.prefix_space == "first" else ""
 
     def fit(pieces: tuple[str, ...]) -> tuple[str, ...]:
@@ -229,10 +228,10 @@ def fit_template(template: Template, tokenizer) -> Template:
 
 
 def render(turns: list[Turn], template: Template, tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation, and which of them are supervised. The one function that makes tokens from turns.
+    """Tokens of a conversation, and which of them are supervised. All tokens of turns are made by this function.
 
-    A conversation that ends in a user turn is a prompt: it ends in the header, ready for an answer. A single turn of
-    role "text" is plain text between BOS and EOS, supervised from its first token.
+    A conversation that ends with a user turn is a prompt: its tokens end with the header of the answer. A single turn
+    of role "text" is plain text between BOS and EOS, supervised from its first token.
     """
     template = fit_template(template, tokenizer)
     tokens, loss_mask = [], []
@@ -270,9 +269,9 @@ def render(turns: list[Turn], template: Template, tokenizer) -> tuple[list[int],
 def chat_template(template: Template, tokenizer) -> str:
     """The template as Jinja, for tokenizer_config.json, so that other tools prompt the model with the same tokens.
 
-    They tokenize the text between two special tokens at once, we each piece by itself. Where the tokenizer puts a space
-    in front of every text (SentencePiece), that space stands between the pieces here. docs/data.md lists where tokens
-    of earlier answers may still differ.
+    They tokenize the text between two special tokens as one string, `render` tokenizes each piece separately. If the
+    tokenizer adds a space before every text (SentencePiece), the Jinja template has that space between the pieces.
+    docs/data.md lists the cases in which tokens of earlier answers may differ.
     """
     template = fit_template(template, tokenizer)
 
@@ -280,7 +279,7 @@ def chat_template(template: Template, tokenizer) -> str:
         return not piece.startswith("‹")
 
     def emit(pieces: tuple[str, ...], text: str = "''", after: tuple[str, ...] = ()) -> str:
-        """`after`: the pieces in front of these."""
+        """`after`: the pieces before these."""
         terms = []
         for before, piece in zip((*after[-1:], *pieces) if after else ("‹›", *pieces), pieces):
             if is_text(before) and is_text(piece) and tokenizer.prefix_space == "always":

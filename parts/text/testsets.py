@@ -22,17 +22,17 @@ from parts.text.rows import (
 class Prompt:
     id: str
     dataset: str
-    instruction: str  # as the answers file shows it
+    instruction: str  # as in the answers file
     turns: list[Turn]  # ends with a user turn
     expected: str | None = None
     source: str = ""
     tokens: list[int] = field(default_factory=list)  # rendered
-    later_turns: int = 0  # further questions of the row, which would need the answers to the ones before
-    key: str = ""  # what an answer belongs to: these tokens, the weights, template and options
+    later_turns: int = 0  # number of further questions in the row, which depend on earlier answers
+    key: str = ""  # the key of an answer: a hash of tokens, weights, template and options
 
 
 def parse_prompt(raw, where: str, dataset: str, number: int) -> Prompt:
-    """A prompt from a row of any known test set or data format. Raises InputError."""
+    """A prompt from a row of any supported test set or data format. Raises InputError."""
     if isinstance(raw, str):
         raw = {"prompt": raw}
     if not isinstance(raw, dict):
@@ -72,13 +72,13 @@ def parse_prompt(raw, where: str, dataset: str, number: int) -> Prompt:
 
 
 def user_turns(raw: dict, text) -> list[Turn]:
-    """One question as turns, behind the row's system text if it has one."""
+    """One question as turns, after the row's system text if it has one."""
     check_fields(raw, (*UNSUPPORTED, "history", "input", "messages", "conversations", "data"))
     return [*system_turn(raw), Turn("user", field_text(text))]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a JSON or JSONL file, or of a plain text file with one a line. Raises InputError with all bad
+    """The prompts of a JSON or JSONL file, or of a plain text file with one per line. Raises InputError listing all bad
     rows."""
     text = read_text(path)
     if text.lstrip()[:1] in ("{", "["):
@@ -101,5 +101,5 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def exceeds_context(tokens: int, context: float) -> str:
-    """What is wrong with a prompt that leaves no room for an answer; "" if nothing is."""
-    return f"the prompt has {tokens} tokens, the model's context ends at {context}" if tokens >= context else ""
+    """An error message for a prompt that fills the context; "" if there is space for an answer."""
+    return f"the prompt has {tokens} tokens, the model's context is {context}" if tokens >= context else ""

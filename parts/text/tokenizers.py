@@ -1,6 +1,6 @@
-"""Tokenizers of model folders: SentencePiece and byte-pair encoding, and what the folder says of its special tokens.
+"""Tokenizers of model folders: SentencePiece and byte-pair encoding, and the folder's special tokens.
 
-Text never becomes a special token: `encode` makes none, whatever the text holds.
+`encode` never produces special tokens, whatever the text contains.
 """
 
 import json
@@ -26,15 +26,15 @@ from parts.text.bpe import (
 class SentencePieceTokenizer:
     """Llama-1/2, Mistral, TinyLlama: a `tokenizer.model`. Encodes as sentencepiece does, with its dummy prefix.
 
-    `specials` and `text_tokens` are added tokens that the folder declares beside the model, {text: id}: those that text
-    cannot make, and those that it does. Control pieces cannot come out of text by themselves; a declared special that
-    the model holds as a user-defined symbol could, and is kept from it.
+    `specials` and `text_tokens`, {text: id}, are added tokens that the folder declares in addition to the model: those
+    that text cannot produce, and those that it can. SentencePiece never encodes text as control pieces. It would for a
+    declared special token that is a user-defined symbol of the model: `encode` prevents this.
     """
 
     def __init__(self, path: Path, specials: dict[str, int], text_tokens: dict[str, int] | None = None):
         try:
             self.sp = SentencePieceProcessor()
-            self.sp.LoadFromSerializedProto(path.read_bytes())  # it cannot open every path that Python can
+            self.sp.LoadFromSerializedProto(path.read_bytes())  # it cannot open all paths that Python can
         except (RuntimeError, OSError) as e:
             raise InputError(f"{path}: not a SentencePiece model ({e})") from None
         n = self.sp.get_piece_size()
@@ -50,7 +50,7 @@ class SentencePieceTokenizer:
         self.reachable = re.compile("(?=" + "|".join(map(re.escape, reachable)) + ")") if reachable else None
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Token ids. `first` makes no difference here: sentencepiece puts its prefix in front of every text."""
+        """Token ids. `first` makes no difference here: sentencepiece adds its prefix to every text."""
         ids = []
         for part in self.added.split(text):
             ids += [part] if isinstance(part, int) else self.encode_plain(part)
@@ -59,8 +59,8 @@ class SentencePieceTokenizer:
     def encode_plain(self, text: str) -> list[int]:
         if not self.reachable or not self.reachable.search(text):
             return self.sp.encode(text)
-        # Cut inside each such string, so that no part of the text holds the symbol. Parts after the first go on inside
-        # a line: a character that merges with nothing takes the dummy prefix for them, and is dropped again.
+        # Split each such string, so that no part of the text contains the symbol. Parts after the first need no dummy
+        # prefix: prepend a character that merges with nothing, and drop its token.
         cuts = [m.start() + 1 for m in self.reachable.finditer(text)]
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
         spare = "\ue000"
@@ -68,11 +68,11 @@ class SentencePieceTokenizer:
         return self.sp.encode(parts[0]) + [i for part in parts[1:] for i in self.sp.encode(spare + part)[extra:]]
 
     def loses(self, text: str) -> bool:
-        """Whether `encode` replaces characters of the text by the unknown token."""
+        """Whether `encode` replaces characters by the unknown token."""
         return self.sp.unk_id() in self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """The text of `ids`, without special tokens."""
         special, n = set(self.specials.values()), self.sp.get_piece_size()
         names, text, run = {i: t for t, i in self.text_tokens.items()}, "", []
         for i in [*map(int, ids), None]:
@@ -96,7 +96,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a model folder that say how it tokenizes, config.json aside."""
+    """The files of a model folder that define its tokenizer, except config.json."""
     names = (*TOKENIZER_FILES, CHAT_TEMPLATE)
     return [path for path in sorted(folder.iterdir()) if path.name in names or path.suffix == ".tiktoken"]
 
@@ -106,10 +106,10 @@ LISTED_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def declared_tokens(folder: Path, settings: dict) -> dict[str, tuple[int, bool]]:
-    """The added tokens that the files beside the tokenizer declare, {text: (id, is special)}. Raises InputError.
+    """The added tokens that the tokenizer's configuration files declare, {text: (id, is special)}. Raises InputError.
 
-    A token of added_tokens.json, which has no such mark, is special where special_tokens_map.json or
-    tokenizer_config.json use it as one.
+    added_tokens.json does not mark special tokens: its tokens are special if special_tokens_map.json or
+    tokenizer_config.json use them as such.
     """
     try:
         used = set()
@@ -127,7 +127,7 @@ def declared_tokens(folder: Path, settings: dict) -> dict[str, tuple[int, bool]]
         marked = {t["content"]: (int(i), bool(t.get("special", True))) for i, t in decoder.items()}
         found = {text: (i, False) for text, i in plain.items()} | marked
         if any(not isinstance(text, str) or i < 0 for text, (i, _) in found.items()):
-            raise ValueError("a token is no text, or its id is negative")
+            raise ValueError("a token is not a string, or its id is negative")
         return {text: (i, special or text in used) for text, (i, special) in found.items()}
     except InputError:
         raise
@@ -137,10 +137,12 @@ def declared_tokens(folder: Path, settings: dict) -> dict[str, tuple[int, bool]]
 
 
 def load_tokenizer(folder: str | Path) -> SentencePieceTokenizer | BPETokenizer:
-    """The tokenizer of a model folder, by what lies there: tokenizer.model (SentencePiece, or Llama-3's ranks under
-    the same name), *.tiktoken, or a tokenizer.json with a BPE model. It has encode(text, first), decode(ids),
-    loses(text), bos_id (or None), eos_ids (the template's first, then all at which an answer may end), specials and
-    text_tokens {text: id} (the added tokens that text cannot and can make), vocab_size. Raises InputError.
+    """Load the tokenizer of a model folder from tokenizer.model (SentencePiece, or Llama-3's ranks under the same
+    name), *.tiktoken, or a tokenizer.json with a BPE model.
+
+    It has encode(text, first), decode(ids), loses(text), bos_id (or None), eos_ids (the template's first, then all that
+    may end an answer), specials and text_tokens {text: id} (the added tokens that text cannot and can produce),
+    vocab_size. Raises InputError.
     """
     folder = Path(folder)
     config, settings = read_json_object(folder / "config.json"), read_json_object(folder / "tokenizer_config.json")
@@ -162,7 +164,7 @@ def load_tokenizer(folder: str | Path) -> SentencePieceTokenizer | BPETokenizer:
         raise InputError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json nor *.tiktoken")
 
     def ids(value, key) -> list[int]:
-        """Ids from a token's text, an {"content": text} object, an id or a list of ids; those that exist."""
+        """The existing ids for a token's text, an {"content": text} object, an id or a list of ids."""
         value = value.get("content") if isinstance(value, dict) else value
         items = value if isinstance(value, list) else [value]
         items = [tokenizer.specials.get(i) if isinstance(i, str) else i for i in items]
@@ -180,12 +182,12 @@ def load_tokenizer(folder: str | Path) -> SentencePieceTokenizer | BPETokenizer:
 
 
 def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict | None:
-    """A tokenizer.json that encodes as `tokenizer` does, so that tools which read no SentencePiece model train and
-    answer with the same tokens (transformers 5 otherwise rebuilds the merges and cuts runs of spaces differently).
+    """A tokenizer.json equivalent to `tokenizer`, for tools that do not read SentencePiece models (transformers 5 would
+    rebuild the merges and split runs of spaces differently).
 
-    None where the model cannot be expressed that way: it is no BPE model, or normalizes text. That is found out by
-    comparing both on texts made of the model's own pieces. User-defined symbols become added tokens, behind which other
-    tools put a space that sentencepiece does not.
+    None if the model cannot be expressed that way: it is not a BPE model, or normalizes text. This is tested by
+    comparing both on texts made of the model's own pieces. User-defined symbols become added tokens, after which other
+    tools add a space that sentencepiece does not.
     """
     sp, n = tokenizer.sp, tokenizer.sp.get_piece_size()
     pieces = [sp.id_to_piece(i) for i in range(n)]
@@ -198,7 +200,7 @@ def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict | None:
     ]
     made = {left + right for left, right, _ in merges}
     symbols = {piece: i for piece, i in plain.items() if len(piece) > 1 and piece not in made}
-    # By score as in sentencepiece; runs of spaces, which share one score, grow from the left there.
+    # Ordered by score as in sentencepiece; runs of spaces, which have equal scores, are merged from the left.
     merges.sort(key=lambda m: (-m[2], -len(m[0] + m[1]), plain[m[0]], plain[m[1]]))
     added = [(text, i, True) for text, i in tokenizer.specials.items()]
     added += [(text, i, False) for text, i in (symbols | tokenizer.text_tokens).items()]
@@ -241,7 +243,7 @@ def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict | None:
 
 
 def bos_in_front(bos: str | None, bos_id: int | None) -> dict:
-    """The post-processor of a tokenizer.json that puts the BOS, if there is one, in front of a text."""
+    """The post-processor of a tokenizer.json that adds the BOS, if there is one, before a text."""
     sequences = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     special = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
     tokens = {} if bos is None else {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
@@ -250,21 +252,21 @@ def bos_in_front(bos: str | None, bos_id: int | None) -> dict:
 
 
 def copy_tokenizer(source: Path, folder: Path, chat_template: str, stop_ids: list[int]) -> None:
-    """Copy a model's tokenizer files and say in them how the copy is prompted and where its answers end."""
+    """Copy a model's tokenizer files, and set the chat template and the end-of-answer tokens in the copy."""
     for path in tokenizer_files(source):
-        if path.name != CHAT_TEMPLATE:  # ours stands in tokenizer_config.json
+        if path.name != CHAT_TEMPLATE:  # our template is in tokenizer_config.json
             shutil.copyfile(path, folder / path.name)
     tokenizer = load_tokenizer(source)
     texts = {i: t for t, i in tokenizer.specials.items()}
     settings = read_json_object(source / "tokenizer_config.json") | {"chat_template": chat_template}
-    # Whether engines put a BOS in front of plain text; where it is not said, transformers 4 does and 5 does not.
+    # Whether engines add a BOS before plain text; without this key, transformers 4 does and 5 does not.
     adds_bos = tokenizer.bos_id is not None and chat_template.startswith("{{ bos_token }}")
     settings["add_bos_token"] = adds_bos
     settings.setdefault("bos_token", texts.get(tokenizer.bos_id))
     settings.setdefault("eos_token", texts.get((tokenizer.eos_ids or [None])[0]))
     spec = read_json_object(source / "tokenizer.json")
     if isinstance(tokenizer, SentencePieceTokenizer):
-        settings["legacy"] = True  # transformers' name for a space before every piece, as we encode
+        settings["legacy"] = True  # transformers' name for adding a space before every piece, as `encode` does
         spec = sentencepiece_as_json(tokenizer)
     elif tokenizer.merges is None:
         spec = tiktoken_as_json(tokenizer)
@@ -274,9 +276,9 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str, stop_ids: lis
                 token["normalized"] = False  # else transformers looks for it as "▁name" only
         spec["post_processor"] = bos_in_front(texts[tokenizer.bos_id] if adds_bos else None, tokenizer.bos_id)
         atomic_write(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers then takes the file as it is
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers then uses the file unchanged
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        (folder / "tokenizer.json").unlink(missing_ok=True)  # it may encode otherwise
+        (folder / "tokenizer.json").unlink(missing_ok=True)  # it may encode differently
         settings.setdefault("tokenizer_class", "LlamaTokenizer")
     generation = read_json_object(source / "generation_config.json")
     generation |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids}

@@ -44,7 +44,7 @@ def read_ground(args: argparse.Namespace) -> StudyData:
     raise_if_any([row.source for row, score in zip(rows, scores) if score is None], f"rows have no {args.score_key}",
            "Score them, or leave them out of the file.")  # fmt: skip
     if sorted(set(args.bounds)) != args.bounds:
-        raise InputError("--bounds must rise")
+        raise InputError("--bounds must be in increasing order")
     share, stages = min(1.0, args.rows / len(rows)) if args.rows else 1.0, []
     for k, group in enumerate(cut_scores(np.array(scores), args), 1):
         batches = min(round(share * len(group) / args.batch_size), len(group) // args.batch_size)
