@@ -364,7 +364,7 @@ class SelectionOptions:
     select: str  # none, iterit or static
     ratio: float  # of the stage's rows below 1, a count from 1 on
     update_ratio: float  # times as many rows are scored again before a later epoch
-    score_type: str  # both: by IFD times diversity; ifd: by IFD alone
+    score_type: str  # both: by SCORE times diversity; ifd: by SCORE alone, whichever it is
     diversity_decay: float  # of the weights of terms that are chosen already
 
 

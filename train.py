@@ -128,7 +128,8 @@ def training_loss(losses: Tensor, log_z: Tensor, at: Tensor) -> Tensor:
 
     A re-weighted loss, or one with more terms, goes here; the losses that are logged, of held-out data and of IFD stay
     plain cross-entropy. `log_z` is the logarithm of the softmax's normalizer, `at` (int64) says which of the
-    micro-batch's supervised tokens they are. The sum is divided by the supervised tokens of the batch.
+    micro-batch's supervised tokens they are, in the order of its documents. The sum is divided by the number of the
+    batch's supervised tokens, whatever their weights.
     """
     return losses
 
@@ -285,7 +286,7 @@ def update_weights(state: TrainingState, lr: float) -> None:
 
 def more_state(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """`TrainingState.more` at the start of a run, by name: tensors that are saved and resumed beside weights and
-    optimizer. Here none; of an average of the weights, a copy of each."""
+    optimizer. Here none; of an average of the weights, an fp32 copy of each (in bf16 it would hardly move)."""
     return {}
 
 
