@@ -362,7 +362,7 @@ class SelectionOptions:
     select: str  # none, iterit or static
     ratio: float  # of the stage's rows below 1, a count from 1 on
     update_ratio: float  # rows scored again before a later epoch, as a multiple of the rows per epoch
-    score_type: str  # both: by IFD times diversity; ifd: by IFD alone
+    score_type: str  # both: by SCORE times diversity; ifd: by SCORE alone, whichever it is
     diversity_decay: float  # decay of the weights of terms in rows chosen already
 
 

@@ -128,7 +128,8 @@ def training_loss(losses: Tensor, log_z: Tensor, at: Tensor) -> Tensor:
 
     A re-weighted loss, or one with more terms, goes here. Logged losses, held-out losses and IFD remain plain
     cross-entropy. `log_z` is the logarithm of the softmax's normalizer. `at` (int64) contains the indices of these
-    tokens among the micro-batch's supervised tokens. The sum is divided by the batch's number of supervised tokens.
+    tokens among the micro-batch's supervised tokens, in the order of its documents. The sum is divided by the batch's
+    number of supervised tokens, whatever their weights.
     """
     return losses
 
@@ -287,7 +288,8 @@ def update_weights(state: TrainingState, lr: float) -> None:
 
 def more_state(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """`TrainingState.more` at the start of a run, by name: tensors that are saved and restored with the weights and the
-    optimizer. None by default; for an average of the weights, return a copy of each."""
+    optimizer. None by default; for an average of the weights, return an fp32 copy of each (a bf16 copy would hardly
+    change)."""
     return {}
 
 

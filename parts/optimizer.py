@@ -12,7 +12,8 @@ from parts.options import Optimization
 
 def make_optimizer(trained: dict[str, nn.Parameter], optimization: Optimization) -> torch.optim.Optimizer:
     """Any optimizer of torch that can step on sharded parameters may stand here: its whole state is saved and resumed.
-    The rate is set at every step: a group that wants another has a factor, "lr_scale"."""
+    The rate is set at every step: a group that wants another has a factor, "lr_scale". Weights in bf16 need one that
+    rounds stochastically."""
     decayed = [p for p in trained.values() if p.dim() > 1]
     others = [p for p in trained.values() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
