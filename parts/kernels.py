@@ -125,7 +125,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def plain_varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sliding_window: int | None) -> Tensor:
     T, device = len(q), q.device
     document = torch.arange(len(cu_seqlens) - 1, device=device).repeat_interleave(cu_seqlens.diff())  # (T,)
-    back = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)  # (T, T): how far behind a key lies
+    back = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)  # (T, T): distance to the key
     seen = (document[:, None] == document) & (back >= 0) & (back < (sliding_window or T + 1))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (T, H, hd)
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5

@@ -70,7 +70,7 @@ PLACES = {"attention_norm": 0, "q": 1, "k": 1, "v": 1, "o": 2, "mlp_norm": 3, "g
 
 
 def place(name: str, layers: int) -> tuple[int, int, bool]:
-    """How far along the computation a parameter comes in: its block, where in it, and whether behind LoRA's A."""
+    """The order in which the computation uses a parameter: its block, its place there, and whether after LoRA's A."""
     if not name.startswith("layers."):
         return (-1 if name == "embed.weight" else layers, 0, False)
     block, *_, module, kind = name.removeprefix("layers.").split(".")
@@ -110,7 +110,7 @@ def memory_plan(
     replicas: int = 1,
 ) -> dict[str, float]:
     """Bytes on each rank, estimated, by what needs them, at the moment of a step that needs most; its largest
-    micro-batch has so many tokens. `shards`: ranks that a model is sharded over; `replicas`: such groups of ranks.
+    micro-batch has that many tokens. `shards`: ranks that a model is sharded over; `replicas`: number of such groups.
 
     tests/fake_cuda.py follows the storages of real steps on the paths of GPUs and compares.
     """
@@ -181,7 +181,7 @@ class StepSizes:
     cast_block: int  # bytes of a block's weights in the dtype of the computation, where they are held in another
     cast_head: int
     hidden: int  # bytes of (tokens, dim)
-    kept: int  # bytes that a block keeps for its backward while the blocks behind it are computed
+    kept: int  # bytes that a block keeps for its backward while later blocks are computed
     recomputed: int  # and those that its backward computes again, with activation checkpointing
     mlp: int  # bytes of gradients in the backward of SwiGLU
     head: int  # bytes in the output head and the loss
@@ -191,7 +191,7 @@ class StepSizes:
 def step_sizes(
     model: torch.nn.Module, trained: set[str], dtype: torch.dtype, tokens: int, supervised: int, checkpointed: bool
 ) -> StepSizes:
-    """Of a micro-batch with so many tokens, `loss_mask` of which have a loss."""
+    """For a micro-batch of that many tokens, `loss_mask` of which carry loss."""
     c, parameters, size = model.config, dict(model.named_parameters()), dtype.itemsize
     block = {name: p for name, p in parameters.items() if name.startswith("layers.0.")}
     root = {name: p for name, p in parameters.items() if not name.startswith("layers.")}

@@ -42,7 +42,7 @@ def print_memory(
     largest: Callable[[int], tuple[int, int]],
 ) -> None:
     """The memory that a rank needs, for each number of ranks and each of some `ways` to hold the weights. `largest`:
-    tokens and supervised tokens of the largest micro-batch with so many ranks."""
+    tokens and supervised tokens of the largest micro-batch for that number of ranks."""
     cuda, plans, world_sizes = args.plan_gpu is not None or torch.cuda.is_available(), {}, options.world_sizes(args)
     dtype = compute_dtype("bf16" if args.plan_gpu is not None and args.dtype == "auto" else args.dtype)
     for way, weights in ways.items():

@@ -204,7 +204,7 @@ def test_missing_doubled_and_exchanged_answers_are_errors(tmp_path):
     c.write_text(json.dumps([rows[0] | {"instruction": "other"}, *rows[1:]]))
     assert "differs from that" in compare(os.environ, a, c, expect=2).stderr
     c.write_text(json.dumps(rows + rows[:1]))
-    assert "twice" in compare(os.environ, a, c, expect=2).stderr
+    assert "duplicate questions" in compare(os.environ, a, c, expect=2).stderr
     c.write_text('[{"instruction": "x"}]')
     assert "c.json:1" in compare(os.environ, a, c, expect=2).stderr
 

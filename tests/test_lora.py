@@ -279,7 +279,7 @@ def test_the_plan_names_the_first_way_that_fits(bench, tmp_path):
 def test_a_machines_memory_is_divided_among_the_planned_ranks_once(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(run_plan, "free_memory", lambda device: 12 / int(os.environ["LOCAL_WORLD_SIZE"]))
-    monkeypatch.setattr(memory_plan, "print_memory_plan", lambda planned, free: print(free))
+    monkeypatch.setattr(run_plan, "print_memory_plan", lambda planned, free: print(free))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as torchrun says it
         monkeypatch.setenv(name, "2")
     assert "{2: 6.0, 4: 3.0}" in go(bench, tmp_path / "o", "--dry-run", "--plan-world-size", "4").stdout
