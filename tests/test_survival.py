@@ -24,6 +24,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 import data
 import generate
+import model
 import score
 import train
 from parts import cli, decoding, distributed, optimizer
@@ -423,7 +424,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_files(module, name, at, number,
 
 
 @pytest.mark.parametrize("module, name, at", [
-    (distributed, "fully_shard", 1), (_fsdp_param.FSDPParam, "_init_sharded_param", 3), (train, "load_weights", 1),
+    (distributed, "fully_shard", 1), (_fsdp_param.FSDPParam, "_init_sharded_param", 3), (model, "load_weights", 1),
     (FSDPParamGroup, "unshard", 2), (train, "held_out_loss", 1), (FSDPParamGroup, "post_backward", 9),
 ])  # fmt: skip
 @pytest.mark.parametrize("together", [True, False])
