@@ -24,11 +24,11 @@ def stochastic_round_(x: Tensor, bits: Tensor) -> Tensor:
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """Weights and both moments bf16, plain or sharded; computed in fp32, AT_ONCE numbers at a time.
+    """Weights and both moments bf16, plain or sharded; computed in fp32, CHUNK numbers at a time.
 
     Rounding depends on the seed, the step (which is in the state), the parameter's number and the place in it: a
     resumed run needs no random state, and the number of ranks changes nothing. Random
-    bits are cheap: one table a step, from which each stretch of AT_ONCE numbers takes as many, from a place of its own
+    bits are cheap: one table a step, from which each stretch of CHUNK numbers takes as many, from a place of its own
     on, XOR a key of its own: so the draws of any two numbers are independent.
     """
 
