@@ -67,7 +67,7 @@ def recipe_of(folder: Path) -> tuple[Recipe, bool]:
 
 def print_flags(args: argparse.Namespace) -> None:
     found, large = recipe_of(args.model)
-    print(f"--micro-batch-tokens {found.micro_tokens}" + " --checkpoint-activations" * large)
+    print(f"--micro-batch-tokens {found.micro_batch_tokens}" + " --checkpoint-activations" * large)
 
 
 # ---------------------------------------------------------------- the plan

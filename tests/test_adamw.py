@@ -193,7 +193,7 @@ def test_everything_is_held_and_saved_in_bf16_and_exported_as_usual(bench, strai
     go(bench, tmp_path / "o", *BF16, *more, stages=("s1", "s2"))
     assert all(w.dtype == torch.bfloat16 for w in weights(tmp_path / "o", "stage2").values())
     go(bench, tmp_path / "p", *BF16, "--select", "iterit", "--ratio", "12", stages=("s1",))
-    assert "--weights was 'bf16', is 'fp32'" in go(bench, straight, *BF16[2:], code=2).stderr
+    assert "--param-dtype was 'bf16', is 'fp32'" in go(bench, straight, *BF16[2:], code=2).stderr
 
 
 def test_it_learns_what_fp32_weights_learn(bench, straight, tmp_path):

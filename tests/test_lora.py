@@ -209,7 +209,7 @@ args = train.parse_args(["--model", folder, "--stages", "x", "--lr", "1", "--dty
 with train.init_distributed() as ranks:
     before = peak()
     kinds = (train.dataclass_from_args(kind, args) for kind in (train.Weights, train.Computation))
-    model = train.build_model(train.Path(folder), config_file.read_config(folder), *kinds, ranks)
+    model = train.build_model(train.Path(folder), train.read_config(folder), *kinds, ranks)
     print(peak() - before)
 """
 

@@ -196,7 +196,7 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
     done = run_forked(generate.main, *arguments, "--batch-size", "4", expect=1)
     assert "--batch-size 2" in done.stderr
     done = run_forked(generate.main, *arguments, expect=1)
-    assert "--batch-size 3" in done.stderr and "6 at once" in done.stdout
+    assert "--batch-size 3" in done.stderr and "6 slots" in done.stdout
     monkeypatch.setattr(generate, "load_model", full)
     assert "--server" in run_forked(generate.main, *arguments, expect=1).stderr
 
@@ -205,4 +205,4 @@ def test_a_program_says_how_much_it_answers_at_once(tmp_path):
     (tmp_path / "p.txt").write_text("".join(f"Start with {i}, add 1 to it.\n" for i in range(200)))
     files = ["--prompts", tmp_path / "p.txt", "--out", tmp_path / "a.json", "--max-new-tokens", "3"]
     done = run_forked(generate.main, "--model", ROOT / "demo" / "model", *files)
-    assert f"{MAX_SLOTS} at once" in done.stdout and math.isfinite(len(json.loads((tmp_path / "a.json").read_text())))
+    assert f"{MAX_SLOTS} slots" in done.stdout and math.isfinite(len(json.loads((tmp_path / "a.json").read_text())))

@@ -704,7 +704,7 @@ def test_what_stands_behind_an_array_and_names_that_mean_two_things_are_errors(t
     (tmp_path / "both" / "x.jsonl").write_text("{}")
     assert find_files("both", [tmp_path]) == [tmp_path / "both" / "x.jsonl"]
     (tmp_path / "both.jsonl").write_text("{}")
-    with pytest.raises(InputError, match="both may mean"):
+    with pytest.raises(InputError, match="both is ambiguous"):
         find_files("both", [tmp_path])
     assert find_files("both.jsonl", [tmp_path]) == [tmp_path / "both.jsonl"]
 
