@@ -551,16 +551,9 @@ def select_command(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Difficulty of instructions; stages and selections made from it.", epilog=EXIT_CODES
-    )
+def add_difficulty_arguments(p: argparse.ArgumentParser) -> None:
     from parts.api.options import add_api_arguments  # imported here, so that training needs no httpx
 
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = partial(commands.add_parser, formatter_class=HelpFormatter)
-
-    p = make("difficulty", help="an LLM scores each instruction with its response from 1 to 5")
     p.add_argument("input", type=Path, metavar="IN")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: id, score, data or messages, model")
     p.add_argument("--instruction-only", action="store_true", help="show the instruction without its response")
@@ -572,7 +565,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_api_arguments(p)
     p.set_defaults(work=difficulty_command)
 
-    p = make("ifd", help="instruction-following difficulty (IFD) of each row by a local model")
+
+def add_ifd_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("input", type=Path, metavar="IN")
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="HF folder")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the input rows with the field ifd")
@@ -590,7 +584,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.set_defaults(work=ifd_command)
 
-    p = make("stages", help="split scored rows into stages of rising difficulty")
+
+def add_stages_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("scored", type=Path, metavar="SCORED")
     p.add_argument("--out-dir", type=Path, required=True, metavar="D", help="output folder of s1.jsonl s2.jsonl …")
     p.add_argument(
@@ -613,7 +608,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--plots", action="store_true", help="also draw scores.png (needs matplotlib)")
     p.set_defaults(work=stages_command)
 
-    p = make("select", help="select the best rows by score and diversity")
+
+def add_select_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("scored", type=Path, metavar="SCORED")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the chosen rows, best first")
     p.add_argument(
@@ -632,6 +628,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--skip-bad-rows", action="store_true", help="skip unusable rows instead of stopping")
     p.set_defaults(work=select_command)
 
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Difficulty of instructions; stages and selections made from it.", epilog=EXIT_CODES
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = partial(commands.add_parser, formatter_class=HelpFormatter)
+    add_difficulty_arguments(make("difficulty", help="an LLM scores each instruction with its response from 1 to 5"))
+    add_ifd_arguments(make("ifd", help="instruction-following difficulty (IFD) of each row by a local model"))
+    add_stages_arguments(make("stages", help="split scored rows into stages of rising difficulty"))
+    add_select_arguments(make("select", help="select the best rows by score and diversity"))
     for p in commands.choices.values():
         p.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)

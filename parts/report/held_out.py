@@ -25,7 +25,7 @@ def write_eval_matrix(out: Path) -> None:
     atomic_write(out / "held_out.json", json.dumps({"stages": stages, "losses": losses}, indent=1))
     rows = [(name, *("–" if x is None else f"{x:.4f}" for x in of)) for name, of in losses.items()]
     print_table(("held-out loss after", *stages), rows)
-    print("A lower loss is better. It is that of the answers in held-out rows, which no stage trains on.")
+    print("A lower loss is better. It is the mean over the tokens of the held-out answers.")
     for name, of in losses.items():
         if None not in of:
             print(strip_control_chars(f"{name}: {describe_change(stages, of)}"))
