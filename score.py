@@ -203,6 +203,18 @@ def answer_text(row: Row) -> str:
 # ---------------------------------------------------------------- IFD from a local model
 
 
+def answers_alone(documents: Documents) -> Documents:
+    """Each document without its prompt: its first token (BOS), then all its supervised tokens, which are the targets.
+    A document has as many targets as before."""
+    offsets = documents.offsets
+    supervised, first = documents.loss_mask.copy(), np.zeros_like(documents.loss_mask)
+    supervised[offsets[:-1]] = False
+    first[offsets[:-1]] = True
+    kept = supervised | first
+    ends = np.cumsum([0, *np.add.reduceat(kept, offsets[:-1], dtype=np.int64)]).astype(np.int64)
+    return Documents(documents.tokens[kept], supervised[kept], ends, documents.ids, documents.source, [])
+
+
 @torch.no_grad()
 def measure_ifd(
     model: Transformer, documents: Documents, micro_batch_tokens: int = 4096, rank: int = 0, world_size: int = 1
@@ -214,13 +226,7 @@ def measure_ifd(
     (BOS). Both means are over the same targets. A document without a prompt, or whose answer has no predicted token,
     has no IFD. The ranks share the work and all get the result; each must have the full model or a shard of it.
     """
-    D, offsets = len(documents), documents.offsets
-    supervised, first = documents.loss_mask.copy(), np.zeros_like(documents.loss_mask)
-    supervised[offsets[:-1]] = False
-    first[offsets[:-1]] = True
-    kept = supervised | first  # the answer alone: the first token, then all supervised tokens
-    ends = np.cumsum([0, *np.add.reduceat(kept, offsets[:-1], dtype=np.int64)]).astype(np.int64)
-    alone = Documents(documents.tokens[kept], supervised[kept], ends, documents.ids, documents.source, [])
+    D, alone = len(documents), answers_alone(documents)
     both, counts = data.concat([documents, alone]), documents.target_counts
     device = next(model.parameters()).device
     scores = torch.zeros(D, dtype=torch.float64, device=device)

@@ -1,18 +1,19 @@
-"""What a study found: intervals, Holm's correction, the table, the figure, the page; nothing is trained here."""
+"""What a study found: the table, the figure, the page. Nothing is trained here."""
 
 import json
-import math
 import re
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from parts.cli import WorkError
-from parts.files import atomic_write, write_lines
+from parts.cli import InputError, WorkError
+from parts.files import atomic_write, read_json_object, write_lines
 from parts.report.figures import can_draw, image, settings
+from recipes.study.intervals import estimate, holm
+from recipes.study.measures import compare_measures, measures_rows, other_measures
 
 COMPARISONS = {"phased", "random stages", "phased by IFD", "phased, replay 0.1"}  # measured after every stage
 DOTTED = "random"
@@ -23,76 +24,6 @@ PAPER = {  # win rate against one-off - 50, by the order of the stages (Phased I
     "Llama-3 8B": {"phased": 7.64, "2-1-3": 3.02, "1-3-2": 1.40, "3-1-2": 2.32, "2-3-1": -13.57, "3-2-1": -8.26},
 }
 PAPER_OTHERS = {"Llama-2 7B": {"stage 3 only": 4.44, "stage 2 only": 1.14}}
-
-# ---------------------------------------------------------------- statistics
-
-
-def tail(t: float, df: float) -> float:
-    """P(|T| > t) of Student's T with df degrees of freedom, at least 1: T = sqrt(df) tan(x), x of density
-    ~ cos(x)^(df - 1)."""
-    x = np.linspace(0.0, math.pi / 2, 4001)
-    density = np.cos(x) ** (df - 1)
-    mass = np.append(0.0, np.cumsum((density[1:] + density[:-1]) * np.diff(x)))
-    return float(1 - np.interp(math.atan(abs(t) / math.sqrt(df)), x, mass) / mass[-1])
-
-
-@cache
-def quantile(df: float, p: float = 0.05) -> float:
-    """The t with P(|T| > t) = p."""
-    low, high = 0.0, 1e4
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if tail(middle, df) > p else (low, middle)
-    return high
-
-
-def estimate(
-    values: np.ndarray, limits: tuple[float, float] | None = None, weights: np.ndarray | None = None
-) -> dict[str, float | None]:
-    """Mean of (seeds, prompts), its 95 % interval, and the p value of its being 0, for other seeds and other prompts.
-
-    Both are random (two crossed factors): the variance of the mean is that of the seeds' means over seeds, and that of
-    the prompts' means over prompts, less what both count, the residual's. Student's t has the smaller of the two
-    degrees of freedom, as in Welch's test where it must hold its level (Satterthwaite's estimate of them does not with
-    two or three seeds). Where values have `limits`, one prompt at each is added to the variance over prompts, so that
-    equal values are not taken for certainty. Prompts without a value (NaN) in some seed are left out; `n` are left.
-
-    One seed says nothing about others: the interval is over prompts alone, and there is no p value; nor is there one
-    without any variance. Without a prompt the mean and the interval are None as well.
-    """
-    there = ~np.isnan(values).any(axis=0)
-    values = values[:, there]
-    seeds, n = values.shape
-    if n == 0:
-        return {"n": 0, "mean": None, "low": None, "high": None, "p": None}
-    if weights is not None:
-        values = values * (weights[there] * n / weights[there].sum())
-    mean, of_seed, of_prompt = float(values.mean()), values.mean(1), values.mean(0)
-    padded = np.append(of_prompt, limits or ()) - mean
-    by_prompts = float((padded**2).sum()) / max(1, len(padded) - 1) / n
-    by_seeds = of_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
-    residual = 0.0
-    if seeds > 1 and n > 1:
-        left = values - of_seed[:, None] - of_prompt + mean
-        residual = (left**2).sum() / ((seeds - 1) * (n - 1)) / (seeds * n)
-    error = math.sqrt(max(by_prompts + by_seeds - residual, by_prompts, by_seeds))
-    df = max(1, min(seeds - 1 if seeds > 1 else n - 1, n - 1))
-    half = quantile(df) * error
-    low, high = (
-        (mean - half, mean + half) if limits is None else (max(limits[0], mean - half), min(limits[1], mean + half))
-    )
-    p = tail(mean / error, df) if seeds > 1 and error else None
-    return {"n": n, "mean": mean, "low": float(low), "high": float(high), "p": p}
-
-
-def holm(p: list[float | None]) -> list[float | None]:
-    """p values corrected for being several (Holm, 1979). One that is not known (None) counts among them and stays."""
-    out, worst = [None] * len(p), 0.0
-    for rank, i in enumerate(sorted((i for i, x in enumerate(p) if x is not None), key=p.__getitem__)):
-        worst = max(worst, (len(p) - rank) * p[i])
-        out[i] = min(1.0, worst)
-    return out
-
 
 # ---------------------------------------------------------------- summary
 
@@ -118,14 +49,15 @@ def wins_of(values: np.ndarray, baseline: np.ndarray, judge: str) -> np.ndarray:
     return (1 + np.sign(better)) / 2
 
 
-def summarize(records: list[dict], rates: dict, prompts: list[dict], judge: str) -> dict[str, dict]:
+def summarize(results: dict) -> dict[str, dict]:
     """A row an arm: by group and over all, against one-off training with the same seed, after every stage measured.
 
     `win_rate_common` is over the prompts that count for every arm: an LLM that judges may leave out others of each.
     """
-    names, group = group_prompts(prompts)
+    names, group, judge = results["groups"], np.array(results["group"]), results["judge"]
+    rates = {arm: {float(rate): mean for rate, mean in of.items()} for arm, of in results["rates"].items()}
     hard, by_arm = hard_weights(names, group), {}
-    for r in sorted(records, key=lambda r: r["seed"]):
+    for r in sorted(results["runs"], key=lambda r: r["seed"]):
         by_arm.setdefault(r["arm"], []).append(r)
     key = "wins" if judge == "api" else "values"
     values = {
@@ -198,43 +130,44 @@ def signed(x: dict, scale: float = 100) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def markdown(
-    table: dict[str, dict], prompts: list[dict], base: list, ceiling: list | None, judge: str, stages: int
-) -> str:
-    names, group = group_prompts(prompts)
-    scale, digits = (1, 3) if judge == "loss" else (100, 0)
+def markdown(table: dict[str, dict], results: dict) -> str:
+    """All tables of a study. `results` are those of results.json without `table`, see `write_findings`."""
+    scale, digits = (1, 3) if results["judge"] == "loss" else (100, 0)
 
     def number(x: float | None, digits: int = digits) -> str:
         return "–" if x is None else f"{scale * x:.{digits}f}"
 
-    def groups_of(values: list) -> list[str]:
-        return [number(np.mean(np.array(values, float)[group == k])) for k in range(len(names))]
+    rows, stages = arms_rows(table, results, number), len(results["plan"]["stages"])
+    tables = [lines_of(rows), orders_table(table, stages), stages_table(table, results["groups"], number)]
+    compared = compare_measures(other_measures(results["runs"], results))
+    if compared:
+        base = {name: float(np.nanmean(of["base"])) for name, of in base_measures(results).items()}
+        tables.append(lines_of(list(measures_rows(compared, base))))
+    return f"{caption(table, results)}\n\n" + "\n".join(part for part in [*tables, matrices(table)] if part)
 
-    others = [r for arm, r in table.items() if arm != "one-off"]
-    differ = len({r["win_rate"]["n"] for r in others} | {r["win_rate_common"]["n"] for r in others}) > 1
+
+def base_measures(results: dict) -> dict[str, dict[str, np.ndarray]]:
+    """The other measures of the model before any training, as those of a run."""
+    base = results["base"]
+    run = {"arm": "base", "seed": 0, "values": [base["values"]]} | {k: base.get(k) for k in ("ifd", "tasks")}
+    return other_measures([run], results) if base["values"] else {}
+
+
+def arms_rows(table: dict[str, dict], results: dict, number: Callable) -> list[list[str]]:
+    """A row an arm: its values by group of prompts, and how it differs from one-off."""
+    names, group, judge = results["groups"], np.array(results["group"]), results["judge"]
+    differ, scale = prompts_differ(table), 1 if judge == "loss" else 100
     header = [MEASURED[judge], "rate", *names, "all", "hard", "loss", "against one-off", "win rate - 50", "p (Holm)"]
     rows = [[*header, "prompts", *["win rate - 50 on the common prompts"] * differ]]
-    for name, values in (("*the model before*", base), ("*known as text*", ceiling)):
+    for name, values in (("*the model before*", results["base"]["values"]), ("*known as text*", results["ceiling"])):
         if values:
-            hard = hard_weights(names, group)
-            of_hard = "–" if hard is None else number(np.average(np.array(values, float), weights=hard))
-            rows.append(
-                [
-                    name,
-                    "",
-                    *groups_of(values),
-                    number(np.mean(values)),
-                    of_hard,
-                    "",
-                    "",
-                    "",
-                    f"{len(prompts):,}",
-                    *[""] * differ,
-                ]
-            )
+            values, hard = np.array(values, float), hard_weights(names, group)
+            cells = [number(values[group == k].mean()) for k in range(len(names))]
+            cells += [number(values.mean()), "–" if hard is None else number(np.average(values, weights=hard))]
+            rows.append([name, "", *cells, "", "", "", "", f"{len(group):,}", *[""] * differ])
     for arm, r in table.items():
         row = [arm, f"{r['lr']:g}" + "†" * r["at_edge"], *(number(g["mean"]) for g in r["groups"])]
-        row.append(f"**{number(r['all']['mean'], max(1, digits))}**")
+        row.append(f"**{number(r['all']['mean'], 3 if judge == 'loss' else 1)}**")
         row.append("–" if r["hard"] is None else number(r["hard"]["mean"]))
         losses = r["matrix"].get("losses", {}).values()
         row.append(f"{np.mean([of[-1] for of in losses]):.3f}" if losses else "–")
@@ -244,26 +177,37 @@ def markdown(
             row.append("–" if r["difference"] is None else signed(r["difference"], scale))
             row += [signed(r["win_rate"]), "–" if r["p_holm"] is None else f"{r['p_holm']:.2g}"]
         rows.append([*row, f"{r['all']['n']:,}", *[signed(r["win_rate_common"])] * differ])
+    shown = [k for k, column in enumerate(zip(*rows[1:])) if header[k : k + 1] not in (["hard"], ["loss"])
+             or set(column) - {"–", ""}]  # fmt: skip
+    return [[row[k] for k in shown] for row in rows]
+
+
+def prompts_differ(table: dict[str, dict]) -> bool:
+    """Whether the arms have verdicts on different prompts."""
+    others = [r for arm, r in table.items() if arm != "one-off"]
+    return len({r["win_rate"]["n"] for r in others} | {r["win_rate_common"]["n"] for r in others}) > 1
+
+
+def caption(table: dict[str, dict], results: dict) -> str:
     seeds, steps = len(table["one-off"]["seeds"]), table["one-off"]["steps"]
-    text = f"{steps:,} steps an arm, {seeds} seed{'s' * (seeds > 1)}, {len(prompts):,} prompts; in brackets 95 % "
+    text = f"{steps:,} steps an arm, {seeds} seed{'s' * (seeds > 1)}, {len(results['group']):,} prompts; in brackets "
     if seeds > 1:
-        text += f"intervals over seeds and prompts (Student's t with {seeds - 1} degrees of freedom, so few seeds make "
-        text += f"them wide); p corrected for {len(table) - 1} comparisons"
+        text += f"95 % intervals over seeds and prompts (Student's t with {seeds - 1} degrees of freedom, so few seeds "
+        text += f"make them wide); p corrected for {len(table) - 1} comparisons"
     else:
-        text += "intervals over prompts alone, and no p values, for one seed says nothing about others"
-    if differ:
-        common = others[0]["win_rate_common"]["n"]
-        text += (
-            f". **The arms rest on different prompts**, those with a verdict in every seed: all have {common:,} of them"
-        )
+        text += "95 % intervals over prompts alone, and no p values, for one seed says nothing about others"
+    if prompts_differ(table):
+        common = max(r["win_rate_common"]["n"] for r in table.values())
+        text += ". **The arms rest on different prompts**, those with a verdict in every seed: "
+        text += f"all have {common:,} of them"
     text += ". Each arm at its best rate on other prompts"
-    text += " († the best is the grid's edge: better ones may lie beyond it)" * any(
-        r["at_edge"] for r in table.values()
-    )
-    text += ". Hard: a test of which three quarters are the upper two fifths" * (names[0] == "fifth 1")
-    text += ". Loss: held-out, the mean of all stages' sets"
-    tables = f"{orders_table(table, stages)}{stages_table(table, names, number)}{matrices(table)}"
-    return f"{text}.\n\n{lines_of(rows)}\n{tables}"
+    if any(r["at_edge"] for r in table.values()):
+        text += " († the best is the grid's edge: better ones may lie beyond it)"
+    if results["groups"][0] == "fifth 1":
+        text += ". Hard: a test of which three quarters are the upper two fifths"
+    if any(r["matrix"] for r in table.values()):
+        text += ". Loss: held-out, the mean of all stages' sets"
+    return f"{text}."
 
 
 def orders_table(table: dict[str, dict], stages: int) -> str:
@@ -305,11 +249,12 @@ def matrices(table: dict[str, dict]) -> str:
 # ---------------------------------------------------------------- the figure
 
 
-def draw(table: dict[str, dict], prompts: list[dict], ceiling: list | None, judge: str, stages: int) -> bytes:
+def draw(table: dict[str, dict], results: dict) -> bytes:
     from matplotlib.figure import Figure
 
+    names, group, judge = results["groups"], np.array(results["group"]), results["judge"]
+    ceiling, stages = results["ceiling"], len(results["plan"]["stages"])
     paper = PAPER if stages == 3 else {}
-    names, group = group_prompts(prompts)
     with settings():
         figure = Figure((15, 9), layout="constrained")
         (a, b, forest), (c, d, e) = figure.subplots(2, 3)
@@ -456,35 +401,36 @@ def write_page(rows: list[dict], verdicts: Path, page: Path) -> None:
         raise WorkError(f"{page}: {done.stderr.strip()}")
 
 
-def write_findings(
-    out: Path,
-    records: list[dict],
-    rates: dict,
-    prompts: list[dict],
-    base: list,
-    ceiling: list | None,
-    judge: str,
-    about: dict,
-) -> None:
-    """table.md, results.json, figure.png (with matplotlib) and report.html in `out`."""
-    table = summarize(records, rates, prompts, judge)
-    stages = len(about["plan"]["stages"])
-    text = markdown(table, prompts, base, ceiling, judge, stages)
+def write_findings(out: Path, records: list[dict], prompts: list[dict], results: dict) -> None:
+    """table.md, results.json, figure.png (with matplotlib) and report.html in `out`.
+
+    `results` has settings, `plan`, `rates` (arm -> rate -> its mean on validation), `judge`, `tokens` of the expected
+    answers, `base` (what the model before any training has) and `ceiling`; groups of prompts, runs and table are added.
+    """
+    names, group = group_prompts(prompts)
+    results = results | {"groups": names, "group": group.tolist(), "runs": records}
+    table = summarize(results)
+    text = markdown(table, results)
     print(f"\n{text}")
     atomic_write(out / "table.md", text)
-    names, group = group_prompts(prompts)
-    shown = {"groups": names, "group": group.tolist(), "judge": judge, "base": base, "ceiling": ceiling}
-    atomic_write(out / "results.json", json.dumps(about | shown | {"table": table, "runs": records}))
+    atomic_write(out / "results.json", json.dumps(results | {"table": table}))
     written = ["table.md", "results.json"]
     if can_draw():
-        atomic_write(out / "figure.png", draw(table, prompts, ceiling, judge, stages))
+        atomic_write(out / "figure.png", draw(table, results))
         written.append("figure.png")
     if len(table) > 1:
-        rows = verdict_rows(records, prompts, np.argsort(group, kind="stable"), out, judge)
+        rows = verdict_rows(records, prompts, np.argsort(group, kind="stable"), out, results["judge"])
         write_page(rows, out / "verdicts.jsonl", out / "report.html")
         written.append("report.html")
-    print(
-        "-> "
-        + ", ".join(str(out / name) for name in written)
-        + ("" if can_draw() else " (no figure: it needs matplotlib)")
-    )
+    files = ", ".join(str(out / name) for name in written)
+    print(f"-> {files}" + ("" if can_draw() else " (no figure: it needs matplotlib)"))
+
+
+def print_table_of(path: Path) -> None:
+    """Compute the tables again from a results.json. Raises InputError."""
+    path = path / "results.json" if path.is_dir() else path
+    results = read_json_object(path)
+    try:
+        print(markdown(summarize(results), results), end="")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: not the results of a study ({type(e).__name__}: {e})") from None

@@ -5,12 +5,15 @@
 A greedy answer counts if it is the one expected but for case and white space, as for `judge.py --judge exact`. With
 --what loss it is the mean loss of the tokens of the answer expected that counts. With --what told it is what a model
 that has seen no instruction knows: how it goes on, up to the first full stop, from the `told` of a prompt.
---html writes a page with the answers of all models side by side, each compared with the first.
+--ifd adds the instruction-following difficulty of the expected answers, and --tasks FILE the answers to tasks of the
+form of tasks.jsonl, both of the last model only. --html writes a page with the answers of all models side by side, each
+compared with the first.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,8 @@ from parts.text.rows import Turn, has_exact_answer
 from parts.text.templates import TEMPLATES, choose_template, render, stop_ids
 from parts.text.testsets import Prompt, read_prompts
 from parts.text.tokenizers import load_tokenizer
+from recipes.study.tasks import is_accepted, read_tasks
+from score import answers_alone
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -61,71 +66,97 @@ def expected_documents(prompts: list[Prompt], template: str, tokenizer) -> Docum
     return Documents(tokens, supervised, starts, [p.id for p in prompts], [p.source for p in prompts], [])
 
 
-def measure(
-    folder: Path, prompts: list[Prompt], told: list[str], what: str, most: int, template: str | None = None
-) -> tuple[list, list[str]]:
-    """Of each prompt, with the model of an HF folder: whether the answer is exact, or its loss; and the answers."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@dataclass
+class Measured:
+    """What a model makes of the prompts, each list in their order; empty where it was not asked for."""
+
+    values: list  # whether the answer is exact, or its loss
+    answers: list[str]
+    tokens: list[int] = field(default_factory=list)  # supervised ones of the expected answer
+    ifd: list[float] = field(default_factory=list)  # of the expected answer
+    tasks: list[bool] = field(default_factory=list)  # of each task, whether it was answered right
+
+
+def measure(args: argparse.Namespace, folder: Path, prompts: list[Prompt], stated: list[str], extras: bool) -> Measured:
+    """Measure the model of an HF folder: --what, and with `extras` also --ifd and --tasks."""
+    device, most = torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.max_new_tokens
     model, tokenizer = load_model(folder, compute_dtype("auto"), device), load_tokenizer(folder)
-    template = choose_template(folder, tokenizer, template)[0]
-    if what == "loss":
-        return answer_losses(model, expected_documents(prompts, template, tokenizer)).tolist(), []
-    if what == "told":
-        rendered = [render([Turn("text", text)], TEMPLATES[template], tokenizer)[0][:-1] for text in told]
-        stop = {tokenizer.encode(".")[-1], *tokenizer.eos_ids}
-        found = [text.split(".")[0] for text in answers(model, tokenizer, rendered, stop, most)]
-    else:
+    template = choose_template(folder, tokenizer, args.template)[0]
+    stop = set(stop_ids(TEMPLATES[template], tokenizer))
+
+    def answers_to(prompts: list[Prompt]) -> list[str]:
         rendered = [render(p.turns, TEMPLATES[template], tokenizer)[0] for p in prompts]
-        found = answers(model, tokenizer, rendered, set(stop_ids(TEMPLATES[template], tokenizer)), most)
-    return [
-        has_exact_answer(answer, p.expected) for answer, p in zip(found, prompts)
-    ] if what != "answers" else [], found
+        return answers(model, tokenizer, rendered, stop, most)
+
+    if args.what == "loss":
+        documents = expected_documents(prompts, template, tokenizer)
+        losses = answer_losses(model, documents)
+        found = Measured(losses.tolist(), [], documents.target_counts.tolist())
+        if extras and args.ifd:
+            found.ifd = np.exp(losses - answer_losses(model, answers_alone(documents))).tolist()
+    elif args.what == "told":
+        rendered = [render([Turn("text", text)], TEMPLATES[template], tokenizer)[0][:-1] for text in stated]
+        texts = answers(model, tokenizer, rendered, {tokenizer.encode(".")[-1], *tokenizer.eos_ids}, most)
+        texts = [text.split(".")[0] for text in texts]
+        found = Measured([has_exact_answer(text, p.expected) for text, p in zip(texts, prompts)], texts)
+    else:
+        texts = answers_to(prompts)
+        right = [has_exact_answer(text, p.expected) for text, p in zip(texts, prompts)] if args.what == "exact" else []
+        found = Measured(right, texts)
+    if extras and args.tasks:
+        accepted = [task["accepted"] for task in read_tasks(args.tasks).values()]
+        found.tasks = [is_accepted(text, a) for text, a in zip(answers_to(read_prompts(args.tasks)), accepted)]
+    return found
 
 
 TITLES = {"exact": "exact answers, %", "loss": "loss of the answers", "told": "known as text, %", "answers": "answers"}
 
 
-def comparisons(
-    models: list[Path], prompts: list[Prompt], right: list[list[bool]], answers: list[list[str]]
-) -> list[dict]:
+def comparisons(models: list[Path], prompts: list[Prompt], measured: list[Measured]) -> list[dict]:
     """Every model's answers and which of them are right, against those of the first, as rows of verdicts."""
-    rows = []
-    for k in range(1, len(models)):
-        for p, ok, base_ok, answer, against in zip(prompts, right[k], right[0], answers[k], answers[0]):
+    rows, (base, *others) = [], measured
+    for folder, found in zip(models[1:], others):
+        for k, p in enumerate(prompts):
             row = {"dataset": p.dataset, "id": p.id, "instruction": p.instruction, "expected": p.expected}
-            row |= {"model": str(models[k]), "baseline": str(models[0]), "answer": answer, "against": against}
-            rows.append(row | {"judge": "exact"} | exact_verdict(ok, base_ok))
+            row |= {"model": str(folder), "baseline": str(models[0])}
+            row |= {"answer": found.answers[k], "against": base.answers[k], "judge": "exact"}
+            rows.append(row | exact_verdict(found.values[k], base.values[k]))
     return rows
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.ifd and args.what != "loss":
+        raise InputError("--ifd needs --what loss")
     if args.html and (args.what != "exact" or len(args.models) < 2):
         raise InputError("--html compares exact answers: give two models or more, and no other --what")
     check_output_paths([path for path in (args.html, args.json) if path], [args.prompts])
-    prompts, told = read_prompts(args.prompts), []
+    prompts, stated = read_prompts(args.prompts), []
     if args.what != "answers" and any(p.expected is None for p in prompts):
         raise InputError(f"{args.prompts}: every prompt must say what answer is `expected`")
     if args.what == "told":
-        told = [row.get("told") for _, row in json_values(args.prompts.read_text(encoding="utf-8"))]
-        if not all(isinstance(text, str) for text in told):
+        stated = [row.get("told") for _, row in json_values(args.prompts.read_text(encoding="utf-8"))]
+        if not all(isinstance(text, str) for text in stated):
             raise InputError(
                 f"{args.prompts}: --what told needs prompts with `told`, a text that the model goes on with"
             )
     groups = sorted({p.dataset for p in prompts})
-    values, written, table = [], [], []
-    for folder in args.models:
-        mine, texts = measure(folder, prompts, told, args.what, args.max_new_tokens, args.template)
-        values.append(mine)
-        written.append(texts)
-        if mine:
+    measured, table = [], []
+    for k, folder in enumerate(args.models, 1):
+        found = measure(args, folder, prompts, stated, extras=k == len(args.models))
+        measured.append(found)
+        if found.values:
             scale = 1.0 if args.what == "loss" else 100.0
-            means = [np.mean([v for v, p in zip(mine, prompts) if p.dataset == group]) for group in groups]
-            table.append((str(folder), *(f"{scale * x:.3g}" for x in (*means, np.mean(mine)))))
+            means = [np.mean([v for v, p in zip(found.values, prompts) if p.dataset == group]) for group in groups]
+            table.append((str(folder), *(f"{scale * x:.3g}" for x in (*means, np.mean(found.values)))))
     print_table((TITLES[args.what], *groups, "all"), table)
+    if measured[-1].ifd:
+        print(f"IFD: {np.mean(measured[-1].ifd):.3f}")
+    if measured[-1].tasks:
+        print(f"tasks: {sum(measured[-1].tasks)} of {len(measured[-1].tasks)} right")
     if args.json:
-        atomic_write(args.json, json.dumps({"values": values, "answers": written}))
+        atomic_write(args.json, json.dumps([asdict(found) for found in measured]))
     if args.html:
-        rows = comparisons(args.models, prompts, values, written)
+        rows = comparisons(args.models, prompts, measured)
         atomic_write(args.html, render_page(page_data(rows, summarize(rows), {})))
         print(f"-> {args.html}: open it in a browser")
 
@@ -138,8 +169,17 @@ def main(argv: list[str] | None = None) -> int:
     what_help = "exact answers; mean loss of the answers expected; what is known as text; answers alone"
     add("--what", choices=TITLES, default="exact", help=what_help)
     add("--max-new-tokens", type=positive_int, default=96, metavar="N", help="longest answer")
+    add("--ifd", action="store_true", help="with --what loss: also the IFD of the expected answers, of the last model")
+    add(
+        "--tasks", type=Path, metavar="F", help="tasks with `accepted` answers: also how many the last model gets right"
+    )
     add("--template", choices=TEMPLATES, help="(default: as the model folder's own chat template, else phased)")
-    add("--json", type=Path, metavar="F", help="for each model, for each prompt: its value and its answer")
+    add(
+        "--json",
+        type=Path,
+        metavar="F",
+        help="for each model, for each prompt: its value and its answer, and what else was asked for",
+    )
     add("--html", type=Path, metavar="F", help="a page with the answers side by side, each model against the first")
     add("--debug", action="store_true", help="show tracebacks")
     return run_program("measure.py", run, parser.parse_args(argv))

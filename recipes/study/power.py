@@ -1,6 +1,6 @@
 """What a study can detect, computed before it begins: the smallest difference, and the seeds and prompts needed.
 
-The test is analysis.estimate's, of a mean over seeds and prompts that are both random. The variance of the difference
+The test is intervals.estimate's, of a mean over seeds and prompts that are both random. The variance of the difference
 between two arms has three components (seeds, prompts, residual), which a pilot of two or more seeds estimates.
 """
 
@@ -14,7 +14,9 @@ import numpy as np
 
 from parts.cli import InputError, print_table
 from parts.files import read_json_object
-from recipes.study.analysis import MEASURED, quantile, wins_of
+from recipes.study.analysis import MEASURED, wins_of
+from recipes.study.intervals import quantile
+from recipes.study.measures import limits_of, other_measures
 
 POWER, LEVEL = 0.8, 0.05
 COUNTS = {"seeds": range(2, 10**4 + 1), "prompts": range(2, 10**7 + 1)}  # of which one may be enough
@@ -70,7 +72,7 @@ def chi_density(df: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def power(spread: Spread, difference: float, seeds: int, prompts: float, level: float = LEVEL) -> float:
-    """The probability that analysis.estimate finds a true difference (p < level).
+    """The probability that intervals.estimate finds a true difference (p < level).
 
     The error that it estimates depends on one chi-square variable, the variance over seeds; those over prompts and of
     the residual have so many degrees of freedom that they are taken as known.
@@ -114,10 +116,11 @@ def read_pilot(path: Path) -> dict[str, Spread]:
         results = read_json_object(path)
         for r in sorted(results["runs"], key=lambda r: (r["arm"] != "one-off", r["seed"])):
             runs.setdefault(r["arm"], []).append(r)
-        judge, losses = results["judge"], [[r["matrix"]["losses"].values() for r in of] for of in runs.values()]
-        losses = np.array([[[np.mean([x[-1] for x in sets])] for sets in of] for of in losses])
+        judge = results["judge"]
         values = np.array([[r["wins" if judge == "api" else "values"][-1] for r in of] for of in runs.values()], float)
         values = values[:, :, ~np.isnan(values).any(axis=(0, 1))]  # the prompts that count in every run
+        others = other_measures(results["runs"], results)
+        losses = held_out_losses(runs)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not the results of a study ({type(e).__name__}: {e})") from None
     if min(values.shape) < 2:
@@ -126,7 +129,20 @@ def read_pilot(path: Path) -> dict[str, Spread]:
     measures = {"win rate, %": spread_of(values if judge == "api" else wins_of(values, values[0], judge), 0.5)}
     if judge != "api":
         measures[MEASURED[judge]] = spread_of(values, 1.0 if judge == "exact" else math.inf)
-    return measures | {"held-out loss": spread_of(losses)}
+    for name, arms in others.items():
+        if name != "loss per row":  # it is the loss of the answers
+            each = np.array(list(arms.values()))
+            each = each[:, :, ~np.isnan(each).any(axis=(0, 1))]
+            measures[name] = spread_of(each, math.inf if limits_of(name) is None else limits_of(name)[1])
+    return measures if losses is None else measures | {"held-out loss": spread_of(losses)}
+
+
+def held_out_losses(runs: dict[str, list[dict]]) -> np.ndarray | None:
+    """(arms, seeds, 1): the mean of all sets after the last stage. None where the study measured none."""
+    matrices = [[r["matrix"] for r in of] for of in runs.values()]
+    if not all(matrix for of in matrices for matrix in of):
+        return None
+    return np.array([[[np.mean([x[-1] for x in m["losses"].values()])] for m in of] for of in matrices])
 
 
 def print_power(path: Path, differences: list[float], seeds: int, comparisons: int | None) -> None:
@@ -143,7 +159,7 @@ def print_power(path: Path, differences: list[float], seeds: int, comparisons: i
         return middle if middle == low == high else f"{middle} ({low} to {high})"
 
     for name, of in pilot.items():
-        form = {"scale": 1, "style": ".3f"} if "loss" in name else {"scale": 100, "style": ".1f"}
+        form = {"scale": 100, "style": ".1f"} if name.endswith("%") else {"scale": 1, "style": ".4f"}
         n, finite = of.n_prompts, math.isfinite(of.n_prompts)
         share = f"{of.residual / n / of.sd() ** 2:.0%}" if finite and of.sd() else "–"
         found = [cell(of, detectable, seeds, n, level, **form) for level in levels]

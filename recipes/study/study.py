@@ -2,6 +2,7 @@
 
     python recipes/study/study.py                     on the demo; --quick is a small version
     python recipes/study/study.py --power PILOT       what a study can detect, before it begins
+    python recipes/study/study.py --table RESULTS     its tables again, from results.json
     python recipes/study/study.py --model DIR --scored scored.jsonl --prompts F --judge exact \\
         --lr-grid 5e-6 1e-5 2e-5 4e-5 --out out/mine -- --batch-size 128 --checkpoint-activations
 
@@ -43,6 +44,7 @@ from parts.cli import (
     HelpFormatter,
     InputError,
     WorkError,
+    nonneg_int,
     positive_float,
     positive_int,
     progress,
@@ -56,7 +58,7 @@ from parts.text.rows import messages_of
 from parts.text.templates import TEMPLATES, choose_template
 from parts.text.testsets import read_prompts
 from parts.text.tokenizers import load_tokenizer
-from recipes.study.analysis import COMPARISONS, answers_of, file_name, write_findings
+from recipes.study.analysis import COMPARISONS, answers_of, file_name, print_table_of, write_findings
 from recipes.study.arms import REPLAYED, Arm, StudyData, cut_scores, held_back, make_arms, read_ground, stages_by
 from recipes.study.power import print_power
 from score import read_score
@@ -211,8 +213,8 @@ def run_job(args: argparse.Namespace, ground: StudyData, arm: Arm, job: Job, dev
     rates = [job.lr * arm.falling**k for k in range(len(names))]
     command = [ROOT / "train.py", "--model", args.model, "--stages", *names, "--lr", *rates, "--out", folder,
                "--epochs", arm.epochs, "--batch-size", ground.batch_size, "--seed", job.seed, *arm.flags]  # fmt: skip
-    if not tuning:
-        command += ["--eval", *held_out_files(out), "--eval-every", max(1, ground.steps // 8)]
+    if not tuning and args.evaluations:
+        command += ["--eval", *held_out_files(out), "--eval-every", max(1, ground.steps // args.evaluations)]
     command += args.train
     seconds = call(command, out / "data", device, args.nproc_per_node)
     measured = range(1 if job.arm in COMPARISONS and not tuning else len(names), len(names) + 1)
@@ -228,26 +230,29 @@ def run_job(args: argparse.Namespace, ground: StudyData, arm: Arm, job: Job, dev
         if "eval_loss" in row:
             curve.setdefault(row["eval"], []).append([row["global_step"], row["eval_loss"]])
     if not tuning:
-        for k, texts in zip(measured, found["answers"]):
-            write_answers(out, job, k, texts)
+        for k, of in zip(measured, found):
+            write_answers(out, job, k, of["answers"])
     record = {"arm": job.arm, "lr": job.lr, "seed": job.seed, "steps": len(steps), "seconds": round(seconds, 1)}
     record |= {"rows": sum(row["documents"] for row in steps), "tokens": sum(row["tokens"] for row in steps)}
-    record |= {"values": found["values"], "curve": curve}
-    record |= {"matrix": {} if tuning else read_json_object(folder / "held_out.json")}
+    record |= {"values": [of["values"] for of in found], "curve": curve}
+    record |= {"matrix": read_json_object(folder / "held_out.json") if curve else {}}
+    record |= {key: found[-1][key] for key in ("ifd", "tasks")}
     atomic_write(result, json.dumps(record))
     shutil.rmtree(folder)
     for name in names:
         (out / "data" / name).unlink()
 
 
-def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: str, device: str = "") -> dict:
-    """Per model, per prompt: whether the answer is exact, or its loss (also to choose rates for --judge api)."""
+def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: str, device: str = "") -> list[dict]:
+    """What measure.py finds of each model: `values` are, per prompt, whether the answer is exact, or its loss (also to
+    choose rates for --judge api)."""
     path = args.out / "runs" / f"{name}.measured.json"
     what = {"exact": "exact", "loss": "loss", "api": "answers" if prompts == "prompts" else "loss"}[args.judge]
     file = args.out / "data" / f"{prompts}.jsonl"
     how = ["--prompts", file, "--what", what, "--max-new-tokens", args.max_new_tokens, "--template", args.template]
-    how += ["--json", path]
-    call([HERE / "measure.py", *models, *how], ROOT, device)
+    if prompts == "prompts":
+        how += ["--ifd"] * args.ifd + (["--tasks", args.tasks] if args.tasks else [])
+    call([HERE / "measure.py", *models, *how, "--json", path], ROOT, device)
     found = json.loads(path.read_text())
     path.unlink()
     return found
@@ -314,13 +319,13 @@ def time_a_step(args: argparse.Namespace, ground: StudyData, prompts: list[dict]
     times = [row["seconds"] for row in read_lines(timing / "metrics.jsonl") if "loss" in row]
     shutil.rmtree(timing)
     started = time.monotonic()
-    base = measure(args, [args.model], "prompts", "base", device)
+    (base,) = measure(args, [args.model], "prompts", "base", device)
     start, seconds = wall - sum(times), time.monotonic() - started
     asked = sum(len(m["content"]) for p in prompts for m in p["messages"])
-    said, expected = (sum(map(len, texts)) for texts in (base["answers"][0], [p.get("expected", "") for p in prompts]))
+    said, expected = (sum(map(len, texts)) for texts in (base["answers"], [p.get("expected", "") for p in prompts]))
     if said and expected:  # trained, it will answer at the length that is expected; one token of it costs three asked
         seconds = start + max(0, seconds - start) * min(1, (asked + 3 * expected) / (asked + 3 * said))
-    found = {"start": start, "step": float(np.median(times)), "measure": seconds, "base": base["values"][0]}
+    found = {"start": start, "step": float(np.median(times)), "measure": seconds, "base": base}
     atomic_write(path, json.dumps(found))
     return read_json_object(path)
 
@@ -421,8 +426,10 @@ def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
 def settings_of(args: argparse.Namespace) -> dict:
     """What must be the same to go on: settings and hashes of data, model and code."""
     keys = "score_key bounds equal rows epochs batch_size lr_grid judge most_prompts max_new_tokens trained api_model"
+    keys += " ifd evaluations"
     files = {f"--scored {k}, {path.name}": path for k, path in enumerate(args.scored, 1)}
     files |= {"--prompts": args.prompts} | ({"--validation": args.validation} if args.validation else {})
+    files |= {"--tasks": args.tasks} if args.tasks else {}
     files |= {f"--model {p.name}": p for p in sorted(args.model.iterdir()) if p.is_file()}
     programs = [*ROOT.glob("*.py"), *(ROOT / "parts").rglob("*.py"), *HERE.glob("*.py")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(programs)))
@@ -475,7 +482,7 @@ def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | Non
     if not path.exists():
         how = ["--what", "told", "--prompts", args.out / "data" / "prompts.jsonl", "--template", args.template]
         call([HERE / "measure.py", args.model, *how, "--max-new-tokens", args.max_new_tokens, "--json", path], ROOT)
-    return json.loads(path.read_text())["values"][0]
+    return json.loads(path.read_text())[0]["values"]
 
 
 def carry_out(
@@ -497,16 +504,21 @@ def carry_out(
     if args.judge == "api":
         judge_by_api(args, records)
     ceiling = measure_ceiling(args, prompts)
-    write_findings(args.out, records, rates, prompts, times["base"], ceiling, args.judge, about | {"plan": plan})
+    results = about | {"command": shlex.join(sys.argv), "plan": plan, "judge": args.judge, "rates": rates}
+    results |= {"tokens": times["base"].pop("tokens"), "base": times["base"], "ceiling": ceiling}
+    write_findings(args.out, records, prompts, results)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.table:
+        return print_table_of(args.table)
     if args.power:
         return print_power(args.power, args.difference, args.seeds, len({*(args.arms or ())} - {"one-off"}) or None)
     args.out, args.model = args.out.resolve(), args.model.resolve()
+    args.tasks = args.tasks and args.tasks.resolve()
     args.template = choose_template(args.model, load_tokenizer(args.model), args.template)[0]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
-    inputs = [*args.scored, args.prompts, args.model, *([args.validation] if args.validation else [])]
+    inputs = [*args.scored, args.prompts, args.model, *(path for path in (args.validation, args.tasks) if path)]
     check_output_paths([args.out], inputs, folders=True)
     if (args.out / "data").exists() and not (args.out / "study.json").exists():
         raise InputError(f"{args.out} holds data that are not a study's: another --out")
@@ -554,6 +566,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--api-model", metavar="M", help="the judge (default: judge.py's)")
     judge_help = "more of judge.py compare, which is called for each arm, seed and stage: --judge-flags='--canaries'"
     add("--judge-flags", type=shlex.split, default=[], metavar="'…'", help=judge_help)
+    add("--ifd", action="store_true", help="with --judge loss: also measure the IFD of the prompts' expected answers")
+    tasks_help = (
+        "also count right answers to these tasks, say recipes/study/tasks.jsonl (measured after the last stage)"
+    )
+    add("--tasks", type=Path, metavar="F", help=tasks_help)
+    evaluations_help = "held-out losses in the course of a tested run; 0: none, which saves their time"
+    add("--evaluations", type=nonneg_int, default=8, metavar="N", help=evaluations_help)
     add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
     grid_help = "rates of which each arm gets its best (needed; for the demo four from 1.25e-4 to 1e-3)"
     add("--lr-grid", type=positive_float, nargs="+", metavar="X", help=grid_help)
@@ -571,6 +590,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--power", type=Path, metavar="PILOT", help=power_help + "the --out folder of a study of two or more seeds")
     difference_help = "for --power: differences to detect, in points or hundredths of a loss"
+    add(
+        "--table",
+        type=Path,
+        metavar="RESULTS",
+        help="print the tables of a results.json again, from its runs, and stop",
+    )
     add("--difference", type=positive_float, nargs="+", default=[2.0, 5.0, 10.0], metavar="D", help=difference_help)
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv[:cut])
@@ -594,6 +619,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.rows = args.rows or 240
     args.also = args.also or []
     args.batch_size = args.batch_size or (4 if is_demo else 16)
+    if args.ifd and args.judge != "loss":
+        parser.error("--ifd needs --judge loss")
     args.most_prompts = 200 if args.quick else None
     args.seeds = args.seeds or (2 if args.quick else 6 if is_demo else 5)
     if args.power and args.seeds < 2:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from parts.cli import InputError, print_table, run_program
-from parts.files import read_text
+from parts.files import json_values, read_text
 
 TASKS = Path(__file__).with_name("tasks.jsonl")
 MARKS = re.compile(r"[\"“”*`]|(?<!\w)['‘’]|['‘’](?!\w)")  # quotation marks and Markdown, but no apostrophe
@@ -40,10 +40,17 @@ def is_accepted(answer: str, accepted: list[str]) -> bool:
     )
 
 
-def read_tasks() -> dict[str, dict]:
-    """The tasks by instruction: id, dataset (fact or string), group, instruction, expected, accepted."""
-    rows = map(json.loads, TASKS.read_text(encoding="utf-8").splitlines())
-    return {row["instruction"]: row for row in rows}
+def read_tasks(path: Path = TASKS) -> dict[str, dict]:
+    """The tasks by instruction: id, dataset (fact or string), group, instruction, expected, accepted. Raises
+    InputError."""
+    tasks = {}
+    for line, row in json_values(read_text(path)):
+        accepted = row.get("accepted") if isinstance(row, dict) else None
+        texts = isinstance(accepted, list) and accepted and all(isinstance(text, str) for text in accepted)
+        if not texts or not isinstance(row.get("instruction"), str) or row["instruction"] in tasks:
+            raise InputError(f"{path}:{line}: a task is an object with its own `instruction` and a list `accepted`")
+        tasks[row["instruction"]] = row
+    return tasks
 
 
 def count_right(answers: list[dict]) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,76 @@
+"""What is measured of a run beside the verdict of the study's judge, and how each arm differs from one-off in it."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from recipes.study.intervals import estimate, holm
+
+TASKS = "tasks right, %"
+
+
+def other_measures(runs: list[dict], results: dict) -> dict[str, dict[str, np.ndarray]]:
+    """measure -> arm -> (seeds, prompts) after the last stage, as values whose plain mean is the measure.
+
+    With --judge loss: the loss per row (the mean of the rows' mean losses), the same in each group of prompts, and the
+    loss per token. With --ifd: the mean IFD. With --tasks: the share of right answers. `results` are those of
+    results.json: `judge`, `groups` and `group` of the prompts, `tokens` of their answers.
+    """
+    by_arm: dict[str, list[dict]] = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        by_arm.setdefault(run["arm"], []).append(run)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for arm, mine in by_arm.items():
+        if results["judge"] == "loss":
+            values, group = np.array([run["values"][-1] for run in mine], float), np.array(results["group"])
+            found.setdefault("loss per row", {})[arm] = values
+            for k, name in enumerate(results["groups"] if len(results["groups"]) > 1 else ()):
+                found.setdefault(f"{name}: loss per row", {})[arm] = values[:, group == k]
+            if results.get("tokens"):
+                weights = np.array(results["tokens"], float)
+                found.setdefault("loss per token", {})[arm] = values * (weights / weights.mean())
+        for key, name in (("ifd", "IFD"), ("tasks", TASKS)):
+            if all(run.get(key) for run in mine):
+                found.setdefault(name, {})[arm] = np.array([run[key] for run in mine], float)
+    return found
+
+
+def limits_of(name: str) -> tuple[float, float] | None:
+    """The smallest and the largest difference that a prompt can make; None where there is no limit."""
+    return (-1.0, 1.0) if name == TASKS else None
+
+
+def compare_measures(measures: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict]]:
+    """measure -> arm -> mean of the arm, its difference from one-off with the same seeds and prompts as
+    intervals.estimate finds it, and `p_holm`, corrected for the number of arms. One-off has only the mean."""
+    compared = {}
+    for name, arms in measures.items():
+        rows = {arm: {"mean": float(np.nanmean(values))} for arm, values in arms.items()}
+        others = [arm for arm in arms if arm != "one-off"]
+        found = [estimate(arms[arm] - arms["one-off"], limits_of(name)) for arm in others]
+        for arm, difference, p in zip(others, found, holm([x["p"] for x in found])):
+            rows[arm] |= difference | {"mean": rows[arm]["mean"], "difference": difference["mean"], "p_holm": p}
+        compared[name] = rows
+    return compared
+
+
+def measures_rows(compared: dict[str, dict[str, dict]], base: dict[str, float]) -> Iterable[list[str]]:
+    """The cells of the table: the mean of the model before and of one-off, each arm's difference from one-off, its
+    95 % interval and its corrected p."""
+    yield ["difference from one-off", *compared]
+    yield ["*the model before: mean*", *(number(name, base.get(name)) for name in compared)]
+    yield ["one-off: mean", *(number(name, rows["one-off"]["mean"]) for name, rows in compared.items())]
+    for arm in next(iter(compared.values()), {}):
+        if arm != "one-off":
+            yield [arm, *(difference_cell(name, rows[arm]) for name, rows in compared.items())]
+
+
+def number(name: str, value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "–"
+    return format(100 * value, f"{sign}.1f") if name == TASKS else format(value, f"{sign}.4f")
+
+
+def difference_cell(name: str, row: dict) -> str:
+    mean, low, high = (number(name, row[key], "+") for key in ("difference", "low", "high"))
+    return f"{mean} ({low} to {high})" + ("" if row["p_holm"] is None else f", p {row['p_holm']:.2g}")
