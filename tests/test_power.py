@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parts.report.win_rates import rate_interval
 from recipes.phased_alpaca import print_power as print_plan_power
 from recipes.study import study
-from recipes.study.analysis import estimate, holm, quantile
+from recipes.study.intervals import estimate, holm, quantile
 from recipes.study.power import LEVEL, POWER, Spread, chi_density, detectable, needed, power, read_pilot, spread_of
 
 
@@ -163,7 +163,9 @@ def write_results(folder, judge="exact", seeds=2, arms=3, prompts=40):
             if judge == "api":
                 run["wins"] = [[None if k == 0 else 0.5, *rng.choice([0.0, 0.5, 1.0], prompts - 1)]]
             runs.append(run)
-    (folder / "results.json").write_text(json.dumps({"judge": judge, "runs": runs[::-1]}))
+    (folder / "results.json").write_text(
+        json.dumps({"judge": judge, "groups": ["d"], "group": [0] * prompts, "runs": runs[::-1]})
+    )
     return folder
 
 

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import judge
+import score
 import train
 from parts.cli import InputError, WorkError
-from recipes.study import analysis, measure, study
+from recipes.study import analysis, intervals, measure, measures, prepare_alpaca, study
 from recipes.study.arms import StudyData, held_back, make_arms, whole_epochs
 
 # ---------------------------------------------------------------- statistics
@@ -29,8 +30,8 @@ def test_tails_and_quantiles_are_students():
     stats = pytest.importorskip("scipy.stats")
     for df in (1.0, 2.3, 4.0, 11.7, 300.0):
         for t in (0.0, 0.4, 2.1, 5.0, 40.0):
-            assert analysis.tail(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-3, abs=1e-7)
-        assert analysis.quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-3)
+            assert intervals.tail(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-3, abs=1e-7)
+        assert intervals.quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-3)
 
 
 @pytest.mark.parametrize("of_seeds, of_prompts, noise", [(0.3, 1.0, 1.0), (1.0, 0.2, 0.5), (0.0, 0.0, 1.0)])
@@ -39,7 +40,7 @@ def test_an_interval_over_seeds_and_prompts_holds_the_truth_as_often_as_it_says(
     for _ in range(runs):
         values = noise * rng.normal(size=(5, 60))
         values += of_seeds * rng.normal(size=(5, 1)) + of_prompts * rng.normal(size=(1, 60)) + 0.7
-        found = analysis.estimate(values)
+        found = intervals.estimate(values)
         held += found["low"] <= 0.7 <= found["high"]
     assert held / runs >= 0.94
 
@@ -52,24 +53,24 @@ def test_no_real_difference_is_found_in_at_most_six_of_a_hundred_studies(seeds, 
         known = rng.beta(1.5, 1.2, 200)
         moved = rng.normal(0, rng.uniform(0.01, 0.09, 6)[:, None, None], (6, seeds, 1))
         base, *arms = (rng.random((6, seeds, 200)) < known + moved).astype(float)
-        p = [analysis.estimate((np.sign(arm - base)) / 2, (-0.5, 0.5))["p"] for arm in arms]
-        found += min(analysis.holm(p)) < 0.05
+        p = [intervals.estimate((np.sign(arm - base)) / 2, (-0.5, 0.5))["p"] for arm in arms]
+        found += min(intervals.holm(p)) < 0.05
     assert shares[0] <= found / studies <= shares[1]
 
 
 def test_prompts_that_all_say_the_same_are_no_certainty_and_one_seed_has_no_p_value():
     limits = (-0.5, 0.5)
-    won = analysis.estimate(np.full((2, 4), 0.5), limits)
+    won = intervals.estimate(np.full((2, 4), 0.5), limits)
     assert won["p"] > 0.2 and won["low"] < 0 < won["mean"] == won["high"] == 0.5
-    tied = analysis.estimate(np.zeros((6, 50)), limits)
+    tied = intervals.estimate(np.zeros((6, 50)), limits)
     assert tied["p"] == 1 and tied["low"] < 0 < tied["high"]
-    one = analysis.estimate(np.random.default_rng(0).choice([-0.5, 0.0, 0.5], (1, 100)), limits)
+    one = intervals.estimate(np.random.default_rng(0).choice([-0.5, 0.0, 0.5], (1, 100)), limits)
     assert one["p"] is None and one["low"] < one["mean"] < one["high"]
-    assert analysis.estimate(np.full((2, 3), 1.5))["p"] is None  # losses have no limits: nothing is known
-    assert analysis.estimate(np.full((2, 3), np.nan), limits) | {"n": 0, "mean": None} == {
+    assert intervals.estimate(np.full((2, 3), 1.5))["p"] is None  # losses have no limits: nothing is known
+    assert intervals.estimate(np.full((2, 3), np.nan), limits) | {"n": 0, "mean": None} == {
         "n": 0, "mean": None, "low": None, "high": None, "p": None
     }  # fmt: skip
-    assert analysis.holm([0.02, None, 0.01]) == [pytest.approx(0.04), None, pytest.approx(0.03)]
+    assert intervals.holm([0.02, None, 0.01]) == [pytest.approx(0.04), None, pytest.approx(0.03)]
 
 
 def test_arms_judged_on_different_prompts_are_told_apart_and_compared_on_the_common_ones():
@@ -81,24 +82,27 @@ def test_arms_judged_on_different_prompts_are_told_apart_and_compared_on_the_com
         for arm, wins in (("one-off", [0.5] * 8), ("A", half), ("B", none), ("C", [None] * 8)) for seed in (0, 1)
     ]  # fmt: skip
     rates = {arm: {1e-3: None} for arm in ("one-off", "A", "B", "C")}
-    table = analysis.summarize(records, rates, prompts, "api")
+    names, group = analysis.group_prompts(prompts)
+    results = {"groups": names, "group": group.tolist(), "judge": "api", "rates": rates, "runs": records}
+    results |= {"plan": {"stages": [1, 1, 1]}, "base": {"values": []}, "ceiling": None}
+    table = analysis.summarize(results)
     assert [table[arm]["win_rate"]["n"] for arm in "ABC"] == [8, 4, 0]
     assert [table[arm]["win_rate"]["mean"] for arm in "ABC"] == [0, 0.5, None]
     assert [table[arm]["win_rate_common"]["mean"] for arm in "AB"] == [0.5, 0.5]
-    said = analysis.markdown(table, prompts, [], None, "api", 3)
+    said = analysis.markdown(table, results)
     assert "different prompts" in said and "all have 4" in said and "1 degrees" in said
     rows = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in said.splitlines() if " | " in line}
     assert [rows[f"| {arm}"][-2] for arm in "ABC"] == ["8", "4", "0"] and rows["| C"][-3] == "–"
     assert rows["| A"][-1].startswith("+50.0") and rows["| B"][-1].startswith("+50.0")
     json.dumps(table, allow_nan=False)
     if analysis.can_draw():
-        analysis.draw(table, prompts, None, "api", 3)
-    alike = analysis.summarize([r for r in records if r["arm"] in ("one-off", "A")], rates, prompts, "api")
-    said = analysis.markdown(alike, prompts, [], None, "api", 3)
+        analysis.draw(table, results)
+    alike = results | {"runs": [r for r in records if r["arm"] in ("one-off", "A")]}
+    said = analysis.markdown(analysis.summarize(alike), alike)
     assert "different" not in said and "common" not in said
-    alone = analysis.summarize([r for r in records if r["seed"] == 0], rates, prompts, "api")
-    said = analysis.markdown(alone, prompts, [], None, "api", 3)
-    assert "no p values" in said and alone["A"]["p_holm"] is None
+    alone = results | {"runs": [r for r in records if r["seed"] == 0]}
+    table = analysis.summarize(alone)
+    assert "no p values" in analysis.markdown(table, alone) and table["A"]["p_holm"] is None
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.5))
@@ -109,7 +113,81 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
         if p[i] * (len(p) - rank) > alpha:
             break
         rejected.add(i)
-    assert {i for i, x in enumerate(analysis.holm(p)) if x <= alpha} == rejected
+    assert {i for i, x in enumerate(intervals.holm(p)) if x <= alpha} == rejected
+
+
+# ---------------------------------------------------------------- other measures
+
+
+def test_every_measure_is_compared_with_one_off_and_corrected_for_the_number_of_arms():
+    """Loss per row, in each group and per token, IFD and tasks: means and differences computed here in another way."""
+    rng, arms = np.random.default_rng(0), ("one-off", "A", "B")
+    tokens, group = rng.integers(1, 50, 12), np.array([0, 1] * 6)
+    runs = [
+        {"arm": arm, "seed": seed, "values": [rng.random(12).tolist(), rng.random(12).tolist()],
+         "ifd": rng.random(12).tolist(), "tasks": (rng.random(30) < 0.5).tolist()}
+        for seed in (1, 0, 2) for arm in arms
+    ]  # fmt: skip
+    results = {"judge": "loss", "groups": ["easy", "hard"], "group": group.tolist(), "tokens": tokens.tolist()}
+    found = measures.other_measures(runs, results)
+    compared = measures.compare_measures(found)
+    assert list(found) == ["loss per row", "easy: loss per row", "hard: loss per row", "loss per token", "IFD",
+                           "tasks right, %"]  # fmt: skip
+
+    def mean(arm, seed, measure):
+        (run,) = [run for run in runs if (run["arm"], run["seed"]) == (arm, seed)]
+        losses = np.array(run["values"][-1])
+        return {
+            "loss per row": losses.mean(), "easy: loss per row": losses[group == 0].mean(),
+            "hard: loss per row": losses[group == 1].mean(),
+            "loss per token": (losses * tokens).sum() / tokens.sum(),
+            "IFD": np.mean(run["ifd"]), "tasks right, %": np.mean(run["tasks"]),
+        }[measure]  # fmt: skip
+
+    for name, rows in compared.items():
+        for arm in arms:
+            assert rows[arm]["mean"] == pytest.approx(np.mean([mean(arm, seed, name) for seed in range(3)]))
+        p = []
+        for arm in ("A", "B"):
+            differences = [mean(arm, seed, name) - mean("one-off", seed, name) for seed in range(3)]
+            assert rows[arm]["difference"] == pytest.approx(np.mean(differences))
+            assert rows[arm]["low"] <= rows[arm]["difference"] <= rows[arm]["high"]
+            p.append(rows[arm]["p"])
+        assert [rows[arm]["p_holm"] for arm in ("A", "B")] == pytest.approx(intervals.holm(p))
+    text = list(measures.measures_rows(compared, {"IFD": 0.25}))
+    assert [row[0] for row in text[1:]] == ["*the model before: mean*", "one-off: mean", "A", "B"]
+    assert text[1][1:] == ["–"] * 4 + ["0.2500", "–"]
+    shown = 100 * compared["tasks right, %"]["A"]["difference"]
+    assert text[3][-1].startswith(f"{shown:+.1f} (") and ", p " in text[3][-1]
+
+
+def test_published_scores_are_matched_by_instruction_and_input_and_no_row_is_used_twice(tmp_path, capsys):
+    rows = [
+        {"instruction": f"Do  task {i}.", "input": "this" if i % 2 else "", "output": "x" * i} for i in range(1, 41)
+    ]
+    rows += [rows[3], {"instruction": "Too long", "input": "", "output": "y" * 900}]
+    hard = [{"id": str(i), "score": "4.5", "data": [f"Do task {i}.{chr(10) + 'this' if i % 2 else ''}", "another"]}
+            for i in range(1, 41, 3)]  # fmt: skip
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    (tmp_path / "published.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hard))
+    sizes = ["--train", "10", "8", "--prompts", "6", "4", "--validation", "4", "2", "--max-chars", "500"]
+    files = [str(tmp_path / name) for name in ("alpaca.json", "published.jsonl")]
+    assert prepare_alpaca.main([*files, "--out", str(tmp_path / "out"), *sizes]) == 0
+    used = []
+    for name, counts in (("scored", (10, 8)), ("prompts", (6, 4)), ("validation", (4, 2))):
+        written = study.read_lines(tmp_path / "out" / f"{name}.jsonl")
+        marks = [row.get("hard", row.get("dataset") == "3.5 or above") for row in written]
+        assert (marks.count(0), marks.count(1)) == counts
+        for row, mark in zip(written, marks):
+            asked = row["messages"][0]["content"]
+            number = int(asked.split("task ")[1].split(".")[0])
+            assert mark == (number % 3 == 1) and ("this" in asked) == bool(number % 2)
+            answer = row["expected"] if name != "scored" else row["messages"][-1]["content"]
+            assert answer == "x" * number and row.get("length", number) == number
+            used.append(number)
+    assert len(used) == len(set(used)) == 34
+    assert prepare_alpaca.main([*files, "--out", str(tmp_path / "out"), "--train", "10", "9", *sizes[3:]]) == 2
+    assert "14 rows are 3.5 or above, 15 are asked for" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- arms
@@ -247,8 +325,6 @@ def folder(bench, tmp_path, monkeypatch):
     (tmp_path / "m").symlink_to(bench / "m")
 
     def call(command, cwd, device="", ranks=1):
-        import score
-
         started, program = time.monotonic(), Path(command[0]).stem
         main = {"train": train.main, "measure": measure.main, "score": score.main}[program]
         run_forked(main, *command[1:], cwd=cwd)
@@ -297,6 +373,9 @@ def test_a_study_of_another_model_chooses_rates_tests_fresh_seeds_and_says_how_s
     assert sorted(results["table"][arm]["p_holm"] for arm in ("phased", "stage 3 only")) == pytest.approx(
         [min(1, 2 * first), min(1, max(2 * first, second))]
     )
+    # The tables are computed again from the file alone.
+    assert study.main(["--table", str(out)]) == 0
+    assert capsys.readouterr().out == (out / "table.md").read_text()
     matrix = results["table"]["phased"]["matrix"]
     assert list(matrix["losses"]) == ["held-out1.jsonl", "held-out3.jsonl"]  # no prompt for stage 2
     assert all(len(losses) == 4 for losses in matrix["losses"].values())
@@ -345,6 +424,34 @@ def test_an_llm_judges_every_arm_against_one_off_with_the_same_seed_and_is_asked
     records = [{"arm": "phased", "seed": 0}]
     study.judge_by_api(args, records)
     assert records[0]["wins"] == [[None, 1.0]]
+
+
+def test_ifd_and_tasks_are_measured_after_the_last_stage_as_the_programs_measure_them(folder, capsys):
+    task = {"instruction": "say a", "accepted": ["a"]}
+    (folder / "tasks.jsonl").write_text(json.dumps(task) + "\n" + json.dumps(task | {"instruction": "say b"}) + "\n")
+    more = ["--ifd", "--tasks", str(folder / "tasks.jsonl"), "--evaluations", "0", "--judge", "loss", "--seeds", "2"]
+    asked = arguments(folder, "--arms", "phased", "--lr-grid", "1e-3", *more, *TRAIN)
+    assert study.main(asked) == 0, capsys.readouterr().err
+    out = folder / "out"
+    results = json.loads((out / "results.json").read_text())
+    prompts = study.read_lines(out / "data" / "prompts.jsonl")
+    assert len(results["tokens"]) == len(results["base"]["ifd"]) == len(prompts) and len(results["base"]["tasks"]) == 2
+    for r in results["runs"]:
+        assert len(r["ifd"]) == len(prompts) and len(r["tasks"]) == 2 and r["matrix"] == {} and r["curve"] == {}
+    # score.py ifd of the same rows gives the same values for the model before.
+    rows = [{"messages": [*p["messages"], {"role": "assistant", "content": p["expected"]}]} for p in prompts]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_forked(score.main, "ifd", "rows.jsonl", "--model", "m", "--out", "ifd.jsonl", cwd=folder)
+    ifd = [row["ifd"] for row in study.read_lines(folder / "ifd.jsonl")]
+    assert results["base"]["ifd"] == pytest.approx(ifd, rel=1e-4)
+    said = (out / "table.md").read_text()
+    assert "| difference from one-off | loss per row | loss per token | IFD | tasks right, % |" in said
+    assert "| loss |" not in said  # no held-out losses were measured
+    assert study.main(["--power", str(out)]) == 0
+    assert "\nIFD" in (power := capsys.readouterr().out) and "\ntasks right, %" in power
+    (folder / "tasks.jsonl").write_text('{"instruction": "say a", "accepted": "a"}\n')
+    assert study.main([a.replace(str(out), str(folder / "new")) for a in asked]) == 2
+    assert "tasks.jsonl:1: a task is" in capsys.readouterr().err
 
 
 def test_bad_arguments_are_said_before_anything_runs(folder, capsys):

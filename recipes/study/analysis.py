@@ -143,7 +143,8 @@ def markdown(table: dict[str, dict], results: dict) -> str:
     if compared:
         base = {name: float(np.nanmean(of["base"])) for name, of in base_measures(results).items()}
         tables.append(lines_of(list(measures_rows(compared, base))))
-    return f"{caption(table, results)}\n\n" + "\n".join(part for part in [*tables, matrices(table)] if part)
+    parts = [caption(table, results), *tables, matrices(table)]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
 def base_measures(results: dict) -> dict[str, dict[str, np.ndarray]]:

@@ -12,9 +12,9 @@ TASKS = "tasks right, %"
 def other_measures(runs: list[dict], results: dict) -> dict[str, dict[str, np.ndarray]]:
     """measure -> arm -> (seeds, prompts) after the last stage, as values whose plain mean is the measure.
 
-    With --judge loss: the loss per row (the mean of the rows' mean losses), the same in each group of prompts, and the
-    loss per token. With --ifd: the mean IFD. With --tasks: the share of right answers. `results` are those of
-    results.json: `judge`, `groups` and `group` of the prompts, `tokens` of their answers.
+    With --judge loss: the loss per row (the mean of the rows' mean losses), the same in each of two or three groups of
+    prompts, and the loss per token. With --ifd: the mean IFD. With --tasks: the share of right answers.
+    `results` are those of results.json: `judge`, `groups` and `group` of the prompts, `tokens` of their answers.
     """
     by_arm: dict[str, list[dict]] = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
@@ -24,7 +24,7 @@ def other_measures(runs: list[dict], results: dict) -> dict[str, dict[str, np.nd
         if results["judge"] == "loss":
             values, group = np.array([run["values"][-1] for run in mine], float), np.array(results["group"])
             found.setdefault("loss per row", {})[arm] = values
-            for k, name in enumerate(results["groups"] if len(results["groups"]) > 1 else ()):
+            for k, name in enumerate(results["groups"] if 1 < len(results["groups"]) <= 3 else ()):
                 found.setdefault(f"{name}: loss per row", {})[arm] = values[:, group == k]
             if results.get("tokens"):
                 weights = np.array(results["tokens"], float)

@@ -61,6 +61,7 @@ from parts.text.tokenizers import load_tokenizer
 from recipes.study.analysis import COMPARISONS, answers_of, file_name, print_table_of, write_findings
 from recipes.study.arms import REPLAYED, Arm, StudyData, cut_scores, held_back, make_arms, read_ground, stages_by
 from recipes.study.power import print_power
+from recipes.study.tasks import read_tasks
 from score import read_score
 
 HERE = Path(__file__).resolve().parent
@@ -525,6 +526,8 @@ def run(args: argparse.Namespace) -> None:
     ground = read_ground(args)
     prompts, validation, held_out = read_tests(args)
     refuse_leaks(ground, prompts, validation)
+    if args.tasks:
+        read_tasks(args.tasks)  # raises InputError
     known = make_arms(ground)
     shared = Counter(map(file_name, known))
     raise_if_any(
