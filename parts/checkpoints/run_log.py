@@ -69,7 +69,7 @@ def print_stages(stages: list, chosen: bool) -> None:
         numbers += [s.documents.truncated, s.documents.truncated_tokens, s.epochs, s.batch_size, s.steps]
         rows = f"{s.rows:,} of {len(s.documents):,}" if chosen else f"{len(s.documents):,}"
         table.append((f"{s.name} {s.source}", rows, *(f"{n:,}" for n in numbers), f"{s.lr:g}"))
-    what = "stage, rows, replayed, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
+    what = "stage, rows, mixed in, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
     print_table(tuple(what.split(", ")), table)
 
 
