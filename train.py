@@ -43,7 +43,7 @@ from model import (
 )
 from parts import memory_plan, options
 from parts.checkpoints.config import UNTIED_HEAD_NOTE, Config, read_config
-from parts.checkpoints.export import write_folder, write_notes
+from parts.checkpoints.export import write_folder, write_stage_metadata
 from parts.checkpoints.lock import Lock, lock_folder
 from parts.checkpoints.run_log import LOG_FILES, RunLog, check_foreign_files, check_same_run, describe_run, print_stages
 from parts.checkpoints.saver import Saver
@@ -436,7 +436,7 @@ def export(folder: Path, model: Transformer, output: Output, ranks: DistributedE
         template, tokenizer = TEMPLATES[output.template], load_tokenizer(output.model)
         jinja, ends = chat_template(template, tokenizer), stop_ids(template, tokenizer)
         copy_tokenizer(output.model, new, jinja, ends)
-        write_notes(folder, new, output.template, samples)
+        write_stage_metadata(folder, new, output.template, samples)
 
     write_folder(folder, ranks.rank, write_weights, write_rest)
 

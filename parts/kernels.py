@@ -25,7 +25,7 @@ def at_least_fp32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class NoGradient:
+class NullContext:
     """The context of a Function's forward where no gradient will be asked for: it saves nothing."""
 
     needs_input_grad = (False,) * 8
@@ -39,7 +39,7 @@ class NoGradient:
 def apply_function(function: type[torch.autograd.Function], *inputs):
     """function.apply(*inputs). Without gradients its forward alone: a Function costs more than the products of one
     token of a small model."""
-    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NoGradient(), *inputs)
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NullContext(), *inputs)
 
 
 # ---------------------------------------------------------------- RMSNorm (arXiv 1910.07467)
@@ -167,7 +167,7 @@ SDPA_MIN_TOKENS = 384  # tokens of a document from which on torch's own kernel i
 @torch.compiler.disable  # a Python loop whose length changes with every batch: left out of compiled graphs
 def looped_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sliding_window: int | None) -> Tensor:
     """`varlen_attention` where varlen_attn does not run: a long document by scaled_dot_product_attention, which has no
-    windows, the short ones between two long ones by `Attention`."""
+    windows, the short ones between two long ones by `DocumentAttention`."""
     runs: list[list[int]] = [[]]  # lengths of documents that go together
     for n in cu_seqlens.diff().tolist():
         if n >= SDPA_MIN_TOKENS and (sliding_window is None or n <= sliding_window):
@@ -176,7 +176,9 @@ def looped_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, slidin
             runs[-1].append(n)
     out = []
     for i, (lengths, *inputs) in enumerate(zip(runs, *(x.split(list(map(sum, runs))) for x in (q, k, v)))):
-        out.append(causal_attention(*inputs) if i % 2 else apply_function(Attention, *inputs, lengths, sliding_window))
+        out.append(
+            causal_attention(*inputs) if i % 2 else apply_function(DocumentAttention, *inputs, lengths, sliding_window)
+        )
     return torch.cat(out)
 
 
@@ -190,7 +192,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 QUERY_BLOCK = 512  # queries at a time: memory grows with a document's length, not with its square
 
 
-class Attention(torch.autograd.Function):
+class DocumentAttention(torch.autograd.Function):
     """A loop over documents. Keeps q, k, v and computes the probabilities again, as FlashAttention does. For documents
     of up to a few hundred tokens, dense products are faster on a CPU than scaled_dot_product_attention."""
 

@@ -66,27 +66,29 @@ class Flops:
         return round(self.of_batch(lengths, supervised) / max(seconds, 1e-6) / self.peak, 4) if self.peak else None
 
 
-PLACES = {"attention_norm": 0, "q": 1, "k": 1, "v": 1, "o": 2, "mlp_norm": 3, "gate": 4, "up": 4, "down": 5}
+ORDER_IN_BLOCK = {"attention_norm": 0, "q": 1, "k": 1, "v": 1, "o": 2, "mlp_norm": 3, "gate": 4, "up": 4, "down": 5}
 
 
-def place(name: str, layers: int) -> tuple[int, int, bool]:
+def computation_order(name: str, layers: int) -> tuple[int, int, bool]:
     """The order in which the computation uses a parameter: its block, its place there, and whether after LoRA's A."""
     if not name.startswith("layers."):
         return (-1 if name == "embed.weight" else layers, 0, False)
     block, *_, module, kind = name.removeprefix("layers.").split(".")
-    return (int(block), PLACES.get(module, 0), kind == "lora_B")
+    return (int(block), ORDER_IN_BLOCK.get(module, 0), kind == "lora_B")
 
 
 def training_flops(model: torch.nn.Module, trained: set[str], peak: float | None = None) -> Flops:
     """A product costs 2 a matrix entry forward, 2 for the gradient of its input where something before it is trained,
     and 2 for that of the matrix where it is trained itself."""
     config, parameters = model.config, dict(model.named_parameters())
-    first = min((place(name, config.n_layers) for name in trained), default=(config.n_layers, 0, False))
+    first = min((computation_order(name, config.n_layers) for name in trained), default=(config.n_layers, 0, False))
     per_token = 0.0
     for name, p in parameters.items():
         if name.startswith("layers.") and p.dim() > 1:
-            per_token += (2 + 2 * (place(name, config.n_layers) > first) + 2 * (name in trained)) * p.numel()
-    blocks_back = sum((k, PLACES["o"], False) > first for k in range(config.n_layers))
+            per_token += (
+                2 + 2 * (computation_order(name, config.n_layers) > first) + 2 * (name in trained)
+            ) * p.numel()
+    blocks_back = sum((k, ORDER_IN_BLOCK["o"], False) > first for k in range(config.n_layers))
     head = "embed.weight" if config.tied else "head.weight"
     head_gradients = 2 * bool(trained - {head}) + 2 * (head in trained)
     return Flops(

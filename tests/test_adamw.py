@@ -88,7 +88,7 @@ def test_a_step_is_that_of_torchs_adamw_rounded(seed, size, at_once, lr):
     exact = torch.optim.AdamW([reference], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     ours = StochasticAdamW([{"params": [p], "weight_decay": 0.1}], (0.9, 0.95), 1e-8, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(adamw.CHUNK, "cpu", at_once)
+        patch.setitem(adamw.CHUNK_NUMEL, "cpu", at_once)
         for grad in grads:
             p.grad, reference.grad = grad, grad.float()
             ours.param_groups[0]["lr"] = lr
@@ -125,7 +125,7 @@ def test_draws_depend_on_seed_step_parameter_and_place_and_on_nothing_else():
 
     one = moved()
     assert torch.equal(one, moved()) and 0.2 < one.double().mean() < 0.3
-    n = adamw.CHUNK["cpu"]
+    n = adamw.CHUNK_NUMEL["cpu"]
     for other in (moved(seed=1), moved(first_step=1), torch.cat((one[n:], one[:n])), torch.cat((one[1:], one[:1]))):
         together, alone = (one & other).double().mean(), one.double().mean() * other.double().mean()
         assert together.item() == pytest.approx(alone.item(), rel=0.05)
@@ -135,7 +135,7 @@ def sharded_step(out):
     """A step on two ranks, saved whole by the first."""
 
     def main(argv):
-        adamw.CHUNK["cpu"] = 64
+        adamw.CHUNK_NUMEL["cpu"] = 64
         with train.init_distributed() as ranks:
             torch.manual_seed(0)
             whole, grad = torch.randn(37, 5).bfloat16(), torch.randn(37, 5).bfloat16()
@@ -152,7 +152,7 @@ def sharded_step(out):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sharded_it_draws_as_if_whole(ranks, tmp_path, monkeypatch):
     run_forked(sharded_step(tmp_path / "p"), ranks=ranks)
-    monkeypatch.setitem(adamw.CHUNK, "cpu", 64)
+    monkeypatch.setitem(adamw.CHUNK_NUMEL, "cpu", 64)
     torch.manual_seed(0)
     p, grad = torch.nn.Parameter(torch.randn(37, 5).bfloat16()), torch.randn(37, 5).bfloat16()
     stepped(p, [grad] * 3)

@@ -37,7 +37,7 @@ def write_folder(
     dist.barrier()
 
 
-def write_notes(folder: Path, new: Path, template: str, samples: list[dict] | None) -> None:
+def write_stage_metadata(folder: Path, new: Path, template: str, samples: list[dict] | None) -> None:
     """Write template.json and samples.json (if there are samples), and copy the selections that are in `folder`."""
     atomic_write(new / "template.json", json.dumps({"template": template}))
     if samples is not None:

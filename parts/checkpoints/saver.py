@@ -11,7 +11,7 @@ from parts.checkpoints.state import TrainingState, save_training
 from parts.cli import Interrupted, StopRequest
 from parts.distributed import DistributedEnv, all_reduce, reshard
 
-SIGNAL_SAVE_SECONDS = 600  # seconds between saved states without --save-every
+SAVE_INTERVAL_SECONDS = 600  # seconds between saved states without --save-every
 
 
 class Saver:
@@ -51,7 +51,7 @@ class Saver:
     def safe_point(self, after_step: bool = False) -> None:
         """A point where the run may stop. Saves if the time (`after_step`: or the step) for it has come. If any rank
         received a signal, saves and raises Interrupted."""
-        late = self.every is None and time.monotonic() - self.last_saved > SIGNAL_SAVE_SECONDS
+        late = self.every is None and time.monotonic() - self.last_saved > SAVE_INTERVAL_SECONDS
         stop, due = all_reduce([self.stop.asked, late])
         if stop or due or (after_step and self.every and self.state.progress.global_step % self.every == 0):
             self.save()
