@@ -1,6 +1,8 @@
 """Changes that CONTRIBUTING.md names, made as a reader would make them: each has its effect everywhere or nowhere."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import score
 import train
 from data import subset, tokenize_files
 from model import Transformer, VarlenAttention, load_model
+from parts import decoding
 from parts.distributed import DistributedEnv, init_distributed
 from parts.keyed_random import keyed_uniform, random_key, token_keys
 
@@ -68,7 +71,7 @@ def test_a_cap_of_the_logits_is_in_training_loss_held_out_loss_ifd_and_generatio
         assert loss == pytest.approx(wanted.item(), rel=1e-5)
         for p, gradient in zip(trained.values(), gradients):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
-        held_out = train.held_out_loss(llama, documents, 64, ALONE, lambda: None, "")
+        held_out = train.held_out_loss(llama, documents, 64, ALONE, lambda: False, "")
         assert held_out == pytest.approx(mean_loss(documents, np.arange(len(documents))).item(), rel=1e-5)
     ifd = score.measure_ifd(llama, documents)
     assert not torch.allclose(ifd, plain_ifd, rtol=1e-2)
@@ -188,28 +191,30 @@ def test_keyed_numbers_are_uniform_and_those_of_their_token_alone():
 # ---------------------------------------------------------------- more state
 
 
+update_weights, finish_run = train.update_weights, train.finish_run
+
+
+def copy_weights(trained):
+    return {f"ema/{name}": p.detach().clone() for name, p in trained.items()}
+
+
+def update_and_average(state, lr):
+    """EMA: an exponential moving average of the weights."""
+    update_weights(state, lr)
+    for name, p in state.trained.items():
+        state.more[f"ema/{name}"].lerp_(p.detach(), 0.1)
+
+
+AVERAGED = [(train, "more_state", copy_weights), (train, "update_weights", update_and_average)]
+
+
 def test_an_average_of_the_weights_survives_a_kill(bench, tmp_path):
-    """EMA: a copy of the weights in `more_state`, updated after every step, exported beside the last stage."""
-    update_weights, finish_run = train.update_weights, train.finish_run
-
-    def copies(trained):
-        return {f"ema/{name}": p.detach().clone() for name, p in trained.items()}
-
-    def update_and_average(state, lr):
-        update_weights(state, lr)
-        for name, p in state.trained.items():
-            state.more[f"ema/{name}"].lerp_(p.detach(), 0.1)
-
     def write_and_finish(run):
-        save_file({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in run.state.more.items()},
-                  run.output.out / f"ema{run.ranks.rank}.safetensors")  # fmt: skip
+        average = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in run.state.more.items()}
+        save_file(average, run.output.out / f"ema{run.ranks.rank}.safetensors")
         finish_run(run)
 
-    main = with_changes(
-        (train, "more_state", copies),
-        (train, "update_weights", update_and_average),
-        (train, "finish_run", write_and_finish),
-    )
+    main = with_changes(*AVERAGED, (train, "finish_run", write_and_finish))
     more, stages = ["--save-every", "1"], ("s1", "s2")
     for ranks in (None, 2):
         a, b = tmp_path / f"a{ranks}", tmp_path / f"b{ranks}"
@@ -223,6 +228,49 @@ def test_an_average_of_the_weights_survives_a_kill(bench, tmp_path):
     assert not torch.equal(whole[name], weights(a, "stage2")["model.embed_tokens.weight"])
     done = go(bench, tmp_path / "bNone", *more, stages=stages, code=2)
     assert "do not belong to" in done.stderr and name in done.stderr
+
+
+def with_average(function):
+    """train.evaluate or train.answer_samples, with the weights exchanged for their average."""
+
+    def exchange(state):
+        for name, p in state.trained.items():
+            average = state.more[f"ema/{name}"]
+            weight = p.detach().clone()
+            p.data.copy_(average)
+            average.copy_(weight)
+
+    def exchanged(run, *rest):
+        exchange(run.state)
+        result = function(run, *rest)
+        exchange(run.state)
+        return result
+
+    return exchanged
+
+
+@pytest.mark.parametrize("module, name, call", [
+    (train, "held_out_loss", 3), (train, "held_out_loss", 4), (decoding, "decode_step", 3),
+])  # fmt: skip
+def test_weights_exchanged_for_a_measurement_are_not_saved(module, name, call, bench, tmp_path):
+    """A signal during a measurement ends it, and the state is saved after the weights are exchanged back."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Say abc."}) + "\n")
+    flags, stages = ["--eval", "s2", "s3", "--sample-prompts", str(tmp_path / "p.jsonl")], ("s1", "s2")
+    measurements = [(train, f, with_average(getattr(train, f))) for f in ("evaluate", "answer_samples")]
+    calls, function = [], getattr(module, name)
+
+    def with_signal(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    go(bench, tmp_path / "a", *flags, stages=stages, main=with_changes(*AVERAGED, *measurements))
+    interrupted = with_changes(*AVERAGED, *measurements, (module, name, with_signal))
+    assert "state saved" in go(bench, tmp_path / "b", *flags, stages=stages, main=interrupted, code=130).stderr
+    go(bench, tmp_path / "b", *flags, stages=stages, main=with_changes(*AVERAGED, *measurements))
+    assert same(weights(tmp_path / "b", "stage2"), weights(tmp_path / "a", "stage2"))
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
 
 
 # ---------------------------------------------------------------- a score and its rule

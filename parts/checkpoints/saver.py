@@ -11,7 +11,7 @@ from parts.checkpoints.state import TrainingState, save_training
 from parts.cli import Interrupted, StopRequest
 from parts.distributed import DistributedEnv, all_reduce, reshard
 
-SAVE_INTERVAL_SECONDS = 600  # seconds between saved states without --save-every
+SAVE_INTERVAL_SECONDS = 600  # between saved states without --save-every
 
 
 class Saver:
@@ -48,9 +48,14 @@ class Saver:
         save_training(self.folder, f"{progress.stage:03}-{progress.step:08}", self.ranks, self.state)
         self.last_saved = time.monotonic()
 
+    def stop_requested(self) -> bool:
+        """Whether any rank received a signal. A measurement, around which the weights may be exchanged for others, ends
+        early then; the next safe point saves."""
+        return bool(all_reduce([self.stop.asked])[0])
+
     def safe_point(self, after_step: bool = False) -> None:
-        """A point where the run may stop. Saves if the time (`after_step`: or the step) for it has come. If any rank
-        received a signal, saves and raises Interrupted."""
+        """A point where the state can be saved and the run may stop. Saves if the time (`after_step`: or the step) for
+        it has come. If any rank received a signal, saves and raises Interrupted."""
         late = self.every is None and time.monotonic() - self.last_saved > SAVE_INTERVAL_SECONDS
         stop, due = all_reduce([self.stop.asked, late])
         if stop or due or (after_step and self.every and self.state.progress.global_step % self.every == 0):
