@@ -41,7 +41,7 @@ from model import (
     save_model,
     weights_dtype,
 )
-from parts import memory_plan, options
+from parts import options
 from parts.checkpoints.config import UNTIED_HEAD_NOTE, Config, read_config
 from parts.checkpoints.export import write_folder, write_stage_metadata
 from parts.checkpoints.lock import Lock, lock_folder
@@ -71,6 +71,7 @@ from parts.distributed import (
     reshard,
 )
 from parts.files import atomic_write, read_json_object, recover_folder, sha256
+from parts.flops import Flops, peak_flops, training_flops
 from parts.keyed_random import random_key
 from parts.memory import memory_in_use, oom_advice
 from parts.optimizer import clip_gradients, learning_rate, make_optimizer
@@ -233,7 +234,7 @@ class Run:
     held_out: dict[str, Documents]
     output: Output
     micro_batch_tokens: int
-    flops: memory_plan.Flops  # of training
+    flops: Flops  # of training
     ranks: DistributedEnv
 
     @property
@@ -540,15 +541,15 @@ def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict
     before = check_same_run(args.out / "run.json", run, options.RESUMABLE_ARGS, defaults)
     options.world_sizes(args)  # raises InputError if --replicas does not divide them
     print_stages(stages, chosen=args.select != "none")
-    learned = sum(p.numel() for p in trained_parameters(model).values())
-    print_plan(args, model, learned, max(int(d.lengths.max()) for d in documents), run["skipped_rows"])
+    n_trained = sum(p.numel() for p in trained_parameters(model).values())
+    print_plan(args, model, n_trained, max(int(d.lengths.max()) for d in documents), run["skipped_rows"])
     data.print_unencodable(documents)
     if config.untied_head:
         print(UNTIED_HEAD_NOTE)
     if args.dry_run:
-        ways = options.memory_variants(weights)
+        variants = options.memory_variants(weights)
         largest = partial(data.largest_micro_batch, stages, micro_batch_tokens=args.micro_batch_tokens)
-        print_memory(args, ways, partial(build_meta_model, config), trained_parameters, largest)
+        print_memory(args, variants, partial(build_meta_model, config), trained_parameters, largest)
     else:
         atomic_write(args.out / "run.json", json.dumps(run | {"weights": before.get("weights")}, indent=1))
     return stages, held_out
@@ -594,7 +595,7 @@ def train(
     if resumed:
         at = f"stage {reached.stage + 1}, step {reached.step}" if reached.stage < len(stages) else "all stages done"
         log.info(f"Resuming from {resumed}: {at}.")
-    peak = memory_plan.peak_flops(ranks.device, model.compute_dtype)
+    peak = peak_flops(ranks.device, model.compute_dtype)
     run = Run(
         model=model,
         state=state,
@@ -603,7 +604,7 @@ def train(
         held_out=held_out,
         output=dataclass_from_args(Output, args),
         micro_batch_tokens=args.micro_batch_tokens,
-        flops=memory_plan.training_flops(model, set(trained), peak * ranks.world_size if peak else None),
+        flops=training_flops(model, set(trained), peak * ranks.world_size if peak else None),
         ranks=ranks,
     )
     with closing(log):

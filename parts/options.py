@@ -232,11 +232,11 @@ class Weights:
 
 
 def memory_variants(chosen: Weights) -> dict[str, Weights]:
-    """The ways to store and train weights, by their flags: the chosen one, then by decreasing memory."""
+    """Ways to store and train weights, by their flags: the chosen one, then by decreasing memory."""
     lora = chosen if chosen.lora else Weights(lora=16, lora_alpha=32.0)
-    ways = {"--param-dtype fp32": Weights(), "--param-dtype bf16": Weights("bf16"), f"--lora {lora.lora}": lora}
-    mine = f"--lora {lora.lora}" if chosen.lora else f"--param-dtype {chosen.param_dtype}"
-    return {mine: chosen} | ways
+    variants = {"--param-dtype fp32": Weights(), "--param-dtype bf16": Weights("bf16"), f"--lora {lora.lora}": lora}
+    chosen_flags = f"--lora {lora.lora}" if chosen.lora else f"--param-dtype {chosen.param_dtype}"
+    return {chosen_flags: chosen} | variants
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from model import Transformer, init_weights, load_model, save_model
 from parts import memory_plan, run_plan
 from parts.checkpoints import config as config_file
 from parts.checkpoints.config import parse_config
+from parts.flops import training_flops
 from parts.options import TARGETS, Weights
 from parts.text import templates
 from parts.text.rows import read_rows
@@ -245,7 +246,7 @@ def test_flops_are_those_that_torch_counts(targets):
     with FlopCounterMode(display=False) as counter:
         model(tokens, torch.zeros(40, dtype=torch.int64), cu_seqlens, targets_of)[0].backward()
     assert all((p.grad is not None) == (name in trained) for name, p in model.named_parameters())
-    expected = memory_plan.training_flops(model, set(trained)).of_batch(np.ones(40), 20)
+    expected = training_flops(model, set(trained)).of_batch(np.ones(40), 20)
     attended = config.n_heads * config.head_dim * 40
     back = 2 if {"q_proj", "k_proj", "v_proj"} & set(targets) else 1
     recomputed = 2 * back * attended

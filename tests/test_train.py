@@ -28,6 +28,7 @@ from parts import memory_plan
 from parts.checkpoints import config as config_file
 from parts.checkpoints import run_log
 from parts.files import sha256
+from parts.flops import training_flops
 from parts.text import templates
 from parts.text.rows import messages_of, read_rows
 from parts.text.tokenizers import load_tokenizer
@@ -256,7 +257,7 @@ def test_flops_are_those_that_torch_counts(frozen):
     with FlopCounterMode(display=False) as counter:
         ours(tokens, torch.zeros(40, dtype=torch.int64), cu_seqlens, targets)[0].backward()
     lengths = np.ones(40)  # attention to oneself: n (n + 1) / 2 pairs is then what the kernel computes too
-    expected = memory_plan.training_flops(ours, set(trained)).of_batch(lengths, 20)
+    expected = training_flops(ours, set(trained)).of_batch(lengths, 20)
     layers_back = 1 if "layers.0." in frozen else 2
     recomputed = 2 * layers_back * config.n_heads * config.head_dim * 40  # the scores, once more; not counted
     unseen = 2 * 20 * config.dim * config.vocab_size * ("head.weight" in trained)  # by addmm_, which it does not know
