@@ -43,7 +43,7 @@ from model import (
 )
 from parts import options
 from parts.checkpoints.config import UNTIED_HEAD_NOTE, Config, read_config
-from parts.checkpoints.export import write_folder, write_stage_metadata
+from parts.checkpoints.export import atomic_folder, write_stage_metadata
 from parts.checkpoints.lock import Lock, lock_folder
 from parts.checkpoints.run_log import LOG_FILES, RunLog, check_foreign_files, check_same_run, describe_run, print_stages
 from parts.checkpoints.saver import Saver
@@ -316,7 +316,7 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
     selection, started = run.progress.selection, time.perf_counter()
     if selection.scoring < 0:
         selection.scores = list(stage.scores)
-    given, tokenizer = epoch == 0 and bool(stage.scores), load_tokenizer(run.output.model)
+    has_scores, tokenizer = epoch == 0 and bool(stage.scores), load_tokenizer(run.output.model)
     count = stage.rows - stage.mixed_in
     scoring = score.select_epoch_rows(
         selection, options, run.model, stage.own, tokenizer, epoch, count, run.ranks, run.micro_batch_tokens
@@ -325,7 +325,7 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
         for scored, bar.total in scoring:
             bar.update(scored - bar.n)
             run.saver.safe_point()
-    scored, seconds = 0 if given else len(selection.candidates), time.perf_counter() - started
+    scored, seconds = 0 if has_scores else len(selection.candidates), time.perf_counter() - started
     row = {"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(selection.chosen)}
     run.log.write(row | {"seconds": round(seconds, 4)})
     if run.ranks.rank == 0:
@@ -445,17 +445,13 @@ def finish_run(run: Run) -> None:
 
 def export(folder: Path, model: Transformer, output: Output, ranks: DistributedEnv, samples: list[dict] | None) -> None:
     """Write a stage's HF folder: weights, config, tokenizer, generation settings, template, samples."""
-
-    def write_weights(new: Path) -> None:
-        save_model(model, new, DTYPES.get(output.save_dtype) or weights_dtype(model, output.model), output.model)
-
-    def write_rest(new: Path) -> None:
-        template, tokenizer = TEMPLATES[output.template], load_tokenizer(output.model)
-        jinja, ends = chat_template(template, tokenizer), stop_ids(template, tokenizer)
-        copy_tokenizer(output.model, new, jinja, ends)
-        write_stage_metadata(folder, new, output.template, samples)
-
-    write_folder(folder, ranks.rank, write_weights, write_rest)
+    dtype = DTYPES.get(output.save_dtype) or weights_dtype(model, output.model)
+    with atomic_folder(folder, ranks.rank) as new:
+        save_model(model, new, dtype, output.model)
+        if ranks.rank == 0:
+            template, tokenizer = TEMPLATES[output.template], load_tokenizer(output.model)
+            copy_tokenizer(output.model, new, chat_template(template, tokenizer), stop_ids(template, tokenizer))
+            write_stage_metadata(folder, new, output.template, samples)
 
 
 # ---------------------------------------------------------------- the start

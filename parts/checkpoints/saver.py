@@ -1,6 +1,7 @@
 """When a training run saves its state, and when it stops."""
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -14,27 +15,20 @@ from parts.distributed import DistributedEnv, all_reduce, reshard
 SAVE_INTERVAL_SECONDS = 600  # between saved states without --save-every
 
 
+@dataclass
 class Saver:
     """Saves `state` at safe points. Every rank has a Saver and calls the same methods. The state's progress has stage,
-    step, global_step and the sizes of both logs.
+    step, global_step and the sizes of both logs."""
 
-    `folder`: of the saved states; `every`: steps between them; `lock`: rank 0's, on the folder of the run.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        every: int | None,
-        ranks: DistributedEnv,
-        model: nn.Module,
-        state: TrainingState,
-        log: RunLog,
-        stop: StopRequest,
-        lock: Lock | None,
-    ):
-        self.folder, self.every, self.ranks, self.model = folder, every, ranks, model
-        self.state, self.log, self.stop, self.lock = state, log, stop, lock
-        self.last_saved = time.monotonic()
+    folder: Path  # of the saved states
+    every: int | None  # steps between saved states; None: SAVE_INTERVAL_SECONDS
+    ranks: DistributedEnv
+    model: nn.Module
+    state: TrainingState
+    log: RunLog
+    stop: StopRequest
+    lock: Lock | None  # rank 0's, on the folder of the run
+    last_saved: float = field(default_factory=time.monotonic)
 
     def save(self) -> None:
         """Save in this order: check the lock; sync the logs; sync the state; rename it; remove the oldest state (the
