@@ -187,11 +187,11 @@ def world_sizes(args: argparse.Namespace) -> list[int]:
     """The numbers of ranks to plan for: this run's and --plan-world-size. Raises InputError if --replicas does not
     divide --plan-world-size; if it does not divide this run's number, only --plan-world-size is planned."""
     here, planned = int(os.environ.get("WORLD_SIZE", 1)), args.plan_world_size
-    asked = planned or here
-    if asked % args.replicas:
+    wanted = planned or here
+    if wanted % args.replicas:
         advice = "" if planned or not args.dry_run else ": --plan-world-size N plans for N ranks"
-        raise InputError(f"--replicas {args.replicas} does not divide {asked} rank{'s' * (asked > 1)}{advice}")
-    return [n for n in dict.fromkeys([here, asked]) if n % args.replicas == 0]
+        raise InputError(f"--replicas {args.replicas} does not divide {wanted} rank{'s' * (wanted > 1)}{advice}")
+    return [n for n in dict.fromkeys([here, wanted]) if n % args.replicas == 0]
 
 
 # Arguments that do not change the result: a run may be resumed with other values.

@@ -20,11 +20,11 @@ def print_plan(
 ) -> None:
     """Print the number of parameters, of which `n_trained` are trained. `longest`: tokens of the longest row;
     `skipped`: the bad rows that are left out."""
-    known = model.config.max_positions
-    if args.max_len > known and (longest > known or args.max_len != options.MAX_LEN):
+    positions = model.config.max_positions
+    if args.max_len > positions and (longest > positions or args.max_len != options.MAX_LEN):
         print(
-            f"--max-len {args.max_len} is above the {known:,} positions that {args.model} knows; the longest row has "
-            f"{longest:,} tokens",
+            f"--max-len {args.max_len} is above the {positions:,} positions that {args.model} knows; "
+            f"the longest row has {longest:,} tokens",
             file=sys.stderr,
         )
     print_list("unusable rows are skipped (run.json lists them all)", skipped)

@@ -127,10 +127,10 @@ def declared_tokens(folder: Path, settings: dict) -> dict[str, tuple[int, bool]]
             if not t.get("special", True) and (t.get("single_word") or t.get("lstrip") or t.get("rstrip")):
                 raise InputError(f"{folder / 'tokenizer_config.json'}: not supported: {json.dumps(t)[:200]}")
         marked = {t["content"]: (int(i), bool(t.get("special", True))) for i, t in decoder.items()}
-        found = {text: (i, False) for text, i in plain.items()} | marked
-        if any(not isinstance(text, str) or i < 0 for text, (i, _) in found.items()):
+        tokens = {text: (i, False) for text, i in plain.items()} | marked
+        if any(not isinstance(text, str) or i < 0 for text, (i, _) in tokens.items()):
             raise ValueError("a token is not a string, or its id is negative")
-        return {text: (i, special or text in used) for text, (i, special) in found.items()}
+        return {text: (i, special or text in used) for text, (i, special) in tokens.items()}
     except InputError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as e:
