@@ -1,4 +1,4 @@
-"""Changes that CONTRIBUTING.md names, made as a reader would make them: each has its effect everywhere or nowhere."""
+"""Changes of CONTRIBUTING.md, made as a reader would make them: each has its effect everywhere or nowhere."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Forked, close, go, metrics, run_forked, same, training, weights
+from conftest import Forked, close, go, metrics, same, training, weights
 from safetensors.torch import load_file, save_file
 
 import data
@@ -50,7 +50,7 @@ def capped(self, x, linear):
     return 0.5 * torch.tanh(linear(x) / 0.5)
 
 
-def test_a_cap_of_the_logits_is_in_training_loss_held_out_loss_ifd_and_generation(bench, monkeypatch):
+def test_capped_logits_apply_to_training_loss_held_out_loss_ifd_and_generation(bench, monkeypatch):
     llama, documents = load_model(bench / "m"), documents_of(bench)
     batch, trained = np.arange(8), dict(llama.named_parameters())
     inputs = inputs_of(documents, batch)
@@ -120,7 +120,7 @@ def test_a_reweighted_training_loss_changes_the_gradient_and_no_measured_loss(be
 # ---------------------------------------------------------------- train and eval mode
 
 
-def test_the_model_is_in_train_mode_for_gradients_and_in_eval_mode_for_all_else(bench, tmp_path):
+def test_the_model_is_in_train_mode_only_for_gradients(bench, tmp_path):
     assert not load_model(bench / "m").training
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Say abc."}) + "\n")
     log, embed_tokens = tmp_path / "modes", Transformer.embed_tokens
@@ -172,7 +172,7 @@ def test_noise_does_not_depend_on_micro_batches_ranks_or_kills(bench, tmp_path):
     assert noisy[1]["loss"] != pytest.approx(plain[1]["loss"], rel=1e-3)
 
 
-def test_keyed_numbers_are_uniform_and_those_of_their_token_alone():
+def test_keyed_numbers_are_uniform_and_depend_only_on_the_token():
     lengths = torch.tensor([300, 1, 200])
     positions = torch.cat([torch.arange(n) for n in lengths])
     keys = token_keys(torch.tensor([random_key(0, 5, d) for d in (3, 9, 4)]), positions, lengths)
@@ -273,55 +273,10 @@ def test_weights_exchanged_for_a_measurement_are_not_saved(module, name, call, b
     assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
 
 
-# ---------------------------------------------------------------- a score and its rule
-
-
-@torch.no_grad()
-def perplexity(llama, documents, micro_batch_tokens=4096, rank=0, world_size=1):
-    """Of the supervised tokens of each document, (D,) fp32."""
-    found = torch.zeros(len(documents))
-    for d in range(len(documents)):
-        _, losses = llama(*inputs_of(documents, [d]))
-        found[d] = losses.double().mean().exp()
-    return found
-
-
-PERPLEXITY = score.Score("perplexity", "perplexity", perplexity, worth=lambda values: values)
-
-
-def test_selection_by_perplexity_takes_the_highest_everywhere(bench, tmp_path, monkeypatch):
-    llama, documents = load_model(bench / "m"), documents_of(bench)
-    values = dict(zip(documents.ids, perplexity(llama, documents).tolist()))
-    assert min(values.values()) > 1  # where IFD's rule would take the lowest first
-    hardest = sorted(values, key=values.get, reverse=True)[:6]
-    main = with_changes((score, "SCORE", PERPLEXITY))
-    flags = ["--select", "iterit", "--score-type", "ifd", "--ratio", "6"]
-    done = go(bench, tmp_path / "o", *flags, main=main, stages=("s1",))
-    chosen = [json.loads(line) for line in (tmp_path / "o/stage1/selection-epoch0.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in chosen if row["chosen"]] == hardest
-    assert [row["perplexity"] for row in chosen] == pytest.approx(sorted(values.values(), reverse=True), rel=1e-4)
-    assert "6 of 30 chosen, perplexity " in done.stdout and "better" not in done.stdout
-
-    monkeypatch.setattr(score, "SCORE", PERPLEXITY)
-    scored, out = tmp_path / "scored.jsonl", tmp_path / "selected.jsonl"
-    measured = ["ifd", "s1.jsonl", "--model", "m", "--out", scored, "--dtype", "fp32"]
-    said = run_forked(score.main, *measured, cwd=bench).stdout
-    assert "perplexity: median" in said and "1 or above" not in said
-    for by in ("score", "diversity"):
-        run_forked(score.main, "select", scored, "--out", out, "--ratio", "6", "--by", by)
-        rows = [json.loads(line) for line in out.read_text().splitlines()]
-        assert len(rows) == 6 and (by == "diversity" or [row["id"] for row in rows] == hardest)
-        assert all(row["perplexity"] == pytest.approx(values[row["id"]], rel=1e-4) for row in rows)
-    given = go(bench, tmp_path / "p", *flags, "--scores", str(scored), main=main, stages=("s1",))
-    assert "0 rows scored" in given.stdout
-    ids = json.loads((tmp_path / "p/order.jsonl").read_text().splitlines()[0])["ids"]
-    assert set(ids) == set(hardest)
-
-
 # ---------------------------------------------------------------- overlapping stages
 
 
-def test_stages_that_overlap_choose_from_their_own_rows_only(bench, tmp_path):
+def test_overlapping_stages_select_from_their_own_rows_only(bench, tmp_path):
     def overlapping(k, of_stages, replay, seed):
         """The first fifth of the next stage."""
         return [subset(d, np.arange(len(d) // 5)) for d in of_stages[k + 1 : k + 2]]
