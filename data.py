@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -108,56 +109,62 @@ def subset(documents: Documents, chosen: np.ndarray) -> Documents:
 cached_tokenizer = lru_cache(maxsize=1)(load_tokenizer)  # so that a worker process loads it once
 
 
-def tokenize_rows(rows: list[Row], folder: Path, template: str, max_len: int) -> list[tuple]:
-    """(tokens int32, supervised bool, number of truncated tokens, whether characters are lost) for each row; run in a
-    worker process."""
-    tokenizer = cached_tokenizer(folder)
-    out = []
+class TokenizedRow(NamedTuple):
+    tokens: np.ndarray  # int32
+    loss_mask: np.ndarray  # bool
+    truncated_tokens: int
+    unencodable: bool  # the tokenizer cannot represent all its characters
+
+
+def tokenize_rows(rows: list[Row], folder: Path, template: str, max_len: int) -> list[TokenizedRow]:
+    """Render and truncate rows; run in a worker process."""
+    tokenizer, tokenized = cached_tokenizer(folder), []
     for row in rows:
         tokens, loss_mask = render(row.turns, TEMPLATES[template], tokenizer)
-        cut = max(0, len(tokens) - max_len)
-        lossy = any(tokenizer.loses(turn.text) for turn in row.turns)
-        out.append((np.array(tokens[:max_len], np.int32), np.array(loss_mask[:max_len], bool), cut, lossy))
-    return out
+        arrays = np.array(tokens[:max_len], np.int32), np.array(loss_mask[:max_len], bool)
+        unencodable = any(tokenizer.loses(turn.text) for turn in row.turns)
+        tokenized.append(TokenizedRow(*arrays, max(0, len(tokens) - max_len), unencodable))
+    return tokenized
 
 
 def tokenize_files(paths: list[Path], folder: Path, template: str, max_len: int, shown: bool) -> Documents:
     """Read, check, render and truncate every row of the files, on all cores if there are many rows; `shown`: show a
     progress bar."""
-    found = [read_rows(path) for path in paths]
-    rows, bad = [row for good, _ in found for row in good], [line for _, lines in found for line in lines]
+    read = [read_rows(path) for path in paths]
+    rows, bad = [row for good, _ in read for row in good], [line for _, lines in read for line in lines]
     chunks = [rows[i : i + 200] for i in range(0, len(rows), 200)]
-    work = partial(tokenize_rows, folder=folder.resolve(), template=template, max_len=max_len)
+    tokenize = partial(tokenize_rows, folder=folder.resolve(), template=template, max_len=max_len)
     cached_tokenizer(folder.resolve())  # loaded before the fork, shared after it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    many = len(chunks) > 20 and cores > 1 and sys.platform == "linux"
-    pool = get_context("fork").Pool(min(cores, len(chunks)), initializer=ignore_terminal_signals) if many else None
-    done = []
+    use_pool = len(chunks) > 20 and cores > 1 and sys.platform == "linux"
+    pool = get_context("fork").Pool(min(cores, len(chunks)), initializer=ignore_terminal_signals) if use_pool else None
+    tokenized = []
     try:
         with progress(len(rows), f"tokenize {paths[0].name}", "row", shown=shown) as bar:
-            for part in pool.imap(work, chunks) if pool else map(work, chunks):
-                done += part
+            for part in pool.imap(tokenize, chunks) if pool else map(tokenize, chunks):
+                tokenized += part
                 bar.update(len(part))
     finally:
         if pool:
             pool.terminate()
-    kept = []
-    for row, (tokens, supervised, cut, lossy) in zip(rows, done):
-        if supervised[1:].any():
-            kept.append((row, tokens, supervised, cut, lossy))
+    kept, kept_rows = [], []
+    for row, document in zip(rows, tokenized):
+        if document.loss_mask[1:].any():
+            kept.append(document)
+            kept_rows.append(row)
         else:
-            total = len(tokens) + cut
+            total = len(document.tokens) + document.truncated_tokens
             bad.append(f"{row.source}: nothing supervised is left of its {total} tokens within --max-len {max_len}")
     return Documents(
-        tokens=np.concatenate([np.zeros(0, np.int32), *(k[1] for k in kept)]),
-        loss_mask=np.concatenate([np.zeros(0, bool), *(k[2] for k in kept)]),
-        offsets=np.cumsum([0, *(len(k[1]) for k in kept)]).astype(np.int64),
-        ids=StringArray.of([k[0].id for k in kept]),
-        source=StringArray.of([k[0].source for k in kept]),
+        tokens=np.concatenate([np.zeros(0, np.int32), *(d.tokens for d in kept)]),
+        loss_mask=np.concatenate([np.zeros(0, bool), *(d.loss_mask for d in kept)]),
+        offsets=np.cumsum([0, *(len(d.tokens) for d in kept)]).astype(np.int64),
+        ids=StringArray.of([row.id for row in kept_rows]),
+        source=StringArray.of([row.source for row in kept_rows]),
         bad=bad,
-        truncated=sum(k[3] > 0 for k in kept),
-        truncated_tokens=sum(k[3] for k in kept),
-        unencodable=sum(k[4] for k in kept),
+        truncated=sum(d.truncated_tokens > 0 for d in kept),
+        truncated_tokens=sum(d.truncated_tokens for d in kept),
+        unencodable=sum(d.unencodable for d in kept),
     )
 
 
@@ -178,10 +185,10 @@ def load_documents(
     """
     code = [Path(__file__), *sorted((Path(__file__).parent / "parts" / "text").glob("*.py"))]
     sources = [*code, *folder.glob("config.json"), *tokenizer_files(folder)]
-    about = json.dumps([list(map(str, paths)), template, max_len, hashes, [sha256(p) for p in sources]])
-    file = cache / (hashlib.sha256(about.encode()).hexdigest()[:32] + ".arrays")
-    found = map_arrays(file)
-    if found is None:
+    key = json.dumps([list(map(str, paths)), template, max_len, hashes, [sha256(p) for p in sources]])
+    file = cache / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".arrays")
+    cached = map_arrays(file)
+    if cached is None:
         documents = tokenize_files(paths, folder, template, max_len, shown)
         if not keep:
             return documents
@@ -191,8 +198,8 @@ def load_documents(
             arrays |= {f"{name} content": texts.content, f"{name} offsets": texts.offsets}
         rest = {name: getattr(documents, name) for name in ("bad", "truncated", "truncated_tokens", "unencodable")}
         save_arrays(file, arrays, rest)
-        found = map_arrays(file)
-    arrays, rest = found
+        cached = map_arrays(file)
+    arrays, rest = cached
     ids, source = (StringArray(arrays[f"{name} content"], arrays[f"{name} offsets"]) for name in ("ids", "source"))
     return Documents(arrays["tokens"], arrays["loss_mask"], arrays["offsets"], ids, source, **rest)
 

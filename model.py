@@ -292,8 +292,8 @@ def find_weight_files(model: Transformer, folder: str | Path) -> dict[str, Path]
 def weights_dtype(model: Transformer, folder: str | Path) -> torch.dtype:
     """The dtype of a folder's weights; fp32 if it is neither bf16 nor fp16."""
     name, file = next(iter(find_weight_files(model, folder).items()))
-    found = stored_dtype(file, hf_name(name))
-    return found if found in (torch.bfloat16, torch.float16) else torch.float32
+    stored = stored_dtype(file, hf_name(name))
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def load_weights(model: Transformer, files: dict[str, Path]) -> None:

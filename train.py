@@ -41,9 +41,9 @@ from model import (
     save_model,
     weights_dtype,
 )
-from parts import memory_plan, options
+from parts import options
 from parts.checkpoints.config import UNTIED_HEAD_NOTE, Config, read_config
-from parts.checkpoints.export import write_folder, write_notes
+from parts.checkpoints.export import atomic_folder, write_stage_metadata
 from parts.checkpoints.lock import Lock, lock_folder
 from parts.checkpoints.run_log import LOG_FILES, RunLog, check_foreign_files, check_same_run, describe_run, print_stages
 from parts.checkpoints.saver import Saver
@@ -71,6 +71,7 @@ from parts.distributed import (
     reshard,
 )
 from parts.files import atomic_write, read_json_object, recover_folder, sha256
+from parts.flops import Flops, peak_flops, training_flops
 from parts.keyed_random import random_key
 from parts.memory import memory_in_use, oom_advice
 from parts.optimizer import clip_gradients, learning_rate, make_optimizer
@@ -183,17 +184,19 @@ def held_out_loss(
     documents: Documents,
     micro_batch_tokens: int,
     ranks: DistributedEnv,
-    on_micro_batch: Callable[[], None],
+    stop_requested: Callable[[], bool],
     name: str,
-) -> float:
-    """Mean cross-entropy over all supervised tokens; `on_micro_batch` as in `batch_gradients`, `name` is shown with the
-    progress."""
+) -> float | None:
+    """Mean cross-entropy over all supervised tokens; None as soon as `stop_requested`, which is asked before every
+    micro-batch on every rank. `name` is shown with the progress."""
     total = torch.zeros((), device=ranks.device, dtype=torch.float64)
     everything = np.arange(len(documents))
     parts = data.micro_batches(everything, documents.lengths, ranks.world_size, micro_batch_tokens)[ranks.rank]
     with progress(len(parts), f"held-out loss, {name}", "micro-batch", shown=ranks.rank == 0) as bar:
         for part in parts:
-            on_micro_batch()
+            if stop_requested():
+                reshard(model)
+                return None
             _, losses = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.pack(part)))
             total += losses.double().sum()
             bar.update()
@@ -231,28 +234,32 @@ class Run:
     held_out: dict[str, Documents]
     output: Output
     micro_batch_tokens: int
-    flops: memory_plan.Flops  # of training
+    flops: Flops  # of training
     ranks: DistributedEnv
+
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
 
 
 def phased_training(stages: list[Stage], optimization: Optimization, selection: SelectionOptions, run: Run) -> None:
     """Train on each stage in turn, starting from the weights of the previous stage (Phased IFT, section 3)."""
-    state, done = run.state, run.state.progress
-    for k in range(done.stage, len(stages)):
+    state = run.state
+    for k in range(run.progress.stage, len(stages)):
         stage = stages[k]
-        if done.step == 0 and optimization.optimizer_state == "reset":  # the paper: every stage is a run of its own
+        if run.progress.step == 0 and optimization.optimizer_state == "reset":  # as in the paper
             state.optimizer = stage_optimizer(state.trained, optimization, k)
         later = sum(s.expected_tokens for s in stages[k + 1 :])
-        tokens_left = later + stage.expected_tokens * (stage.steps - done.step) // stage.steps
-        run.log.begin(stage.name, stage.steps, done.step, tokens_left)
-        for epoch in range(done.step // stage.steps_per_epoch, stage.epochs):
+        tokens_left = later + stage.expected_tokens * (stage.steps - run.progress.step) // stage.steps
+        run.log.begin(stage.name, stage.steps, run.progress.step, tokens_left)
+        for epoch in range(run.progress.step // stage.steps_per_epoch, stage.epochs):
             rows = epoch_rows(run, stage, epoch, selection)
             batches = data.epoch_batches(stage.documents, rows, stage.batch_size, optimization.seed, k, epoch)
-            for batch in batches[done.step - epoch * stage.steps_per_epoch :]:
+            for batch in batches[run.progress.step - epoch * stage.steps_per_epoch :]:
                 evaluate_if_due(run, stage)
-                step, steps = done.step, stage.steps
+                step, steps = run.progress.step, stage.steps
                 if optimization.optimizer_state == "keep":
-                    step, steps = done.global_step, sum(s.steps for s in stages)
+                    step, steps = run.progress.global_step, sum(s.steps for s in stages)
                 lr = learning_rate(step, steps, stage.lr, optimization.schedule, optimization.warmup_ratio)
                 train_step(run, stage, epoch, batch, lr, optimization)
                 run.saver.safe_point(after_step=True)
@@ -263,8 +270,8 @@ def phased_training(stages: list[Stage], optimization: Optimization, selection: 
 
 def train_step(run: Run, stage: Stage, epoch: int, batch: np.ndarray, lr: float, optimization: Optimization) -> None:
     """Compute the batch's gradients, clip them, update the weights; count and log the step."""
-    state, done, started = run.state, run.state.progress, time.perf_counter()
-    key = random_key(optimization.seed, done.global_step)
+    state, started = run.state, time.perf_counter()
+    key = random_key(optimization.seed, run.progress.global_step)
     loss = batch_gradients(
         run.model, state.trained, stage.documents, batch, run.micro_batch_tokens, run.ranks, run.saver.safe_point, key
     )
@@ -273,8 +280,8 @@ def train_step(run: Run, stage: Stage, epoch: int, batch: np.ndarray, lr: float,
         update_weights(state, lr)
     else:
         skip_step(run, stage, batch, loss, norm, optimization.skip_nonfinite)
-    done.step += 1
-    done.global_step += 1
+    run.progress.step += 1
+    run.progress.global_step += 1
     numbers = {"loss": loss, "lr": lr, "grad_norm": norm}
     log_step(run, stage, epoch, batch, numbers, time.perf_counter() - started, skipped=not finite)
 
@@ -298,7 +305,7 @@ def epoch_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) ->
     and all rows of other stages."""
     if options.select == "none":
         return np.arange(len(stage.documents))
-    selection = run.state.progress.selection
+    selection = run.progress.selection
     if not (selection.epoch == epoch or (selection.epoch >= 0 and options.select == "static")):
         select_rows(run, stage, epoch, options)
     return np.concatenate([selection.chosen, np.arange(len(stage.own), len(stage.documents))]).astype(np.int64)
@@ -306,10 +313,10 @@ def epoch_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) ->
 
 def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -> None:
     """IterIT: select rows with the current model, and log the selection."""
-    selection, started = run.state.progress.selection, time.perf_counter()
+    selection, started = run.progress.selection, time.perf_counter()
     if selection.scoring < 0:
         selection.scores = list(stage.scores)
-    given, tokenizer = epoch == 0 and bool(stage.scores), load_tokenizer(run.output.model)
+    has_scores, tokenizer = epoch == 0 and bool(stage.scores), load_tokenizer(run.output.model)
     count = stage.rows - stage.mixed_in
     scoring = score.select_epoch_rows(
         selection, options, run.model, stage.own, tokenizer, epoch, count, run.ranks, run.micro_batch_tokens
@@ -318,7 +325,7 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
         for scored, bar.total in scoring:
             bar.update(scored - bar.n)
             run.saver.safe_point()
-    scored, seconds = 0 if given else len(selection.candidates), time.perf_counter() - started
+    scored, seconds = 0 if has_scores else len(selection.candidates), time.perf_counter() - started
     row = {"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(selection.chosen)}
     run.log.write(row | {"seconds": round(seconds, 4)})
     if run.ranks.rank == 0:
@@ -329,44 +336,52 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
 
 def evaluate_if_due(run: Run, stage: Stage) -> None:
     """Evaluate before the first step, and with --eval-every N before every N-th step."""
-    step, every = run.state.progress.global_step, run.output.eval_every
+    step, every = run.progress.global_step, run.output.eval_every
     if step == 0 or (every and step % every == 0):
         evaluate(run, stage.name if step else "start")
 
 
 def evaluate(run: Run, label: str) -> str:
-    """Measure and log the held-out losses, unless done for this step already. Returns them as text for the summary."""
-    done = run.state.progress
-    if done.last_eval_step == done.global_step:
+    """Measure and log the held-out losses, unless done for this step already. Returns them as text for the summary.
+
+    Saves no state, so that the weights may be exchanged around it for others, such as their average. A signal ends it
+    without a result; then the next safe point saves.
+    """
+    step = run.progress.global_step
+    if run.progress.last_eval_step == step:
         return ""
-    losses = {
-        name: held_out_loss(run.model, documents, run.micro_batch_tokens, run.ranks, run.saver.safe_point, name)
-        for name, documents in run.held_out.items()
-    }
+    losses = {}
+    for name, documents in run.held_out.items():
+        losses[name] = held_out_loss(
+            run.model, documents, run.micro_batch_tokens, run.ranks, run.saver.stop_requested, name
+        )
+        if losses[name] is None:
+            return ""
     for name, loss in losses.items():
-        run.log.write({"stage": label, "global_step": done.global_step, "eval": name, "eval_loss": loss})
+        run.log.write({"stage": label, "global_step": step, "eval": name, "eval_loss": loss})
         if label == "start":
             run.log.info(f"start: held-out loss {loss:.4f} ({name})")
-    done.last_eval_step = done.global_step
+    run.progress.last_eval_step = step
     listed = ", ".join(f"{loss:.4f} ({name})" for name, loss in losses.items())
     return f", held-out loss {listed}" if losses else ""
 
 
-def skip_step(run: Run, stage: Stage, batch: np.ndarray, loss: float, norm: float, most: int) -> None:
-    """Skip a step that is not finite and list its rows; after `most` skipped steps, save and raise WorkError."""
-    done, rows = run.state.progress, [f"{stage.documents.ids[d]} ({stage.documents.source[d]})" for d in batch]
-    what = f"{stage.name}, step {done.step + 1}: the loss is {loss}, the gradient's norm {norm}"
+def skip_step(run: Run, stage: Stage, batch: np.ndarray, loss: float, norm: float, max_skipped: int) -> None:
+    """Skip a step that is not finite and list its rows; after `max_skipped` such steps, save and raise WorkError."""
+    rows = [f"{stage.documents.ids[d]} ({stage.documents.source[d]})" for d in batch]
+    problem = f"{stage.name}, step {run.progress.step + 1}: the loss is {loss}, the gradient's norm {norm}"
     heading = "The rows of this batch:"
-    if done.skipped < most:
-        done.skipped += 1
-        said = format_list(f"{what}: skipped ({done.skipped} of {most}). {heading}", rows, 10)
-        run.log.info(strip_control_chars(said))
+    if run.progress.skipped < max_skipped:
+        run.progress.skipped += 1
+        count = f"skipped ({run.progress.skipped} of {max_skipped})"
+        run.log.info(strip_control_chars(format_list(f"{problem}: {count}. {heading}", rows, 10)))
         return
     run.saver.save()
     if run.ranks.rank > 0:
         raise WorkError("")  # the first rank reports it
     raise WorkError(
-        f"{what}. The weights before this step are kept in {run.output.out / 'resume'}. {format_list(heading, rows)}\n"
+        f"{problem}. The weights before this step are kept in {run.output.out / 'resume'}. "
+        f"{format_list(heading, rows)}\n"
         "Look at these rows and at the learning rate; --skip-nonfinite N skips up to N such steps."
     )
 
@@ -375,9 +390,9 @@ def log_step(
     run: Run, stage: Stage, epoch: int, batch: np.ndarray, numbers: dict[str, float], seconds: float, skipped: bool
 ) -> None:
     """The step's rows of metrics.jsonl and order.jsonl; `numbers` are loss, lr and grad_norm."""
-    done, lengths = run.state.progress, stage.documents.lengths[batch]
-    supervised = int(stage.documents.target_counts[batch].sum())
-    row = {"stage": stage.name, "step": done.step, "global_step": done.global_step, "epoch": epoch + 1, **numbers}
+    lengths, supervised = stage.documents.lengths[batch], int(stage.documents.target_counts[batch].sum())
+    row = {"stage": stage.name, "step": run.progress.step, "global_step": run.progress.global_step}
+    row |= {"epoch": epoch + 1, **numbers}
     row |= {"documents": len(batch), "tokens": int(lengths.sum()), "supervised": supervised}
     row |= {"mfu": run.flops.utilization(lengths, supervised, seconds)}
     row |= {"memory_bytes": memory_in_use(run.ranks.device)}
@@ -388,36 +403,38 @@ def finish_stage(run: Run, stage: Stage) -> None:
     """Save the state, evaluate, sample and export, then mark the stage as finished. A kill in between repeats all but
     the first."""
     run.saver.save()
-    held_out, samples, folder = evaluate(run, stage.name), answer_samples(run, stage), run.output.out / stage.name
+    held_out, samples = evaluate(run, stage.name), answer_samples(run, stage)
+    run.saver.safe_point()  # a signal has ended them early
+    folder = run.output.out / stage.name
     export(folder, run.model, run.output, run.ranks, samples)
-    done = run.state.progress
-    done.stage, done.step, done.selection = done.stage + 1, 0, Selection()
+    run.progress.stage, run.progress.step, run.progress.selection = run.progress.stage + 1, 0, Selection()
     run.log.info(f"{stage.name} ({stage.source}): {stage.steps} steps, {run.log.end()}{held_out} -> {folder}")
     for row in (samples or [])[:5]:
-        asked, answered = strip_control_chars(row["instruction"])[:100], strip_control_chars(row["output"])[:160]
-        run.log.info(f"  {asked!r} -> {answered!r}")
+        prompt, answer = strip_control_chars(row["instruction"])[:100], strip_control_chars(row["output"])[:160]
+        run.log.info(f"  {prompt!r} -> {answer!r}")
 
 
 def answer_samples(run: Run, stage: Stage) -> list[dict] | None:
-    """The answers to --sample-prompts; None without that flag."""
-    if not run.output.sample_prompts:
+    """The answers to --sample-prompts; None without that flag. Saves no state, and a signal ends it, as `evaluate`."""
+    if not run.output.sample_prompts or run.saver.stop_requested():
         return None
-    tokenizer = load_tokenizer(run.output.model)
+    samples, tokenizer = [], load_tokenizer(run.output.model)
     answering = generate.answer_samples(run.model, tokenizer, run.output.template, run.output.sample_prompts)
     with progress(0, f"{stage.name} samples", "answer", shown=run.ranks.rank == 0) as bar:
         for samples in answering:
             bar.total = len(samples)
             bar.update()
-            run.saver.safe_point()
+            if run.saver.stop_requested():
+                break
     reshard(run.model)
     return samples
 
 
 def finish_run(run: Run) -> None:
     """Report skipped steps, write held_out.json, save the state without the optimizer."""
-    done = run.state.progress
-    if done.skipped:
-        run.log.info(f"{done.skipped} of {done.global_step} steps were skipped: their loss or gradient is not finite.")
+    skipped, steps = run.progress.skipped, run.progress.global_step
+    if skipped:
+        run.log.info(f"{skipped} of {steps} steps were skipped: their loss or gradient is not finite.")
     if run.held_out and run.ranks.rank == 0:
         write_eval_matrix(run.output.out)
         if run.output.model.resolve() == DEMO / "model":
@@ -428,17 +445,13 @@ def finish_run(run: Run) -> None:
 
 def export(folder: Path, model: Transformer, output: Output, ranks: DistributedEnv, samples: list[dict] | None) -> None:
     """Write a stage's HF folder: weights, config, tokenizer, generation settings, template, samples."""
-
-    def write_weights(new: Path) -> None:
-        save_model(model, new, DTYPES.get(output.save_dtype) or weights_dtype(model, output.model), output.model)
-
-    def write_rest(new: Path) -> None:
-        template, tokenizer = TEMPLATES[output.template], load_tokenizer(output.model)
-        jinja, ends = chat_template(template, tokenizer), stop_ids(template, tokenizer)
-        copy_tokenizer(output.model, new, jinja, ends)
-        write_notes(folder, new, output.template, samples)
-
-    write_folder(folder, ranks.rank, write_weights, write_rest)
+    dtype = DTYPES.get(output.save_dtype) or weights_dtype(model, output.model)
+    with atomic_folder(folder, ranks.rank) as new:
+        save_model(model, new, dtype, output.model)
+        if ranks.rank == 0:
+            template, tokenizer = TEMPLATES[output.template], load_tokenizer(output.model)
+            copy_tokenizer(output.model, new, chat_template(template, tokenizer), stop_ids(template, tokenizer))
+            write_stage_metadata(folder, new, output.template, samples)
 
 
 # ---------------------------------------------------------------- the start
@@ -457,20 +470,20 @@ def read_data(args: argparse.Namespace, first: bool) -> tuple[list[Stage], dict[
     )
     used = {name: documents[name] for name in [*args.stages, *args.eval]}
     data.check_bad_rows(used, args.skip_bad_rows)
-    given = score.read_precomputed_scores({Path(name): documents[name] for name in args.scores})
-    of_stages, stages = [documents[name] for name in args.stages], []
-    for k, (own, name) in enumerate(zip(of_stages, args.stages)):
+    precomputed = score.read_precomputed_scores({Path(name): documents[name] for name in args.scores})
+    stage_documents, stages = [documents[name] for name in args.stages], []
+    for k, (own, name) in enumerate(zip(stage_documents, args.stages)):
         source = min(name, os.path.relpath(name), key=len)
         stage = data.make_stage(
             name=f"stage{k + 1}",
             source=source,
             own=own,
-            others=data.rows_of_other_stages(k, of_stages, args.replay, args.seed),
+            others=data.rows_of_other_stages(k, stage_documents, args.replay, args.seed),
             epochs=args.epochs[k],
             lr=args.lr[k],
             batch_size=args.batch_size[k],
             ratio=None if args.select == "none" else args.ratio,
-            scores=score.match_precomputed_scores(own, given, source) if args.scores else [],
+            scores=score.match_precomputed_scores(own, precomputed, source) if args.scores else [],
         )
         stages.append(stage)
     return stages, {name: documents[name] for name in args.eval}, hashes
@@ -524,15 +537,15 @@ def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict
     before = check_same_run(args.out / "run.json", run, options.RESUMABLE_ARGS, defaults)
     options.world_sizes(args)  # raises InputError if --replicas does not divide them
     print_stages(stages, chosen=args.select != "none")
-    learned = sum(p.numel() for p in trained_parameters(model).values())
-    print_plan(args, model, learned, max(int(d.lengths.max()) for d in documents), run["skipped_rows"])
+    n_trained = sum(p.numel() for p in trained_parameters(model).values())
+    print_plan(args, model, n_trained, max(int(d.lengths.max()) for d in documents), run["skipped_rows"])
     data.print_unencodable(documents)
     if config.untied_head:
         print(UNTIED_HEAD_NOTE)
     if args.dry_run:
-        ways = options.memory_variants(weights)
+        variants = options.memory_variants(weights)
         largest = partial(data.largest_micro_batch, stages, micro_batch_tokens=args.micro_batch_tokens)
-        print_memory(args, ways, partial(build_meta_model, config), trained_parameters, largest)
+        print_memory(args, variants, partial(build_meta_model, config), trained_parameters, largest)
     else:
         atomic_write(args.out / "run.json", json.dumps(run | {"weights": before.get("weights")}, indent=1))
     return stages, held_out
@@ -540,16 +553,16 @@ def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict
 
 def resume(state: TrainingState, folder: Path, optimization: Optimization, ranks: DistributedEnv) -> str | None:
     """Restore the newest undamaged state of the folder; returns its name, None if there is none."""
-    found = broadcast(newest_state(folder) if ranks.rank == 0 else None)
-    if not found:
+    path = broadcast(newest_state(folder) if ranks.rank == 0 else None)
+    if not path:
         return None
-    about, tensors = read_state(found)
-    selection = Selection(**about["progress"].pop("selection"))
-    state.progress = Progress(**about["progress"], selection=selection)
+    saved, tensors = read_state(path)
+    selection = Selection(**saved["progress"].pop("selection"))
+    state.progress = Progress(**saved["progress"], selection=selection)
     if optimization.optimizer_state == "reset":
         state.optimizer = stage_optimizer(state.trained, optimization, state.progress.stage)
-    restore_training(state, tensors, about["optimizer"])
-    return str(found)
+    restore_training(state, tensors, saved["optimizer"])
+    return str(path)
 
 
 def train(
@@ -572,13 +585,13 @@ def train(
         for stage in stages:
             recover_folder(args.out / stage.name)
     state = TrainingState(trained, stage_optimizer(trained, optimization, 0), Progress(), more_state(trained))
-    found = resume(state, args.out / "resume", optimization, ranks)
-    done = state.progress
-    log = RunLog(args.out if ranks.rank == 0 else None, done.metrics_size, done.order_size)
-    if found:
-        at = f"stage {done.stage + 1}, step {done.step}" if done.stage < len(stages) else "all stages done"
-        log.info(f"Resuming from {found}: {at}.")
-    peak = memory_plan.peak_flops(ranks.device, model.compute_dtype)
+    resumed = resume(state, args.out / "resume", optimization, ranks)
+    reached = state.progress
+    log = RunLog(args.out if ranks.rank == 0 else None, reached.metrics_size, reached.order_size)
+    if resumed:
+        at = f"stage {reached.stage + 1}, step {reached.step}" if reached.stage < len(stages) else "all stages done"
+        log.info(f"Resuming from {resumed}: {at}.")
+    peak = peak_flops(ranks.device, model.compute_dtype)
     run = Run(
         model=model,
         state=state,
@@ -587,7 +600,7 @@ def train(
         held_out=held_out,
         output=dataclass_from_args(Output, args),
         micro_batch_tokens=args.micro_batch_tokens,
-        flops=memory_plan.training_flops(model, set(trained), peak * ranks.world_size if peak else None),
+        flops=training_flops(model, set(trained), peak * ranks.world_size if peak else None),
         ranks=ranks,
     )
     with closing(log):

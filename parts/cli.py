@@ -60,8 +60,8 @@ def run_program(name: str, work: Callable[[argparse.Namespace], None], args: arg
     if message and (code == 1 or os.environ.get("RANK", "0") == "0"):
         print(message, file=sys.stderr)
     if message and "TORCHELASTIC_ERROR_FILE" in os.environ:
-        about = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": about}))
+        report = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": report}))
     return code
 
 
@@ -98,17 +98,6 @@ class StopRequest:
         os._exit(130)
 
 
-def catch_signals() -> StopRequest:
-    """Install the handlers of `StopRequest`. They stay until the process ends: otherwise a late signal would change the
-    exit code."""
-    stop = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if not isinstance(stop, StopRequest):
-        stop = StopRequest()
-        for number in SIGNALS:
-            signal.signal(number, stop.handle)
-    return stop
-
-
 def set_parent_death_signal(number: int) -> None:
     """Ask the kernel to send this signal when the parent process ends, also by kill -9. On Linux only."""
     if sys.platform == "linux":
@@ -120,8 +109,13 @@ def set_parent_death_signal(number: int) -> None:
 
 def handle_signals_and_parent() -> StopRequest:
     """Install the signal handlers, and treat the death of torchrun as SIGTERM. Call it before importing torch, which
-    takes seconds."""
-    stop = catch_signals()
+    takes seconds, and again for the same StopRequest. The handlers stay until the process ends: otherwise a late signal
+    would change the exit code."""
+    stop = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if not isinstance(stop, StopRequest):
+        stop = StopRequest()
+        for number in SIGNALS:
+            signal.signal(number, stop.handle)
     if "RANK" in os.environ:
         set_parent_death_signal(signal.SIGTERM)
     return stop

@@ -57,10 +57,10 @@ def sample(logits: Tensor, options: Options, chance: Tensor) -> Tensor:
         scaled = scaled[:, : options.top_k]
     p = scaled.double().softmax(1)
     p = p * (p.cumsum(1) - p < options.top_p)
-    reached = p.cumsum(1)
-    at = torch.searchsorted(reached, (chance.to(p.device) * reached[:, -1])[:, None], right=True).squeeze(1)
+    cumulative = p.cumsum(1)
+    index = torch.searchsorted(cumulative, (chance.to(p.device) * cumulative[:, -1])[:, None], right=True).squeeze(1)
     last = (p > 0).sum(1) - 1
-    return order.gather(1, torch.minimum(at, last)[:, None]).squeeze(1)
+    return order.gather(1, torch.minimum(index, last)[:, None]).squeeze(1)
 
 
 def activation_dtype(model: nn.Module) -> torch.dtype:
@@ -79,12 +79,12 @@ def prefill(model: nn.Module, cache: KVCache, prompts: list[list[int]], slots: l
     positions = torch.cat([torch.arange(n) for n in lengths])
     of_document = lengths.repeat_interleave(lengths)
     owners = torch.tensor(slots).repeat_interleave(lengths)
-    kept = (positions >= of_document - capacity).nonzero().squeeze(1)  # with a sliding window: the last tokens that fit
-    places = owners[kept] * capacity + positions[kept] % capacity
+    cached = (positions >= of_document - capacity).nonzero().squeeze(1)  # the last ones if not all fit
+    cache_rows = owners[cached] * capacity + positions[cached] % capacity
     sizes = {"longest": int(lengths.max()), "sliding_window": model.config.sliding_window}
     within = partial(varlen_attention, cu_seqlens=cu_seqlens, **sizes)
-    kept, places = kept.to(device), places.to(device)
-    attentions = [partial(prefill_attention, within, rows, kept, places) for rows in zip(*cache.rows())]
+    cached, cache_rows = cached.to(device), cache_rows.to(device)
+    attentions = [partial(prefill_attention, within, rows, cached, cache_rows) for rows in zip(*cache.rows())]
     last = cu_seqlens[1:].long() - 1
     return model.logits_at(tokens, positions.to(device), of_document.to(device), attentions, last)
 
@@ -148,12 +148,10 @@ class RecordedLogits:
             return token_logits(model, *inputs)
 
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter(
-                "always"
-            )  # also torch.jit's deprecation in favour of torch.compile, which takes a minute
+            warnings.simplefilter("always")  # also torch.jit's deprecation; torch.compile would take a minute
             recording = torch.jit.trace(step, inputs, check_trace=False)
-        asked = any(issubclass(w.category, torch.jit.TracerWarning) for w in caught)
-        return step if asked else recording
+        reads_values = any(issubclass(w.category, torch.jit.TracerWarning) for w in caught)
+        return step if reads_values else recording
 
 
 def compiled_step(cache: KVCache):

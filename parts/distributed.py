@@ -43,15 +43,10 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-RENDEZVOUS_SECONDS = 600  # seconds for all ranks to arrive; they start together
-TORCHRUN_REPLY_SECONDS = 10  # seconds for torchrun, which runs already, to answer; otherwise it has been killed
-PEER_LOST_MESSAGES = (
-    "gloo",
-    "NCCL",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-)  # in torch's messages
+RENDEZVOUS_SECONDS = 600  # for all ranks to arrive; they start together
+TORCHRUN_REPLY_SECONDS = 10  # for torchrun, which runs already, to answer; otherwise it has been killed
+# In torch's messages:
+PEER_LOST_MESSAGES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def rendezvous() -> dist.Store:
@@ -59,11 +54,8 @@ def rendezvous() -> dist.Store:
     rank is missing after RENDEZVOUS_SECONDS."""
     if "RANK" not in os.environ:
         return dist.HashStore()
-    rank, world_size, end = (
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
-        time.monotonic() + RENDEZVOUS_SECONDS,
-    )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    end = time.monotonic() + RENDEZVOUS_SECONDS
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # hosted by torchrun; otherwise by rank 0
     store, serves = None, rank == 0 and not served
@@ -108,9 +100,7 @@ def first_rank_works(store: dist.Store) -> Iterator[bool]:
         yield True
     except BaseException:
         store.set("first rank", "failed")
-        time.sleep(
-            0.5 if "RANK" in os.environ else 0
-        )  # time for the others to read it and exit without an error message
+        time.sleep(0.5 if "RANK" in os.environ else 0)  # the others read it and exit without an error message
         raise
     store.set("first rank", "done")
 
@@ -128,10 +118,11 @@ def init_distributed(replicas: int = 1, store: dist.Store | None = None) -> Iter
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         set_parent_death_signal(signal.SIGTERM)  # when torchrun itself is killed
-    place = {"rank": int(os.environ.get("RANK", 0)), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    rank_args = {"rank": int(os.environ.get("RANK", 0)), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
     store = dist.PrefixStore("group", store or rendezvous())
     # The first rank writes a large model while the others wait.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), store=store, **place)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2), store=store, **rank_args)
     try:
         world_size = dist.get_world_size()
         if world_size % replicas:
@@ -146,7 +137,7 @@ def init_distributed(replicas: int = 1, store: dist.Store | None = None) -> Iter
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or any(word in str(e) for word in PEER_LOST_MESSAGES):
             raise WorkError(
-                f"rank {place['rank']}: another rank has ended; run the same command again to resume"
+                f"rank {rank_args['rank']}: another rank has ended; run the same command again to resume"
             ) from e
         raise
     finally:
@@ -201,14 +192,14 @@ def check_shared(file: Path) -> None:
     def content() -> str | None:
         return file.read_text() if file.exists() else None
 
-    wanted = broadcast(content())
+    expected = broadcast(content())
     for _ in range(20):  # other nodes may see it with a delay
-        if content() == wanted:
+        if content() == expected:
             break
         time.sleep(0.5)
-    blind = int(all_reduce([content() != wanted])[0])
-    if blind:
-        raise InputError(f"{file.parent} is not the same folder for {blind} ranks: --out must be shared by all nodes")
+    missing = int(all_reduce([content() != expected])[0])
+    if missing:
+        raise InputError(f"{file.parent} is not the same folder for {missing} ranks: --out must be shared by all nodes")
 
 
 def compute_dtype(choice: str) -> torch.dtype:

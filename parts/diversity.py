@@ -1,4 +1,4 @@
-"""Diversity as IterIT measures it: TF-IDF over the answers, and the greedy choice that lowers what is chosen
+"""Diversity as in IterIT: TF-IDF of the answers, and a greedy choice that reduces the weights of terms chosen
 already."""
 
 import heapq
@@ -12,70 +12,69 @@ import numpy as np
 
 @dataclass
 class SparseRows:
-    """A sparse matrix of TF-IDF weights, row after row: row r's are `weights[starts[r]:starts[r + 1]]` of `terms`."""
+    """A sparse matrix of TF-IDF weights in CSR format: row r has the `weights` and `terms` from offsets[r] to
+    offsets[r + 1]."""
 
     offsets: np.ndarray  # (N+1,) int64
     terms: np.ndarray  # (M,) int32, each at most once in a row
-    weights: np.ndarray  # (M,) float64, of unit length in a row
+    weights: np.ndarray  # (M,) float64; the norm of a row is 1
     n_terms: int
 
 
 def tf_idf(texts: Iterable[str]) -> SparseRows:
-    """TF-IDF of word 1- to 3-grams, as scikit-learn's TfidfVectorizer(ngram_range=(1, 3)) has it by default: lower
-    case, words of two characters or more, idf = ln((1 + n) / (1 + df)) + 1, rows of unit length. n-grams are numbers,
-    not
-    text."""
+    """TF-IDF of word 1- to 3-grams, as scikit-learn's TfidfVectorizer(ngram_range=(1, 3)): lower case, words of two or
+    more characters, idf = ln((1 + n) / (1 + df)) + 1, rows of norm 1. An n-gram is a number, not a text."""
     vocabulary: dict[str, int] = {}
-    find = re.compile(r"(?u)\b\w\w+\b").findall
+    find_words = re.compile(r"(?u)\b\w\w+\b").findall
     ids, lengths = [], []
     for text in texts:
-        words = find(text.lower())
+        words = find_words(text.lower())
         ids += [vocabulary.setdefault(word, len(vocabulary)) for word in words]
         lengths.append(len(words))
-    words, n = np.array(ids, np.int64), len(lengths)
-    rows = np.repeat(np.arange(n, dtype=np.int64), lengths)
-    places, gram, seen, base = [], words, len(vocabulary), 0
-    for size in (1, 2, 3):
-        if size > 1:  # the n-gram of a word and the (n - 1)-gram of the words before it, both in the same row
-            inside = rows[: len(rows) - size + 1] == rows[size - 1 :]
-            pairs = gram[: len(inside)] * max(1, len(vocabulary)) + words[size - 1 :]
-            unique, gram = np.unique(pairs[inside], return_inverse=True)
-            whole = np.full(len(inside), 0, np.int64)
-            whole[inside] = gram
-            places.append((rows[: len(inside)][inside], base + gram))
-            gram, seen = whole, len(unique)
-        else:
-            places.append((rows, gram))
-        base += seen
-    key = np.concatenate([r * max(1, base) + t for r, t in places])
-    key, counts = np.unique(key, return_counts=True)
-    row_of, terms = np.divmod(key, max(1, base))
-    idf = np.log((1 + n) / (1 + np.bincount(terms, minlength=base))) + 1
+    words, n_rows = np.array(ids, np.int64), len(lengths)
+    rows = np.repeat(np.arange(n_rows, dtype=np.int64), lengths)  # the row of each word
+    n_words = max(1, len(vocabulary))
+    gram_rows, gram_terms = [rows], [words]
+    grams, n_terms = words, len(vocabulary)  # grams[i]: the n-gram that begins at word i
+    for size in (2, 3):
+        # An n-gram is an (n - 1)-gram and the word after it, in the same row.
+        inside = rows[: len(rows) - size + 1] == rows[size - 1 :]
+        pairs = grams[: len(inside)] * n_words + words[size - 1 :]
+        unique, numbers = np.unique(pairs[inside], return_inverse=True)
+        gram_rows.append(rows[: len(inside)][inside])
+        gram_terms.append(n_terms + numbers)
+        grams = np.zeros(len(inside), np.int64)
+        grams[inside] = numbers
+        n_terms += len(unique)
+    keys = np.concatenate(gram_rows) * max(1, n_terms) + np.concatenate(gram_terms)
+    keys, counts = np.unique(keys, return_counts=True)
+    row_of, terms = np.divmod(keys, max(1, n_terms))
+    idf = np.log((1 + n_rows) / (1 + np.bincount(terms, minlength=n_terms))) + 1
     weights = counts * idf[terms]
-    norms = np.sqrt(np.bincount(row_of, weights**2, minlength=n))
-    weights /= norms[row_of]
-    starts = np.searchsorted(row_of, np.arange(n + 1)).astype(np.int64)
-    return SparseRows(starts, terms.astype(np.int32), weights, base)
+    weights /= np.sqrt(np.bincount(row_of, weights**2, minlength=n_rows))[row_of]
+    offsets = np.searchsorted(row_of, np.arange(n_rows + 1)).astype(np.int64)
+    return SparseRows(offsets, terms.astype(np.int32), weights, n_terms)
 
 
 def pick_diverse(scores: np.ndarray, matrix: SparseRows, count: int, decay: float) -> list[int]:
-    """IterIT's greedy choice: the row with the highest score x sum of its TF-IDF weights, then all weights of that
-    row's terms times `decay`, in every row; and again. Ties go to the lowest index; rows with a NaN score are never
-    chosen.
+    """IterIT's greedy choice of up to `count` rows: choose the row with the highest product of its score and the sum of
+    its TF-IDF weights, multiply the weights of its terms by `decay` in every row, and repeat. Ties go to the lowest
+    index; a row whose score is NaN is never chosen.
 
-    Weights only ever shrink and scores are not negative, so a value computed earlier is an upper bound: a row whose
-    fresh value still tops a heap of old ones is the best. The same choice as summing every row again at every pick.
+    Weights never increase and scores are not negative, so an old product is an upper bound. A row is the best if its
+    product is up to date and at the top of a heap that otherwise may contain old products.
     """
     factors = np.ones(matrix.n_terms)
     pieces = [slice(a, b) for a, b in zip(matrix.offsets[:-1], matrix.offsets[1:])]
     sums = np.add.reduceat(np.append(matrix.weights, 0.0), matrix.offsets)[:-1] * (np.diff(matrix.offsets) > 0)
+    # (negative product, row, number of rows chosen when it was computed)
     heap = [(-float(scores[r] * sums[r]), r, 0) for r in range(len(scores)) if not math.isnan(scores[r])]
     heapq.heapify(heap)
     chosen: list[int] = []
     while heap and len(chosen) < count:
-        _, row, age = heap[0]
+        _, row, computed_at = heap[0]
         piece = pieces[row]
-        if age == len(chosen):
+        if computed_at == len(chosen):
             heapq.heappop(heap)
             chosen.append(row)
             factors[matrix.terms[piece]] *= decay

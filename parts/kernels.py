@@ -1,8 +1,8 @@
-"""The formulas of the transformer, each twice: plain, and under it the version that keeps less memory for backward.
+"""The formulas of the transformer, each in two versions: plain, and below it one that saves less for backward.
 
-A model reads by the plain ones; `tests/test_kernels.py` holds values and gradients of each pair equal. What needs no
-gradient (a frozen weight) costs none. Sizes: T tokens, C channels, H query heads, G key/value heads, hd head_dim,
-N supervised tokens, V vocabulary. Statistics are computed in fp32 at least.
+Read the plain version to understand a formula; the model uses the other. `tests/test_kernels.py` compares values and
+gradients of the two. No gradient is computed for a frozen weight. Sizes: T tokens, C channels, H query heads,
+G key/value heads, hd head_dim, N supervised tokens, V vocabulary. Statistics are at least fp32.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 
 def on_cuda(x: Tensor) -> bool:
-    """The only question about devices that is asked here; tests answer yes to walk the CUDA branches on a CPU."""
+    """Every branch for CUDA calls this function; tests replace it to run these branches on a CPU."""
     return x.is_cuda
 
 
@@ -25,8 +25,8 @@ def at_least_fp32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class NoGradient:
-    """The context of a Function's forward where no gradient will be asked for: it saves nothing."""
+class NullContext:
+    """A stand-in for the `ctx` of a Function's forward when no gradient is needed: saves nothing."""
 
     needs_input_grad = (False,) * 8
 
@@ -37,9 +37,9 @@ class NoGradient:
 
 
 def apply_function(function: type[torch.autograd.Function], *inputs):
-    """function.apply(*inputs). Without gradients its forward alone: a Function costs more than the products of one
-    token of a small model."""
-    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NoGradient(), *inputs)
+    """function.apply(*inputs), or only its forward if gradients are disabled: for one token of a small model, the
+    overhead of apply is larger than the computation."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NullContext(), *inputs)
 
 
 # ---------------------------------------------------------------- RMSNorm (arXiv 1910.07467)
@@ -51,16 +51,14 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (T, C) over the root of its mean square, times weight (C,); in the dtype of x."""
+    """x (T, C) divided by its root mean square and multiplied by weight (C,), in the dtype of x."""
     if on_cuda(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return apply_function(
-        RMSNorm, x, weight, eps
-    )  # the CPU has no such kernel, and of the plain one autograd keeps six copies
+    return apply_function(RMSNorm, x, weight, eps)  # for a CPU: autograd saves six tensors for the plain version
 
 
 class RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a token."""
+    """Saves x and one number per token."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -91,13 +89,13 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (T, heads, hd), its dimension i paired with i + hd/2 as Hugging Face's weights expect, turned by the angles
-    whose (cos, cos) and (-sin, sin) are `cos` and `sin` (T, 1, hd)."""
+    """Rotate x (T, heads, hd): dimensions i and i + hd/2 are a pair, as in Hugging Face's weights. `cos` and `sin`
+    (T, 1, hd) are (cos, cos) and (-sin, sin) of the angles."""
     return apply_function(Rotate, x, cos, sin)
 
 
 class Rotate(torch.autograd.Function):
-    """Keeps nothing of x: the gradient is turned back."""
+    """Does not save x: the gradient is rotated by the opposite angles."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,30 +123,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def plain_varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sliding_window: int | None) -> Tensor:
     T, device = len(q), q.device
     document = torch.arange(len(cu_seqlens) - 1, device=device).repeat_interleave(cu_seqlens.diff())  # (T,)
-    back = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)  # (T, T): distance to the key
-    seen = (document[:, None] == document) & (back >= 0) & (back < (sliding_window or T + 1))
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)  # (T, T): query - key
+    mask = (document[:, None] == document) & (distance >= 0) & (distance < (sliding_window or T + 1))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (T, H, hd)
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
-    p = scores.masked_fill(~seen, -math.inf).softmax(-1, dtype=at_least_fp32(q)).to(q.dtype)
+    p = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=at_least_fp32(q)).to(q.dtype)
     return torch.einsum("hqk,khd->qhd", p, v)
 
 
-VARLEN_OPTIONS = signature(varlen_attn).parameters  # torch 2.10 has no window_size; enable_gqa came later still
-VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # FlashAttention's
+VARLEN_OPTIONS = signature(varlen_attn).parameters  # torch 2.10 has neither window_size nor enable_gqa
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # that FlashAttention supports
 
 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, sliding_window: int | None
 ) -> Tensor:
-    """Causal attention inside each document: q (T, H, hd), k and v (T, G, hd) -> (T, H, hd), in the dtype of q.
+    """Causal attention within each document: q (T, H, hd), k and v (T, G, hd) -> (T, H, hd), in the dtype of q.
 
-    `cu_seqlens` (D+1,) int32: where documents begin and end; `longest`: tokens of the longest; `sliding_window`: a
-    token sees itself and the sliding_window - 1 tokens before it. On CUDA by varlen_attn where possible: it needs
-    heads of at most 256 dimensions, a multiple of 8.
+    `cu_seqlens` (D+1,) int32: offsets of the documents; `longest`: tokens of the longest document; `sliding_window`: a
+    token attends to itself and the sliding_window - 1 tokens before it. Uses varlen_attn on CUDA if it supports the
+    inputs: bf16 or fp16, and a head_dim of at most 256 that is a multiple of 8.
     """
-    heads_fit = q.shape[2] <= 256 and q.shape[2] % 8 == 0
-    windows_fit = sliding_window is None or "window_size" in VARLEN_OPTIONS
-    if not (on_cuda(q) and q.dtype in VARLEN_DTYPES and heads_fit and windows_fit):
+    head_dim_supported = q.shape[2] <= 256 and q.shape[2] % 8 == 0
+    window_supported = sliding_window is None or "window_size" in VARLEN_OPTIONS
+    if not (on_cuda(q) and q.dtype in VARLEN_DTYPES and head_dim_supported and window_supported):
         return looped_attention(q, k, v, cu_seqlens, sliding_window)
     if "window_size" in VARLEN_OPTIONS:
         options = {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
@@ -156,19 +154,19 @@ def varlen_attention(
         options = {"is_causal": True}
     if "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = True
-    else:  # it asks for as many heads in k and v as in q
+    else:  # k and v must have as many heads as q
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
-SDPA_MIN_TOKENS = 384  # tokens of a document from which on torch's own kernel is the faster one on a CPU
+SDPA_MIN_TOKENS = 384  # from this length on, torch's kernel is faster on a CPU
 
 
-@torch.compiler.disable  # a Python loop whose length changes with every batch: left out of compiled graphs
+@torch.compiler.disable  # a Python loop of another length in every batch would be compiled again and again
 def looped_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sliding_window: int | None) -> Tensor:
-    """`varlen_attention` where varlen_attn does not run: a long document by scaled_dot_product_attention, which has no
-    windows, the short ones between two long ones by `Attention`."""
-    runs: list[list[int]] = [[]]  # lengths of documents that go together
+    """`varlen_attention` without varlen_attn: scaled_dot_product_attention, which has no windows, for each long
+    document, and `DocumentAttention` for the short documents between two long ones."""
+    runs: list[list[int]] = [[]]  # lengths of consecutive documents: short ones, a long one, short ones, …
     for n in cu_seqlens.diff().tolist():
         if n >= SDPA_MIN_TOKENS and (sliding_window is None or n <= sliding_window):
             runs += [[n], []]
@@ -176,7 +174,9 @@ def looped_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, slidin
             runs[-1].append(n)
     out = []
     for i, (lengths, *inputs) in enumerate(zip(runs, *(x.split(list(map(sum, runs))) for x in (q, k, v)))):
-        out.append(causal_attention(*inputs) if i % 2 else apply_function(Attention, *inputs, lengths, sliding_window))
+        out.append(
+            causal_attention(*inputs) if i % 2 else apply_function(DocumentAttention, *inputs, lengths, sliding_window)
+        )
     return torch.cat(out)
 
 
@@ -187,12 +187,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
 
 
-QUERY_BLOCK = 512  # queries at a time: memory grows with a document's length, not with its square
+QUERY_BLOCK = 512  # queries at a time: memory is linear in the length of a document, not quadratic
 
 
-class Attention(torch.autograd.Function):
-    """A loop over documents. Keeps q, k, v and computes the probabilities again, as FlashAttention does. For documents
-    of up to a few hundred tokens, dense products are faster on a CPU than scaled_dot_product_attention."""
+class DocumentAttention(torch.autograd.Function):
+    """A loop over documents. Saves q, k, v; backward computes the probabilities again, as FlashAttention does. For
+    documents of up to a few hundred tokens, dense products are faster on a CPU than scaled_dot_product_attention."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], sliding_window: int | None) -> Tensor:
@@ -208,9 +208,11 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v = ctx.saved_tensors
-        G, scale, needed = k.shape[1], q.shape[2] ** -0.5, ctx.needs_input_grad
-        dq = torch.empty_like(q) if needed[0] else None
-        dk, dv = (torch.zeros_like(x) if need else None for x, need in ((k, needed[1]), (v, needed[2])))
+        G, scale = k.shape[1], q.shape[2] ** -0.5
+        needs_dq, needs_dk, needs_dv, *_ = ctx.needs_input_grad
+        dq = torch.empty_like(q) if needs_dq else None
+        dk = torch.zeros_like(k) if needs_dk else None
+        dv = torch.zeros_like(v) if needs_dv else None
         for queries, keys in attention_blocks(ctx.lengths, ctx.sliding_window):
             p, do = attention_weights(q[queries], k[keys], ctx.sliding_window), group_query_heads(grad[queries], G)
             if dv is not None:
@@ -227,17 +229,18 @@ class Attention(torch.autograd.Function):
 
 
 def attention_blocks(lengths: list[int], sliding_window: int | None) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys) as slices of the flat run: blocks of each document's queries, and the keys that they may see."""
-    start = 0
+    """Blocks of each document's queries, and the keys that they attend to, as slices of the packed tokens."""
+    offset = 0
     for n in lengths:
-        for a in range(0, n, QUERY_BLOCK):
-            b, first = min(a + QUERY_BLOCK, n), 0 if sliding_window is None else max(0, a - sliding_window + 1)
-            yield slice(start + a, start + b), slice(start + first, start + b)
-        start += n
+        for start in range(0, n, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, n)
+            first_key = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+            yield slice(offset + start, offset + end), slice(offset + first_key, offset + end)
+        offset += n
 
 
 def group_query_heads(x: Tensor, groups: int) -> Tensor:
-    """(n, H, hd) -> (G, R n, hd): the R query heads of a key/value head one below the other: no key is repeated."""
+    """(n, H, hd) -> (G, R n, hd): concatenate the R query heads of each key/value head, so that keys need no copy."""
     return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
@@ -247,16 +250,15 @@ def ungroup_query_heads(x: Tensor, like: Tensor) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, sliding_window: int | None) -> Tensor:
-    """What the queries q (n, H, hd), the last n of the keys k (m, G, hd), attend to: (G, R n, m), rows sum to 1."""
+    """The weights (G, R n, m) of the keys k (m, G, hd) for the queries q (n, H, hd), which belong to the last n keys.
+    Rows sum to 1."""
     n, m, G = len(q), len(k), k.shape[1]
     scores = (group_query_heads(q, G) * q.shape[2] ** -0.5) @ k.permute(1, 2, 0)
-    hidden = torch.full((n, m), -math.inf, dtype=q.dtype, device=q.device)
-    hidden = (
-        hidden.triu(m - n + 1)
-        if sliding_window is None
-        else hidden.triu(m - n + 1) + hidden.tril(m - n - sliding_window)
-    )
-    scores.view(G, -1, n, m).add_(hidden)
+    infinite = torch.full((n, m), -math.inf, dtype=q.dtype, device=q.device)
+    mask = infinite.triu(m - n + 1)
+    if sliding_window is not None:
+        mask += infinite.tril(m - n - sliding_window)
+    scores.view(G, -1, n, m).add_(mask)
     return scores.softmax(-1, dtype=at_least_fp32(q)).to(q.dtype)
 
 
@@ -270,14 +272,14 @@ def plain_token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each target (n,) under its logits (n, V), and the logarithm of the softmax's normalizer; both
-    (n,), fp32 and differentiable. Overwrites the logits: a function that made them and needs its result for the
-    backward pass, as torch.tanh does, must not be the last (`30 * tanh(x / 30)` is right); autograd says so."""
+    """Cross-entropy of each target (n,) for its logits (n, V), and the logarithm of the softmax's normalizer; both
+    (n,), fp32 and differentiable. Overwrites the logits. The operation that computed them must not need its result for
+    the backward pass, as torch.tanh does (`30 * tanh(x / 30)` is right); otherwise autograd raises an error."""
     return TokenLosses.apply(logits, targets)
 
 
 class TokenLosses(torch.autograd.Function):
-    """In place: the logits become their exponentials, and these their gradient."""
+    """In place: the memory of the logits holds their exponentials, then their gradient."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,21 +323,22 @@ def plain_cross_entropy(
 def cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, head: Head = plain_head, training_loss: TrainingLoss = plain_loss
 ) -> tuple[Tensor, Tensor]:
-    """Loss of the targets (N,) at the hidden states x (N, C), under the logits head(x, linear), where `linear` is the
-    product with the head's `weight` (V, C).
+    """Loss of the targets (N,) at the hidden states x (N, C), with the logits head(x, linear), where `linear`
+    multiplies by the head's `weight` (V, C).
 
     Returns the sum of training_loss(losses, log_z, at), which is differentiable, and the cross-entropy of each token
-    (N,), for measuring only; both fp32. The training loss gets what `token_losses` returns and which of the N tokens
-    they are, of some of them at a time. Gradients are those of x and weight: `head` has no other parameters.
+    (N,), for measuring only; both fp32. `training_loss` is called with a part of the tokens at a time: with the results
+    of `token_losses`, and with the indices of these tokens, `at`. Only x and weight get gradients, so `head` must not
+    have other parameters.
     """
     return apply_function(CrossEntropy, x, weight, targets, head, training_loss)
 
 
-MAX_LOGITS = 2**24  # numbers; 64 MiB in fp32, whatever the vocabulary
+MAX_LOGITS = 2**24  # at a time, for any vocabulary: 64 MiB in fp32
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Logits in chunks; the gradients of the sum are made in the same pass, then the logits are forgotten."""
+    """Computes logits in chunks. Forward also computes the gradients, so that no logits are saved."""
 
     @staticmethod
     def forward(
@@ -346,20 +349,20 @@ class CrossEntropy(torch.autograd.Function):
         total = losses.new_zeros(())
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=losses.dtype) if ctx.needs_input_grad[1] else None
-        learns = dx is not None or dweight is not None
+        needs_gradient = dx is not None or dweight is not None
 
         def linear(h: Tensor) -> Tensor:
             return HeadLinear.apply(h, narrow, dweight)
 
         for a in range(0, len(x), chunk):
             rows, at = slice(a, a + chunk), torch.arange(a, min(a + chunk, len(x)), device=x.device)
-            with torch.set_grad_enabled(learns):
-                chunk_x = x[rows].detach().requires_grad_(learns)
+            with torch.set_grad_enabled(needs_gradient):
+                chunk_x = x[rows].detach().requires_grad_(needs_gradient)
                 chunk_losses, log_z = token_losses(head(chunk_x, linear), targets[rows])
                 chunk_sum = training_loss(chunk_losses, log_z, at).sum()
             losses[rows] = chunk_losses.detach()
             total += chunk_sum.detach()
-            if learns:
+            if needs_gradient:
                 (chunk_dx,) = torch.autograd.grad(chunk_sum, chunk_x)  # and `linear` adds to dweight
                 if dx is not None:
                     dx[rows] = chunk_dx
@@ -370,13 +373,13 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _):
-        # In place: dweight is as large as the vocabulary.
+        # In place: dweight is large.
         return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None
 
 
 class HeadLinear(torch.autograd.Function):
-    """x (n, C) times weight (V, C); its backward adds the gradient of the weight to `dweight`, without a second matrix
-    of that size where the dtypes agree."""
+    """x (n, C) times weight (V, C). Backward adds the weight's gradient to `dweight`, without a second matrix of that
+    size if the dtypes are equal."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dweight: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone: not on a device's state, the order of calls, or the number of ranks."""
+"""Random numbers that depend only on a key: not on the state of a generator, the order of calls or the ranks."""
 
 import hashlib
 
@@ -9,12 +9,12 @@ GOLDEN, MIX_1, MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5
 
 
 def random_key(*numbers: int) -> int:
-    """63 bits that depend on these numbers, on every machine alike."""
+    """A 63-bit hash of these numbers, the same on every machine."""
     return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def mix_bits(x: Tensor) -> Tensor:
-    """int64 to int64, one to one, like random bits: the finalizer of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """The finalizer of SplitMix64 (Steele et al., OOPSLA 2014): a bijection of int64 whose results look random."""
     x = (x ^ (x >> 30 & 2**34 - 1)) * MIX_1
     x = (x ^ (x >> 27 & 2**37 - 1)) * MIX_2
     return x ^ (x >> 31 & 2**33 - 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parts.cli import WorkError
+from parts.kernels import QUERY_BLOCK
 from parts.memory import oom_message
 
 MAX_SLOTS = 128  # slots: more are hardly faster, and on CPUs not at all
@@ -35,15 +36,15 @@ def slot_bytes(config, capacity: int, dtype: torch.dtype, sampled: bool) -> int:
 def working_bytes(model: torch.nn.Module, tokens: int, longest: int, dtype: torch.dtype) -> int:
     """Bytes that do not grow with the slots: the prefill of `tokens` tokens, attention over the `longest` prompt, and
     temporary copies of weights that are cast, or gathered from shards."""
-    c, size, block = model.config, dtype.itemsize, 512  # the same number of queries at a time as in parts/kernels.py
+    c, size = model.config, dtype.itemsize
     prefill = tokens * size * (8 * c.dim + 4 * c.hidden_dim + 6 * c.n_heads * c.head_dim)
-    attention = 3 * 4 * c.n_heads * min(block, longest) * longest
-    passing = 0
+    attention = 3 * 4 * c.n_heads * min(QUERY_BLOCK, longest) * longest
+    copies = 0
     if isinstance(model.embed.weight, DTensor) or dtype != model.embed.weight.dtype:
-        blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers.0."))
-        rest = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("layers."))
-        passing = size * (rest + 2 * blocks)
-    return prefill + attention + passing
+        block = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers.0."))
+        root = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("layers."))
+        copies = size * (root + 2 * block)
+    return prefill + attention + copies
 
 
 # ---------------------------------------------------------------- groups of prompts

@@ -1,4 +1,4 @@
-"""Memory of this process' device: what is free, what was used at most, and how it sounds when there is none left."""
+"""The memory of a process and its device: how much is free, how much was used, out-of-memory errors."""
 
 import os
 import sys
@@ -12,18 +12,17 @@ from parts.cli import WorkError
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take: of its GPU, or its share of the machine's (the ranks of a node share it),
-    whatever limits of cgroups and ulimit -v leave."""
+    """Bytes that this process can still allocate: on its GPU, or of a CPU's memory, which the ranks of a node share,
+    within the limits of cgroups and ulimit -v."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but held by torch
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free in torch's cache
         return torch.cuda.mem_get_info(device)[0] + cached
-    found = [available_memory(), *cgroup_memory()]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(min([min(found) / ranks, *address_space()]))
+    return int(min([min([available_memory(), *cgroup_memory()]) / ranks, *address_space()]))
 
 
 def available_memory() -> float:
-    """Of the machine, with what the kernel would give back of its caches."""
+    """Bytes available on this machine, including caches that the kernel would drop."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -32,10 +31,10 @@ def available_memory() -> float:
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """What the limits of this process' control groups leave, of version 2 and 1, each group and those it lies in."""
+    """Bytes left within the limit of each control group (version 1 or 2) of this process, and of their parents."""
     names = {"": ("memory.max", "memory.current", "inactive_file")}
     names["memory"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    found = []
+    left = []
     for line in own.read_text().splitlines() if own.exists() else []:
         _, controller, path = line.split(":", 2)
         if controller not in names:
@@ -46,29 +45,29 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
             if folder == root.parent:
                 break
             try:
-                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                maximum, used = int((folder / limit).read_text()), int((folder / usage).read_text())
                 statistics = (folder / "memory.stat").read_text().split()
-                spare = int(statistics[statistics.index(cached) + 1])  # of files read, given back when needed
+                file_cache = int(statistics[statistics.index(cached) + 1])  # dropped when memory is needed
             except (OSError, ValueError):  # no such file, or "max"
                 continue
-            found.append(max(0.0, most - used + spare))
-    return found
+            left.append(max(0.0, maximum - used + file_cache))
+    return left
 
 
 def address_space() -> list[float]:
-    """What `ulimit -v` leaves, if it is set."""
+    """Bytes left within `ulimit -v`, if it is set."""
     try:
         import resource  # not on every system
 
-        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (ImportError, OSError):
         return []
-    return [] if most == resource.RLIM_INFINITY else [max(0.0, most - used)]
+    return [] if limit == resource.RLIM_INFINITY else [max(0.0, limit - used)]
 
 
 def resident_memory() -> int:
-    """Bytes of this process that lie in memory now; where the system does not say, the most that did."""
+    """Bytes of this process that are in memory now; the peak so far on systems without /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # no Linux
@@ -76,7 +75,7 @@ def resident_memory() -> int:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """The most memory this process has held so far, in bytes: of the GPU, or resident on a CPU machine."""
+    """Peak memory of this process so far, in bytes: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on every system
@@ -87,21 +86,18 @@ def memory_in_use(device: torch.device) -> int:
 
 @contextmanager
 def oom_advice(micro_batch_tokens: int) -> Iterator[None]:
-    """Raise WorkError, with the flags that need less memory, where training needs more than a GPU has."""
+    """A context manager that turns an out-of-memory error of a GPU into a WorkError that names flags to try."""
     try:
         yield
     except torch.OutOfMemoryError as e:
-        ways = (
-            f"--micro-batch-tokens {micro_batch_tokens // 2}, --checkpoint-activations, --param-dtype bf16 or --lora 16"
-        )
-        raise WorkError(f"out of GPU memory: try {ways}; --dry-run says what they need ({e})") from None
+        flags = f"--micro-batch-tokens {micro_batch_tokens // 2}, --checkpoint-activations, --param-dtype bf16"
+        raise WorkError(f"out of GPU memory: try {flags} or --lora 16; --dry-run says what they need ({e})") from None
 
 
 def oom_message(e: BaseException) -> str:
-    """What a MemoryError or RuntimeError says if it is about memory that is not there (CPUs have no class of their own
-    for it), else ""."""
-    if isinstance(e, WorkError):  # says all already
+    """The first line of an out-of-memory error, "" for other errors. On CPUs torch raises a plain RuntimeError."""
+    phrases = ("can't allocate memory", "out of memory", "not enough memory")
+    is_oom = isinstance(e, MemoryError | torch.OutOfMemoryError) or any(phrase in str(e) for phrase in phrases)
+    if isinstance(e, WorkError) or not is_oom:  # a WorkError has its own message
         return ""
-    said = (str(e) or type(e).__name__).splitlines()[0]
-    words = ("can't allocate memory", "out of memory", "not enough memory")
-    return said if isinstance(e, MemoryError | torch.OutOfMemoryError) or any(w in str(e) for w in words) else ""
+    return (str(e) or type(e).__name__).splitlines()[0]

@@ -187,11 +187,11 @@ def world_sizes(args: argparse.Namespace) -> list[int]:
     """The numbers of ranks to plan for: this run's and --plan-world-size. Raises InputError if --replicas does not
     divide --plan-world-size; if it does not divide this run's number, only --plan-world-size is planned."""
     here, planned = int(os.environ.get("WORLD_SIZE", 1)), args.plan_world_size
-    asked = planned or here
-    if asked % args.replicas:
+    wanted = planned or here
+    if wanted % args.replicas:
         advice = "" if planned or not args.dry_run else ": --plan-world-size N plans for N ranks"
-        raise InputError(f"--replicas {args.replicas} does not divide {asked} rank{'s' * (asked > 1)}{advice}")
-    return [n for n in dict.fromkeys([here, asked]) if n % args.replicas == 0]
+        raise InputError(f"--replicas {args.replicas} does not divide {wanted} rank{'s' * (wanted > 1)}{advice}")
+    return [n for n in dict.fromkeys([here, wanted]) if n % args.replicas == 0]
 
 
 # Arguments that do not change the result: a run may be resumed with other values.
@@ -232,11 +232,11 @@ class Weights:
 
 
 def memory_variants(chosen: Weights) -> dict[str, Weights]:
-    """The ways to store and train weights, by their flags: the chosen one, then by decreasing memory."""
+    """Ways to store and train weights, by their flags: the chosen one, then by decreasing memory."""
     lora = chosen if chosen.lora else Weights(lora=16, lora_alpha=32.0)
-    ways = {"--param-dtype fp32": Weights(), "--param-dtype bf16": Weights("bf16"), f"--lora {lora.lora}": lora}
-    mine = f"--lora {lora.lora}" if chosen.lora else f"--param-dtype {chosen.param_dtype}"
-    return {mine: chosen} | ways
+    variants = {"--param-dtype fp32": Weights(), "--param-dtype bf16": Weights("bf16"), f"--lora {lora.lora}": lora}
+    chosen_flags = f"--lora {lora.lora}" if chosen.lora else f"--param-dtype {chosen.param_dtype}"
+    return {chosen_flags: chosen} | variants
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def plan(args: argparse.Namespace) -> None:
     from parts.api.prompts import difficulty_prompt, judge_prompt
     from parts.api.questions import fence, fill, tokens_in
     from parts.checkpoints.config import read_config
+    from parts.flops import PEAK_FLOPS, training_flops
     from parts.options import Weights
     from parts.text.rows import read_good_rows
     from parts.text.testsets import read_prompts
@@ -126,8 +127,8 @@ def plan(args: argparse.Namespace) -> None:
         asked, answered = ("\n\n".join(score.format_conversation(row)[k::2]) for k in (0, 1))
         sent += question(difficulty_prompt(None, False), {"instruction": asked, "answer": answered})
     table = [("difficulty", len(rows), sent, dollars(sent, len(rows)), 0.0, 0.0)]
-    flops = memory_plan.training_flops(model, trained).of_batch(documents.lengths, int(documents.target_counts.sum()))
-    speed = memory_plan.PEAK_FLOPS[args.gpu] * UTILIZATION / (4 / 3 if training.checkpoint_activations else 1)
+    flops = training_flops(model, trained).of_batch(documents.lengths, int(documents.target_counts.sum()))
+    speed = PEAK_FLOPS[args.gpu] * UTILIZATION / (4 / 3 if training.checkpoint_activations else 1)
     for arm in args.arms:
         share, tokens_share = STAGE_3 if arm == "stage3" else (1.0, 1.0)
         epochs = training.epochs[0]

@@ -83,7 +83,7 @@ def ours(folder: Path, dtype: str, steps: int, more: list[str]) -> dict:
     import train
     from data import epoch_batches, micro_batches
     from parts.distributed import init_distributed
-    from parts.memory_plan import training_flops
+    from parts.flops import training_flops
 
     with init_distributed() as ranks:
         documents, model, trained, optimizer, base = build(folder, dtype, ranks, more)

@@ -24,6 +24,7 @@ from parts.checkpoints import config as config_file
 from parts.checkpoints.config import parse_config
 from parts.cli import dataclass_from_args, print_table
 from parts.distributed import init_distributed
+from parts.flops import Flops, peak_flops, training_flops
 from parts.memory import memory_in_use
 
 RAW = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=4096,
@@ -73,7 +74,7 @@ def training(folder: Path, flags: list[str]) -> dict:
             optimizer.step()
 
         seconds = timed(step, documents, ranks.device)
-        flops = memory_plan.training_flops(model, set(trained))
+        flops = training_flops(model, set(trained))
         most = data.largest_micro_batch([SimpleNamespace(documents=documents, batch_size=BATCH)], 1, MICRO)
         cuda = ranks.device.type == "cuda"
         plan = memory_plan.memory_plan(model, set(trained), 1, torch.bfloat16, *most, args.checkpoint_activations, cuda)
@@ -96,13 +97,13 @@ def timed(step, documents: data.Documents, device: torch.device) -> list[float]:
     return seconds[2:]
 
 
-def measured(documents: data.Documents, seconds: list[float], flops: memory_plan.Flops, device: torch.device) -> dict:
+def measured(documents: data.Documents, seconds: list[float], flops: Flops, device: torch.device) -> dict:
     tokens = rates = 0.0
     for batch in batches(documents)[2:]:
         lengths = documents.lengths[batch]
         tokens += lengths.sum()
         rates += flops.of_batch(lengths, int(documents.target_counts[batch].sum()))
-    peak = memory_plan.peak_flops(device, torch.bfloat16)
+    peak = peak_flops(device, torch.bfloat16)
     found = {"tokens_per_second": tokens / sum(seconds), "peak_memory": memory_in_use(device)}
     return found | {"mfu": rates / sum(seconds) / peak if peak else None}
 
@@ -136,7 +137,7 @@ def theirs(folder: Path, flags: list[str]) -> dict:
 
     with torch.device("meta"):
         ours = Transformer(parse_config(json.loads((folder / "config.json").read_text())))
-    flops = memory_plan.training_flops(ours, {name for name, _ in ours.named_parameters()})
+    flops = training_flops(ours, {name for name, _ in ours.named_parameters()})
     return measured(documents, timed(step, documents, device), flops, device)
 
 

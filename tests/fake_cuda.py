@@ -165,7 +165,7 @@ def patch_modules(tracker_of: dict) -> None:
     kernels.F = SimpleNamespace(
         **{**vars(torch.nn.functional), "rms_norm": lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)}
     )
-    adamw.CHUNK = {"cpu": adamw.CHUNK["cuda"]}
+    adamw.CHUNK_NUMEL = {"cpu": adamw.CHUNK_NUMEL["cuda"]}
     generator = torch.Generator
     torch.Generator = lambda device=None: generator()
     torch.Tensor.__int__ = lambda self: self.item()

@@ -1,4 +1,4 @@
-"""--param-dtype bf16: the rounding, the optimizer against torch's, what a run with it keeps, saves and goes on from."""
+"""--param-dtype bf16: rounding, the optimizer against torch's, saving and resuming."""
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ from parts.checkpoints.config import parse_config
 from parts.distributed import gradient_norm
 from parts.options import Weights
 
-EVERY_DRAW = torch.arange(2**16, dtype=torch.int32)
+ALL_RANDOM_BITS = torch.arange(2**16, dtype=torch.int32)
 BF16 = ["--weights", "bf16", "--eval", "s2", "--save-every", "1"]
 
 
 @pytest.fixture(scope="module")
-def straight(bench):
-    """A run that nobody disturbed."""
+def reference(bench):
+    """A run without kills and signals."""
     go(bench, bench / "bf16", *BF16)
     return bench / "bf16"
 
@@ -36,11 +36,11 @@ def patterns(*numbers):
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(-(2**31), 2**31 - 1))
-def test_rounding_is_unbiased_and_gives_a_neighbour(pattern):
-    """Of any fp32 number, denormal ones too, over all draws there are."""
+def test_stochastic_rounding_is_unbiased_and_returns_a_neighbour(pattern):
+    """For any fp32 number, also subnormal ones, over all random bits."""
     x = patterns(pattern)
-    found = stochastic_round_(x.expand(2**16).clone(), EVERY_DRAW)
-    assert torch.equal(found.bfloat16().float().nan_to_num(7), found.nan_to_num(7))  # bf16 holds them all
+    found = stochastic_round_(x.expand(2**16).clone(), ALL_RANDOM_BITS)
+    assert torch.equal(found.bfloat16().float().nan_to_num(7), found.nan_to_num(7))  # all are exact in bf16
     if not x.isfinite():
         assert torch.equal(found.isnan(), x.isnan().expand(2**16)) and (x.isnan() or (found == x).all())
         return
@@ -55,9 +55,9 @@ def test_rounding_is_unbiased_and_gives_a_neighbour(pattern):
 @pytest.mark.parametrize(
     "pattern", [0x7FFFFFFF, 0x7FC00000, -0x400000, -1, 0x7F800000, -0x800000, 0, -(2**31), 1, 0x8000]
 )
-def test_the_odd_numbers(pattern):
+def test_rounding_of_special_numbers_is_unbiased(pattern):
     x = patterns(pattern)
-    found = stochastic_round_(x.expand(2**16).clone(), EVERY_DRAW)
+    found = stochastic_round_(x.expand(2**16).clone(), ALL_RANDOM_BITS)
     if x.isfinite():
         assert found.double().mean().item() == x.double().item()
     else:
@@ -79,8 +79,8 @@ def stepped(p, grads, seed=0, first_step=0, lr=1e-3, decay=0.1):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), st.integers(1, 300), st.sampled_from([1, 64, 100, 2**16]), st.floats(1e-6, 1e-1))
-def test_a_step_is_that_of_torchs_adamw_rounded(seed, size, at_once, lr):
-    """Three steps; before each the reference takes over what bf16 holds."""
+def test_a_step_equals_torch_adamw_up_to_rounding(seed, size, at_once, lr):
+    """Three steps; before each step the reference gets the rounded values."""
     torch.manual_seed(seed)
     p = torch.nn.Parameter(torch.randn(size).bfloat16())
     grads = [torch.randn(size).bfloat16() for _ in range(3)]
@@ -88,23 +88,21 @@ def test_a_step_is_that_of_torchs_adamw_rounded(seed, size, at_once, lr):
     exact = torch.optim.AdamW([reference], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     ours = StochasticAdamW([{"params": [p], "weight_decay": 0.1}], (0.9, 0.95), 1e-8, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(adamw.CHUNK, "cpu", at_once)
+        patch.setitem(adamw.CHUNK_NUMEL, "cpu", at_once)
         for grad in grads:
             p.grad, reference.grad = grad, grad.float()
             ours.param_groups[0]["lr"] = lr
             exact.step()
             ours.step()
-            held = {"w": (p, reference)} | {
-                k: (ours.state[p][k], exact.state[reference][k]) for k in ("exp_avg", "exp_avg_sq")
-            }
-            for found, wanted in held.values():
-                assert found.dtype == torch.bfloat16
-                step = 2.0 ** (wanted.detach().abs().clamp(min=1e-30).log2().floor() - 7)  # of bf16, at this number
-                assert ((found.float() - wanted).abs() <= 1.001 * step).all()
-                wanted.data.copy_(found.detach())
+            moments = [(ours.state[p][key], exact.state[reference][key]) for key in ("exp_avg", "exp_avg_sq")]
+            for rounded, wanted in [(p, reference), *moments]:
+                assert rounded.dtype == torch.bfloat16
+                spacing = 2.0 ** (wanted.detach().abs().clamp(min=1e-30).log2().floor() - 7)  # of bf16 numbers
+                assert ((rounded.float() - wanted).abs() <= 1.001 * spacing).all()
+                wanted.data.copy_(rounded.detach())
 
 
-def test_updates_far_below_half_a_step_count_on_average():
+def test_updates_below_the_resolution_of_bf16_accumulate_on_average():
     p = torch.nn.Parameter(torch.full((400_000,), 0.75).bfloat16())  # numbers beside it are 2^-8 away
     stepped(p, [torch.ones_like(p)] * 20, lr=1e-5, decay=0.0)
     moved = (0.75 - p.detach().double()).mean().item()
@@ -117,7 +115,7 @@ def test_updates_far_below_half_a_step_count_on_average():
     assert (p == 0.75).all()  # rounded to the nearest nothing ever moves
 
 
-def test_draws_depend_on_seed_step_parameter_and_place_and_on_nothing_else():
+def test_random_bits_depend_only_on_seed_step_parameter_and_position():
     def moved(**more):
         p = torch.nn.Parameter(torch.full((600_000,), 0.75).bfloat16())
         stepped(p, [torch.ones_like(p)], **({"lr": 1e-3, "decay": 0.0} | more))
@@ -125,17 +123,17 @@ def test_draws_depend_on_seed_step_parameter_and_place_and_on_nothing_else():
 
     one = moved()
     assert torch.equal(one, moved()) and 0.2 < one.double().mean() < 0.3
-    n = adamw.CHUNK["cpu"]
+    n = adamw.CHUNK_NUMEL["cpu"]
     for other in (moved(seed=1), moved(first_step=1), torch.cat((one[n:], one[:n])), torch.cat((one[1:], one[:1]))):
         together, alone = (one & other).double().mean(), one.double().mean() * other.double().mean()
         assert together.item() == pytest.approx(alone.item(), rel=0.05)
 
 
 def sharded_step(out):
-    """A step on two ranks, saved whole by the first."""
+    """Steps on several ranks; the first one saves the full parameter."""
 
     def main(argv):
-        adamw.CHUNK["cpu"] = 64
+        adamw.CHUNK_NUMEL["cpu"] = 64
         with train.init_distributed() as ranks:
             torch.manual_seed(0)
             whole, grad = torch.randn(37, 5).bfloat16(), torch.randn(37, 5).bfloat16()
@@ -150,9 +148,9 @@ def sharded_step(out):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_sharded_it_draws_as_if_whole(ranks, tmp_path, monkeypatch):
+def test_sharded_parameters_get_the_same_update(ranks, tmp_path, monkeypatch):
     run_forked(sharded_step(tmp_path / "p"), ranks=ranks)
-    monkeypatch.setitem(adamw.CHUNK, "cpu", 64)
+    monkeypatch.setitem(adamw.CHUNK_NUMEL, "cpu", 64)
     torch.manual_seed(0)
     p, grad = torch.nn.Parameter(torch.randn(37, 5).bfloat16()), torch.randn(37, 5).bfloat16()
     stepped(p, [grad] * 3)
@@ -163,10 +161,10 @@ def test_sharded_it_draws_as_if_whole(ranks, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ranks, again, more", [(None, None, []), (2, 2, ["--optimizer-state", "keep"]), (2, None, [])])
-def test_killed_it_goes_on(ranks, again, more, bench, straight, tmp_path):
+def test_a_killed_run_resumes_exactly(ranks, again, more, bench, reference, tmp_path):
     if more or ranks != again:
         go(bench, tmp_path / "a", *BF16, *more, ranks=ranks)
-    whole = tmp_path / "a" if (tmp_path / "a").exists() else straight
+    whole = tmp_path / "a" if (tmp_path / "a").exists() else reference
     run = Forked(train.main, training(tmp_path / "b", *BF16, *more), bench, ranks)
     run.wait_until((tmp_path / "b" / "resume" / "001-00000002").exists).kill()
     assert "Resuming" in go(bench, tmp_path / "b", *BF16, *more, ranks=again).stdout
@@ -176,35 +174,35 @@ def test_killed_it_goes_on(ranks, again, more, bench, straight, tmp_path):
         assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=2e-3)
 
 
-def test_other_ranks_take_the_same_steps(bench, straight, tmp_path):
+def test_the_number_of_ranks_does_not_change_the_result(bench, reference, tmp_path):
     go(bench, tmp_path / "o", *BF16, ranks=2)
-    for ours, theirs in zip(metrics(tmp_path / "o"), metrics(straight), strict=True):
+    for ours, theirs in zip(metrics(tmp_path / "o"), metrics(reference), strict=True):
         assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=2e-3)
-    equal = [(weights(tmp_path / "o")[n] == w).double().mean().item() for n, w in weights(straight).items()]
+    equal = [(weights(tmp_path / "o")[n] == w).double().mean().item() for n, w in weights(reference).items()]
     assert np.mean(equal) > 0.7  # gradients summed in another order are rounded elsewhere at times
 
 
-def test_everything_is_held_and_saved_in_bf16_and_exported_as_usual(bench, straight, tmp_path):
-    state = load_file(sorted((straight / "resume").iterdir())[0] / "rank00000.safetensors")
+def test_weights_and_state_are_bf16_and_the_export_is_unchanged(bench, reference, tmp_path):
+    state = load_file(sorted((reference / "resume").iterdir())[0] / "rank00000.safetensors")
     assert {name.rpartition("/")[0] for name in state} == {"weight", "optimizer/exp_avg", "optimizer/exp_avg_sq"}
     assert all(t.dtype == torch.bfloat16 for t in state.values())
-    assert all(w.dtype == torch.float32 and torch.equal(w, w.bfloat16().float()) for w in weights(straight).values())
+    assert all(w.dtype == torch.float32 and torch.equal(w, w.bfloat16().float()) for w in weights(reference).values())
     more = ["--save-dtype", "bf16", "--checkpoint-activations", "--replay", "0.5", "--dtype", "bf16"]
     go(bench, tmp_path / "o", *BF16, *more, stages=("s1", "s2"))
     assert all(w.dtype == torch.bfloat16 for w in weights(tmp_path / "o", "stage2").values())
     go(bench, tmp_path / "p", *BF16, "--select", "iterit", "--ratio", "12", stages=("s1",))
-    assert "--param-dtype was 'bf16', is 'fp32'" in go(bench, straight, *BF16[2:], code=2).stderr
+    assert "--param-dtype was 'bf16', is 'fp32'" in go(bench, reference, *BF16[2:], code=2).stderr
 
 
-def test_it_learns_what_fp32_weights_learn(bench, straight, tmp_path):
+def test_bf16_weights_learn_like_fp32_weights(bench, reference, tmp_path):
     go(bench, tmp_path / "o", *BF16[2:])
-    losses = [[row["eval_loss"] for row in metrics(out) if "eval_loss" in row] for out in (straight, tmp_path / "o")]
+    losses = [[row["eval_loss"] for row in metrics(out) if "eval_loss" in row] for out in (reference, tmp_path / "o")]
     assert losses[1][0] - losses[1][-1] > 0.2
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_no_two_steps_of_a_run_draw_the_same_bits(killed, bench, tmp_path):
+def test_every_step_of_a_run_uses_other_random_bits(killed, bench, tmp_path):
     def main(argv):
         real = adamw.torch.randint
 
@@ -234,7 +232,7 @@ def test_the_norm_of_a_bf16_gradient_is_exact():
     assert found == pytest.approx(torch.cat(gradients).double().norm().item(), rel=1e-5)
 
 
-def test_the_plan_of_7_b_fits_an_80_gb_gpu_with_room():
+def test_the_memory_plan_of_a_7b_model_fits_an_80_gb_gpu():
     raw = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
     config = parse_config(raw | dict(num_attention_heads=32))
     needs = {}
@@ -246,8 +244,8 @@ def test_the_plan_of_7_b_fits_an_80_gb_gpu_with_room():
     assert 8 * 6_738_415_616 / 2**30 < gib["bf16"] <= 66 and gib["fp32"] > 100, needs
 
 
-def test_close_is_strict_enough_to_tell_rounding(bench, straight, tmp_path):
-    """Another seed of rounding alone gives other weights."""
+def test_the_tolerance_detects_another_rounding_seed(bench, reference, tmp_path):
+    """Only the seed of the rounding differs."""
 
     def main(argv):
         real = adamw.random_key
@@ -255,6 +253,6 @@ def test_close_is_strict_enough_to_tell_rounding(bench, straight, tmp_path):
         return train.main(argv)
 
     go(bench, tmp_path / "o", *BF16, main=main)
-    assert not same(weights(tmp_path / "o"), weights(straight))
+    assert not same(weights(tmp_path / "o"), weights(reference))
     with pytest.raises(AssertionError):
-        close(metrics(tmp_path / "o"), metrics(straight))
+        close(metrics(tmp_path / "o"), metrics(reference))

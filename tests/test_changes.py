@@ -1,12 +1,14 @@
-"""Changes that CONTRIBUTING.md names, made as a reader would make them: each has its effect everywhere or nowhere."""
+"""Changes of CONTRIBUTING.md, made as a reader would make them: each has its effect everywhere or nowhere."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Forked, close, go, metrics, run_forked, same, training, weights
+from conftest import Forked, close, go, metrics, same, training, weights
 from safetensors.torch import load_file, save_file
 
 import data
@@ -14,6 +16,7 @@ import score
 import train
 from data import subset, tokenize_files
 from model import Transformer, VarlenAttention, load_model
+from parts import decoding
 from parts.distributed import DistributedEnv, init_distributed
 from parts.keyed_random import keyed_uniform, random_key, token_keys
 
@@ -47,7 +50,7 @@ def capped(self, x, linear):
     return 0.5 * torch.tanh(linear(x) / 0.5)
 
 
-def test_a_cap_of_the_logits_is_in_training_loss_held_out_loss_ifd_and_generation(bench, monkeypatch):
+def test_capped_logits_apply_to_training_loss_held_out_loss_ifd_and_generation(bench, monkeypatch):
     llama, documents = load_model(bench / "m"), documents_of(bench)
     batch, trained = np.arange(8), dict(llama.named_parameters())
     inputs = inputs_of(documents, batch)
@@ -68,7 +71,7 @@ def test_a_cap_of_the_logits_is_in_training_loss_held_out_loss_ifd_and_generatio
         assert loss == pytest.approx(wanted.item(), rel=1e-5)
         for p, gradient in zip(trained.values(), gradients):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
-        held_out = train.held_out_loss(llama, documents, 64, ALONE, lambda: None, "")
+        held_out = train.held_out_loss(llama, documents, 64, ALONE, lambda: False, "")
         assert held_out == pytest.approx(mean_loss(documents, np.arange(len(documents))).item(), rel=1e-5)
     ifd = score.measure_ifd(llama, documents)
     assert not torch.allclose(ifd, plain_ifd, rtol=1e-2)
@@ -117,7 +120,7 @@ def test_a_reweighted_training_loss_changes_the_gradient_and_no_measured_loss(be
 # ---------------------------------------------------------------- train and eval mode
 
 
-def test_the_model_is_in_train_mode_for_gradients_and_in_eval_mode_for_all_else(bench, tmp_path):
+def test_the_model_is_in_train_mode_only_for_gradients(bench, tmp_path):
     assert not load_model(bench / "m").training
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Say abc."}) + "\n")
     log, embed_tokens = tmp_path / "modes", Transformer.embed_tokens
@@ -169,7 +172,7 @@ def test_noise_does_not_depend_on_micro_batches_ranks_or_kills(bench, tmp_path):
     assert noisy[1]["loss"] != pytest.approx(plain[1]["loss"], rel=1e-3)
 
 
-def test_keyed_numbers_are_uniform_and_those_of_their_token_alone():
+def test_keyed_numbers_are_uniform_and_depend_only_on_the_token():
     lengths = torch.tensor([300, 1, 200])
     positions = torch.cat([torch.arange(n) for n in lengths])
     keys = token_keys(torch.tensor([random_key(0, 5, d) for d in (3, 9, 4)]), positions, lengths)
@@ -188,28 +191,30 @@ def test_keyed_numbers_are_uniform_and_those_of_their_token_alone():
 # ---------------------------------------------------------------- more state
 
 
+update_weights, finish_run = train.update_weights, train.finish_run
+
+
+def copy_weights(trained):
+    return {f"ema/{name}": p.detach().clone() for name, p in trained.items()}
+
+
+def update_and_average(state, lr):
+    """EMA: an exponential moving average of the weights."""
+    update_weights(state, lr)
+    for name, p in state.trained.items():
+        state.more[f"ema/{name}"].lerp_(p.detach(), 0.1)
+
+
+AVERAGED = [(train, "more_state", copy_weights), (train, "update_weights", update_and_average)]
+
+
 def test_an_average_of_the_weights_survives_a_kill(bench, tmp_path):
-    """EMA: a copy of the weights in `more_state`, updated after every step, exported beside the last stage."""
-    update_weights, finish_run = train.update_weights, train.finish_run
-
-    def copies(trained):
-        return {f"ema/{name}": p.detach().clone() for name, p in trained.items()}
-
-    def update_and_average(state, lr):
-        update_weights(state, lr)
-        for name, p in state.trained.items():
-            state.more[f"ema/{name}"].lerp_(p.detach(), 0.1)
-
     def write_and_finish(run):
-        save_file({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in run.state.more.items()},
-                  run.output.out / f"ema{run.ranks.rank}.safetensors")  # fmt: skip
+        average = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in run.state.more.items()}
+        save_file(average, run.output.out / f"ema{run.ranks.rank}.safetensors")
         finish_run(run)
 
-    main = with_changes(
-        (train, "more_state", copies),
-        (train, "update_weights", update_and_average),
-        (train, "finish_run", write_and_finish),
-    )
+    main = with_changes(*AVERAGED, (train, "finish_run", write_and_finish))
     more, stages = ["--save-every", "1"], ("s1", "s2")
     for ranks in (None, 2):
         a, b = tmp_path / f"a{ranks}", tmp_path / f"b{ranks}"
@@ -225,55 +230,53 @@ def test_an_average_of_the_weights_survives_a_kill(bench, tmp_path):
     assert "do not belong to" in done.stderr and name in done.stderr
 
 
-# ---------------------------------------------------------------- a score and its rule
+def with_average(function):
+    """train.evaluate or train.answer_samples, with the weights exchanged for their average."""
+
+    def exchange(state):
+        for name, p in state.trained.items():
+            average = state.more[f"ema/{name}"]
+            weight = p.detach().clone()
+            p.data.copy_(average)
+            average.copy_(weight)
+
+    def exchanged(run, *rest):
+        exchange(run.state)
+        result = function(run, *rest)
+        exchange(run.state)
+        return result
+
+    return exchanged
 
 
-@torch.no_grad()
-def perplexity(llama, documents, micro_batch_tokens=4096, rank=0, world_size=1):
-    """Of the supervised tokens of each document, (D,) fp32."""
-    found = torch.zeros(len(documents))
-    for d in range(len(documents)):
-        _, losses = llama(*inputs_of(documents, [d]))
-        found[d] = losses.double().mean().exp()
-    return found
+@pytest.mark.parametrize("module, name, call", [
+    (train, "held_out_loss", 3), (train, "held_out_loss", 4), (decoding, "decode_step", 3),
+])  # fmt: skip
+def test_weights_exchanged_for_a_measurement_are_not_saved(module, name, call, bench, tmp_path):
+    """A signal during a measurement ends it, and the state is saved after the weights are exchanged back."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Say abc."}) + "\n")
+    flags, stages = ["--eval", "s2", "s3", "--sample-prompts", str(tmp_path / "p.jsonl")], ("s1", "s2")
+    measurements = [(train, f, with_average(getattr(train, f))) for f in ("evaluate", "answer_samples")]
+    calls, function = [], getattr(module, name)
 
+    def with_signal(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
 
-PERPLEXITY = score.Score("perplexity", "perplexity", perplexity, worth=lambda values: values)
-
-
-def test_selection_by_perplexity_takes_the_highest_everywhere(bench, tmp_path, monkeypatch):
-    llama, documents = load_model(bench / "m"), documents_of(bench)
-    values = dict(zip(documents.ids, perplexity(llama, documents).tolist()))
-    assert min(values.values()) > 1  # where IFD's rule would take the lowest first
-    hardest = sorted(values, key=values.get, reverse=True)[:6]
-    main = with_changes((score, "SCORE", PERPLEXITY))
-    flags = ["--select", "iterit", "--score-type", "ifd", "--ratio", "6"]
-    done = go(bench, tmp_path / "o", *flags, main=main, stages=("s1",))
-    chosen = [json.loads(line) for line in (tmp_path / "o/stage1/selection-epoch0.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in chosen if row["chosen"]] == hardest
-    assert [row["perplexity"] for row in chosen] == pytest.approx(sorted(values.values(), reverse=True), rel=1e-4)
-    assert "6 of 30 chosen, perplexity " in done.stdout and "better" not in done.stdout
-
-    monkeypatch.setattr(score, "SCORE", PERPLEXITY)
-    scored, out = tmp_path / "scored.jsonl", tmp_path / "selected.jsonl"
-    measured = ["ifd", "s1.jsonl", "--model", "m", "--out", scored, "--dtype", "fp32"]
-    said = run_forked(score.main, *measured, cwd=bench).stdout
-    assert "perplexity: median" in said and "1 or above" not in said
-    for by in ("score", "diversity"):
-        run_forked(score.main, "select", scored, "--out", out, "--ratio", "6", "--by", by)
-        rows = [json.loads(line) for line in out.read_text().splitlines()]
-        assert len(rows) == 6 and (by == "diversity" or [row["id"] for row in rows] == hardest)
-        assert all(row["perplexity"] == pytest.approx(values[row["id"]], rel=1e-4) for row in rows)
-    given = go(bench, tmp_path / "p", *flags, "--scores", str(scored), main=main, stages=("s1",))
-    assert "0 rows scored" in given.stdout
-    ids = json.loads((tmp_path / "p/order.jsonl").read_text().splitlines()[0])["ids"]
-    assert set(ids) == set(hardest)
+    go(bench, tmp_path / "a", *flags, stages=stages, main=with_changes(*AVERAGED, *measurements))
+    interrupted = with_changes(*AVERAGED, *measurements, (module, name, with_signal))
+    assert "state saved" in go(bench, tmp_path / "b", *flags, stages=stages, main=interrupted, code=130).stderr
+    go(bench, tmp_path / "b", *flags, stages=stages, main=with_changes(*AVERAGED, *measurements))
+    assert same(weights(tmp_path / "b", "stage2"), weights(tmp_path / "a", "stage2"))
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
 
 
 # ---------------------------------------------------------------- overlapping stages
 
 
-def test_stages_that_overlap_choose_from_their_own_rows_only(bench, tmp_path):
+def test_overlapping_stages_select_from_their_own_rows_only(bench, tmp_path):
     def overlapping(k, of_stages, replay, seed):
         """The first fifth of the next stage."""
         return [subset(d, np.arange(len(d) // 5)) for d in of_stages[k + 1 : k + 2]]

@@ -40,7 +40,7 @@ def reference(q, k, v, lengths, sliding_window):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sliding_window", [None, 1, 7, 64])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 64), (8, 2, 128), (6, 1, 32)])
-def test_attention_is_the_reference_forward_and_backward(dtype, sliding_window, heads, kv_heads, head_dim):
+def test_attention_equals_the_reference_forward_and_backward(dtype, sliding_window, heads, kv_heads, head_dim):
     lengths = [1, 37, 2, 129, 64, 301]
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -106,7 +106,7 @@ def runs(bench, tmp_path_factory):
     return folder
 
 
-def test_losses_and_gradient_norms_are_the_cpus_in_fp32(runs):
+def test_losses_and_gradient_norms_equal_the_cpus_in_fp32(runs):
     assert len(metrics(runs / "cuda")) == 22
     close(metrics(runs / "cuda"), metrics(runs / "cpu"))
 
@@ -120,7 +120,7 @@ def test_bf16_follows_fp32(runs):
 @pytest.mark.parametrize(
     "more", [("--dtype", "bf16"), ("--weights", "bf16"), ("--lora", "4"), ("--select", "iterit", "--ratio", "20")]
 )
-def test_killed_and_resumed_it_has_the_same_bits(more, bench, tmp_path):
+def test_a_killed_run_resumes_exactly(more, bench, tmp_path):
     argv = (*TWENTY, *more, "--deterministic", "--save-every", "1")
 
     def killed():
@@ -162,7 +162,7 @@ def test_fsdp_on_nccl_computes_the_same(more, runs, bench, tmp_path):
 
 
 @pytest.mark.parametrize("more", [("--lora", "4"), ("--compile",), ("--checkpoint-activations", "--compile")])
-def test_it_learns_what_the_cpu_learns_with(more, bench, tmp_path):
+def test_flags_learn_what_they_learn_on_a_cpu(more, bench, tmp_path):
     kinds = (("cuda", more, False), ("cpu", [f for f in more if f != "--compile"], True))
     at_once(*(partial(program, "train", *training(tmp_path / n, *TWENTY, *m), cwd=bench, cpu=c) for n, m, c in kinds))
     close(metrics(tmp_path / "cuda"), metrics(tmp_path / "cpu"))
@@ -184,7 +184,7 @@ def test_torchrun_on_one_gpu(runs, bench, tmp_path):
 
 
 @pytest.mark.parametrize("dtype, within", [("fp32", 1e-4), ("bf16", 5e-2)])
-def test_ifd_is_the_cpus(dtype, within, bench, tmp_path):
+def test_ifd_equals_the_cpus(dtype, within, bench, tmp_path):
     defaults, kinds = ("score", "ifd", "s3.jsonl", "--model", "m"), (("cuda", dtype, False), ("cpu", "fp32", True))
     outs = [tmp_path / f"{name}.jsonl" for name in ("cuda", "cpu")]
     at_once(
@@ -195,7 +195,7 @@ def test_ifd_is_the_cpus(dtype, within, bench, tmp_path):
 
 
 @pytest.mark.parametrize("more", [(), ("--compile",), ("--batch-size", "3"), ("--batch-size", "3", "--compile")])
-def test_greedy_answers_are_the_cpus(more, bench, tmp_path):
+def test_greedy_answers_equal_the_cpus(more, bench, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"Say {'abcdefghij'[: 1 + i % 10]} and {i}.\n" for i in range(40)))
     defaults = ("generate", "--model", "wild", "--prompts", prompts, "--dtype", "fp32")

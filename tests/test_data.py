@@ -1,4 +1,4 @@
-"""data.py against sentencepiece, tiktoken, tokenizers and transformers, and against rows as people really have them."""
+"""data.py against sentencepiece, tiktoken, tokenizers and transformers, and with real rows."""
 
 import base64
 import json
@@ -87,7 +87,7 @@ def piece_pair(request, shared):
     return SentencePieceTokenizer(path, {}), sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
-def test_sentencepiece_ids_are_those_of_the_library_on_real_rows(piece_pair, shared):
+def test_sentencepiece_ids_equal_the_librarys_on_real_rows(piece_pair, shared):
     ours, theirs = piece_pair
     for text in real_texts(shared):
         ids = ours.encode(text)
@@ -106,7 +106,7 @@ def test_sentencepiece_text_never_becomes_a_special_token(piece_pair, text):
 
 @pytest.fixture(scope="module")
 def symbol_folder(tmp_path_factory):
-    """A SentencePiece model that holds a template's special token as a user-defined symbol, as Yi's does."""
+    """A SentencePiece model with a template's special token as a user-defined symbol, as in Yi's."""
     folder = tmp_path_factory.mktemp("symbols")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the cat sat on the im_start mat <|>"] * 20),
@@ -133,7 +133,7 @@ def symbol_folder(tmp_path_factory):
         st.sampled_from(["<|im_start|>", "<|im_end|>", "the", " cat", "QQ", "<", "|im_end|>", " ", "é", "\n"])
     )
 )
-def test_user_defined_symbols_that_are_special_cannot_come_from_text(symbol_folder, parts):
+def test_text_never_becomes_a_user_defined_symbol_that_is_special(symbol_folder, parts):
     tokenizer, text = load_tokenizer(symbol_folder), "".join(parts)
     ids = tokenizer.encode(text)
     assert not set(ids) & set(tokenizer.specials.values())
@@ -159,7 +159,7 @@ def llama3(request):
     )
 
 
-def test_llama3_ids_are_those_of_tiktoken_on_real_rows(llama3, shared):
+def test_llama3_ids_equal_tiktokens_on_real_rows(llama3, shared):
     ours, theirs = llama3
     for text in real_texts(shared):
         assert ours.encode(text) == theirs.encode_ordinary(text)
@@ -167,14 +167,14 @@ def test_llama3_ids_are_those_of_tiktoken_on_real_rows(llama3, shared):
 
 @relaxed
 @given(text=texts)
-def test_llama3_ids_are_those_of_tiktoken_on_any_text(llama3, text):
+def test_llama3_ids_equal_tiktokens_on_any_text(llama3, text):
     ours, theirs = llama3
     assert ours.encode(text) == theirs.encode_ordinary(text)
     assert ours.decode(ours.encode(text)) == text
 
 
 @pytest.mark.parametrize("name", ["L", "N"])
-def test_unicode_classes_are_those_of_tiktoken_at_every_code_point(name):
+def test_unicode_classes_equal_tiktokens_at_every_code_point(name):
     everything = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
     theirs = tiktoken.Encoding(
         "x", pat_str=rf"\p{{{name}}}", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
@@ -188,7 +188,7 @@ def test_unicode_classes_are_those_of_tiktoken_at_every_code_point(name):
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "é", "1", "ab", "👩"])
-def test_a_long_run_of_one_letter_takes_no_quadratic_time(llama3, unit):
+def test_a_long_repetition_is_encoded_in_subquadratic_time(llama3, unit):
     ours, theirs = llama3
     text = unit * (100_000 // len(unit))
     operations = {}
@@ -261,7 +261,7 @@ def json_pair(request, tmp_path_factory):
     return load_tokenizer(folder), theirs
 
 
-def test_tokenizer_json_ids_are_those_of_tokenizers_on_real_rows(json_pair, shared):
+def test_tokenizer_json_ids_equal_tokenizers_on_real_rows(json_pair, shared):
     ours, theirs = json_pair
     for text in real_texts(shared)[::4]:
         assert ours.encode(text) == theirs.encode(text).ids
@@ -273,7 +273,7 @@ def test_tokenizer_json_ids_are_those_of_tokenizers_on_real_rows(json_pair, shar
         texts, st.lists(st.sampled_from(["QQ", " ", "   ", "<tool>", "a", "<|endoftext|>", "1"])).map("".join)
     )
 )
-def test_tokenizer_json_ids_are_those_of_tokenizers_on_any_text(json_pair, text):
+def test_tokenizer_json_ids_equal_tokenizers_on_any_text(json_pair, text):
     ours, theirs = json_pair
     assert ours.encode(text) == theirs.encode(text).ids
     assert not set(ours.encode(text)) & set(ours.specials.values())
@@ -339,7 +339,7 @@ def test_a_tokenizer_json_that_would_tokenize_differently_is_refused(spec, word,
     assert str(raised.value).startswith(str(tmp_path / "tokenizer.json"))
 
 
-def test_tokenizers_are_picked_by_what_is_there(shared, tmp_path):
+def test_the_tokenizer_is_chosen_by_the_files_of_the_folder(shared, tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
         load_tokenizer(tmp_path)
     ranks = (shared / "tokenizers" / "llama3.tiktoken").read_bytes()
@@ -400,7 +400,7 @@ def spell(tokenizer, ids):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("system", [[], [Turn("system", "Be brief.")]])
-def test_a_prompt_is_the_prefix_of_the_document_it_was_trained_in(name, system, byte_tokenizer):
+def test_a_prompt_is_a_prefix_of_its_training_document(name, system, byte_tokenizer):
     turns = system + TURNS
     document, loss_mask = render(turns, TEMPLATES[name], byte_tokenizer)
     for end in range(len(system) + 1, len(turns), 2):
@@ -419,7 +419,7 @@ def test_a_prompt_is_the_prefix_of_the_document_it_was_trained_in(name, system, 
 @pytest.mark.parametrize(
     "turns", [TURNS, TURNS[:3], [Turn("system", "Be brief."), *TURNS], [Turn("system", "{'"), TURNS[0]]]
 )
-def test_the_exported_chat_template_renders_what_we_render(name, turns, byte_tokenizer):
+def test_the_exported_chat_template_renders_the_same_tokens(name, turns, byte_tokenizer):
     import jinja2
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers compiles it
@@ -432,7 +432,7 @@ def test_the_exported_chat_template_renders_what_we_render(name, turns, byte_tok
     assert text == spell(byte_tokenizer, render(turns, TEMPLATES[name], byte_tokenizer)[0])
 
 
-def test_phased_template_is_the_papers_token_for_token(piece_pair):
+def test_the_phased_template_equals_the_papers_token_for_token(piece_pair):
     ours, theirs = piece_pair
     tokens, loss_mask = render([Turn("user", "Hi there"), Turn("assistant", "Hello!")], TEMPLATES["phased"], ours)
     pieces = [[1], theirs.encode("User: Hi there"), [2], theirs.encode("\nAssistant: "), theirs.encode("Hello!"), [2]]
@@ -446,7 +446,7 @@ def test_plain_text_is_supervised_from_its_first_token(piece_pair):
     assert tokens == [1, *theirs.encode("Once upon"), 2] and loss_mask == [False] + [True] * (len(tokens) - 1)
 
 
-def test_a_template_whose_token_is_missing_says_so(piece_pair):
+def test_a_missing_token_of_a_template_is_an_error(piece_pair):
     with pytest.raises(InputError, match="start_header_id"):
         render([Turn("user", "x")], TEMPLATES["llama3"], piece_pair[0])
 
@@ -463,7 +463,7 @@ GOOD_ROWS = {
 
 @pytest.mark.parametrize("form", GOOD_ROWS)
 @pytest.mark.parametrize("as_array", [False, True])
-def test_every_row_format_becomes_the_same_turns(form, as_array, tmp_path):
+def test_every_row_format_gives_the_same_turns(form, as_array, tmp_path):
     rows = [GOOD_ROWS[form]] * 3
     text = json.dumps(rows, indent=2) if as_array else "\n".join(map(json.dumps, rows)) + "\n\n"
     (tmp_path / "f.json").write_text("\ufeff" + text, encoding="utf-8")
@@ -476,7 +476,7 @@ def test_every_row_format_becomes_the_same_turns(form, as_array, tmp_path):
         assert lines[line - 1].strip().startswith("{")
 
 
-def test_input_is_joined_to_the_instruction_and_text_is_text(tmp_path):
+def test_the_input_is_appended_to_the_instruction_and_text_is_one_turn(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Add.", "input": "1 2", "output": "3"}))
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "once"}))
     assert read_rows(tmp_path / "a.jsonl")[0][0].turns[0] == Turn("user", "Add.\n1 2")
@@ -509,7 +509,7 @@ def test_input_is_joined_to_the_instruction_and_text_is_text(tmp_path):
         ('{"data": ["q", "a"], "score": ' + "9" * 5000 + "}", ""),
     ],
 )
-def test_bad_rows_are_named_by_file_and_line(line, what, tmp_path):
+def test_bad_rows_are_reported_with_file_and_line(line, what, tmp_path):
     path = tmp_path / "f.jsonl"
     form = next((f for f in ("messages", "text") if f'"{f}"' in line), "phased")
     filler = json.dumps(GOOD_ROWS.get(form, {"text": "once"})) + "\n"
@@ -518,7 +518,7 @@ def test_bad_rows_are_named_by_file_and_line(line, what, tmp_path):
     assert len(rows) == 2 and len(bad) == 1 and bad[0].startswith(f"{path}:3: ") and what in bad[0], bad
 
 
-def test_formats_are_not_mixed_in_a_file_and_a_broken_array_says_where(tmp_path):
+def test_mixed_formats_and_broken_arrays_are_errors_with_a_line(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text("\n".join(map(json.dumps, GOOD_ROWS.values())))
     rows, bad = read_rows(path)
@@ -563,7 +563,7 @@ values = st.recursive(
 
 @relaxed
 @given(values=st.lists(values, max_size=4))
-def test_no_json_row_ends_in_a_traceback(values, tmp_path_factory):
+def test_no_json_row_raises_an_unexpected_error(values, tmp_path_factory):
     path = tmp_path_factory.mktemp("r") / "f.jsonl"
     path.write_text("\n".join(map(json.dumps, values)))
     rows, bad = read_rows(path)
@@ -589,7 +589,7 @@ def load(path, folder, max_len=64):
     return data.load_documents([path], [sha256(path)], folder, "phased", max_len, cache, keep=True, shown=False)
 
 
-def test_documents_of_many_rows_are_those_of_each_row(folder, shared):
+def test_tokenizing_many_rows_equals_tokenizing_each_row(folder, shared):
     path = shared / "alpaca_scored_stage3.jsonl"  # 4,000 rows: more than one process is used where there are cores
     documents, tokenizer = load(path, folder, max_len=2048), load_tokenizer(folder)
     rows, _ = read_rows(path)
@@ -601,7 +601,7 @@ def test_documents_of_many_rows_are_those_of_each_row(folder, shared):
         assert documents.ids[d] == rows[d].id and documents.source[d] == rows[d].source
 
 
-def test_long_rows_are_cut_at_the_end_and_counted(folder):
+def test_long_rows_are_truncated_at_the_end_and_counted(folder):
     write_rows(folder.parent / "r.jsonl", ["short", "one two three four five " * 30, "x"])
     whole, cut = load(folder.parent / "r.jsonl", folder, 2048), load(folder.parent / "r.jsonl", folder, 40)
     assert cut.truncated == 1 and cut.truncated_tokens == whole.lengths[1] - 40 and cut.lengths[1] == 40
@@ -613,7 +613,7 @@ def test_long_rows_are_cut_at_the_end_and_counted(folder):
     assert len(nothing) == 0 and len(nothing.bad) == 3 and "r.jsonl:1: nothing supervised" in nothing.bad[0]
 
 
-def test_a_second_start_does_not_tokenize_again_unless_something_changed(folder, monkeypatch):
+def test_the_token_cache_is_used_unless_something_changed(folder, monkeypatch):
     path, done = folder.parent / "r.jsonl", []
     real = data.tokenize_files
     monkeypatch.setattr(data, "tokenize_files", lambda *a: done.append(a) or real(*a))
@@ -673,7 +673,7 @@ def test_targets_are_the_next_supervised_token_of_the_same_document(documents, s
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60), ranks=st.integers(1, 9), budget=st.integers(1, 800)
 )
-def test_micro_batches_deal_every_document_once_within_the_budget(lengths, ranks, budget):
+def test_micro_batches_contain_every_document_once_within_the_budget(lengths, ranks, budget):
     lengths = np.array(lengths)
     chosen = np.flatnonzero(lengths % 3 > 0) if (lengths % 3 > 0).any() else np.arange(len(lengths))
     dealt = data.micro_batches(chosen, lengths, ranks, budget)
@@ -685,7 +685,7 @@ def test_micro_batches_deal_every_document_once_within_the_budget(lengths, ranks
     assert max(per_rank) - min(per_rank) <= len(dealt[0]) * lengths[chosen].max()
 
 
-def test_an_epoch_takes_every_document_once_in_an_order_of_its_own():
+def test_an_epoch_contains_every_document_once_in_its_own_order():
     orders = [
         np.concatenate(data.epoch_batches(None, np.arange(50), 7, seed, stage, epoch))
         for seed in (0, 1)
@@ -702,7 +702,7 @@ def test_an_epoch_takes_every_document_once_in_an_order_of_its_own():
     {"first": "User: {}"}, {"first": ("User: {}‹eos›",)}, {"answer": ("{}", "‹eos›", "\n")}, {"first": ("User:",)},
     {"answer": ("{} {}", "‹eos›")}, {"header": ("{}",)}, {"system_text": "nothing"}, {"later": ("‹eos› {}",)},
 ])  # fmt: skip
-def test_a_template_that_would_train_on_something_else_is_an_error(changes):
+def test_an_invalid_template_is_an_error(changes):
     good = dict(first=("User: {}", "‹eos›"), later=("User: {}", "‹eos›"), header=("A: ",), answer=("{}", "‹eos›"))
     templates.Template(**good)
     with pytest.raises(ValueError):

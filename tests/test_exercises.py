@@ -1,13 +1,12 @@
-"""Solutions of the exercises of docs/tour.md, applied to the running program, and what they promise."""
+"""Solutions of the exercises of docs/tour.md, and tests of their results."""
 
 import json
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, go, metrics
+from conftest import ROOT, go, metrics, run_forked
 
 import data
 import score
@@ -20,18 +19,6 @@ from parts.text.rows import Turn
 from parts.text.templates import TEMPLATES, Template, render
 from parts.text.tokenizers import load_tokenizer
 
-
-@contextmanager
-def replaced(owner, name, value):
-    """An attribute replaced for a while: what the solution would write into the file."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 # ---------------------------------------------------------------- 1. a template
 
 VICUNA = Template(
@@ -39,7 +26,7 @@ VICUNA = Template(
 )
 
 
-def test_a_new_template_trains_and_its_prompts_begin_its_documents(bench, tmp_path, monkeypatch):
+def test_a_new_template_trains_and_its_prompts_are_prefixes_of_its_documents(bench, tmp_path, monkeypatch):
     monkeypatch.setitem(TEMPLATES, "vicuna", VICUNA)
     tokenizer = load_tokenizer(bench / "m")
     turns = [Turn("user", "hi"), Turn("assistant", "ho"), Turn("user", "hu"), Turn("assistant", "ha")]
@@ -63,7 +50,7 @@ def with_z_loss(losses, log_z, at):
     return losses + 1e-4 * log_z.square()
 
 
-def test_a_z_loss_changes_the_gradient_and_no_measured_loss(bench):
+def test_a_z_loss_changes_the_gradient_and_no_measured_loss(bench, monkeypatch):
     llama = load_model(bench / "m")
     documents = tokenize_files([bench / "s1.jsonl"], bench / "m", "phased", 2048, shown=False)
     batch, trained = np.arange(8), dict(llama.named_parameters())
@@ -76,7 +63,8 @@ def test_a_z_loss_changes_the_gradient_and_no_measured_loss(bench):
 
     measured, ifd = llama(*inputs)[1], score.measure_ifd(llama, documents)
     alone = DistributedEnv(0, 1, torch.device("cpu"), None)
-    with replaced(train, "training_loss", with_z_loss), init_distributed():
+    with monkeypatch.context() as patch, init_distributed():
+        patch.setattr(train, "training_loss", with_z_loss)
         assert torch.equal(llama(*inputs)[1], measured)
         assert torch.equal(score.measure_ifd(llama, documents), ifd)
         for micro_batch_tokens in (4096, 64):
@@ -84,7 +72,7 @@ def test_a_z_loss_changes_the_gradient_and_no_measured_loss(bench):
             assert loss == pytest.approx(cross_entropy.item(), rel=1e-5)  # as measured
             for p, gradient in zip(trained.values(), wanted_gradients):
                 torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-6)
-    total, losses = llama(*inputs)  # without the solution the gradient is another one
+    total, losses = llama(*inputs)  # the gradient without the solution is different
     plain = torch.autograd.grad(total / len(losses), list(trained.values()))
     assert any(not torch.allclose(a, b, rtol=1e-4) for a, b in zip(plain, wanted_gradients))
 
@@ -130,7 +118,7 @@ def all_but_the_embedding(llama):
 trained_parameters = train.trained_parameters
 
 
-def test_frozen_embeddings_keep_their_bits_and_all_others_move(bench, tmp_path, monkeypatch):
+def test_frozen_embeddings_do_not_change_and_all_other_weights_do(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "trained_parameters", all_but_the_embedding)
     go(bench, tmp_path / "o", stages=("s1",))
     before, after = (load_model(folder).state_dict() for folder in (bench / "m", tmp_path / "o/stage1"))
@@ -145,30 +133,48 @@ def test_frozen_embeddings_keep_their_bits_and_all_others_move(bench, tmp_path, 
 @torch.no_grad()
 def measure_perplexity(llama, documents, micro_batch_tokens=4096, rank=0, world_size=1):
     """Of the supervised tokens of each document, (D,) fp32."""
-    found = torch.zeros(len(documents))
+    perplexities = torch.zeros(len(documents))
     for part in data.micro_batches(np.arange(len(documents)), documents.lengths, 1, micro_batch_tokens)[0]:
         _, losses = llama(*(torch.from_numpy(a) for a in documents.pack(part)))
         for d, of_document in zip(part, losses.split(documents.target_counts[part].tolist())):
-            found[d] = of_document.double().mean().exp()
-    return found
+            perplexities[d] = of_document.double().mean().exp()
+    return perplexities
 
 
 PERPLEXITY = score.Score("perplexity", "perplexity", measure_perplexity, worth=lambda values: values)
 
 
 def test_a_new_score_selects_the_rows_with_the_highest_perplexity(bench, tmp_path, monkeypatch):
+    """In train.py and in score.py, where IFD's rule would choose the lowest values first."""
     monkeypatch.setattr(score, "SCORE", PERPLEXITY)
-    flags = ("--select", "iterit", "--score-type", "ifd", "--ratio", "6")
-    go(bench, tmp_path / "o", *flags, stages=("s1",))
-    chosen = json.loads((tmp_path / "o/order.jsonl").read_text().splitlines()[0])["ids"]
     llama = load_model(bench / "m")
     documents = tokenize_files([bench / "s1.jsonl"], bench / "m", "phased", 2048, shown=False)
-    losses = {}
+    values = {}
     for d in range(len(documents)):
-        tokens, positions, cu_seqlens, targets = (torch.from_numpy(a) for a in documents.pack(np.array([d])))
-        losses[documents.ids[d]] = F.cross_entropy(llama(tokens, positions, cu_seqlens), targets).item()
-    hardest = sorted(losses, key=losses.get, reverse=True)[:6]
-    assert set(chosen) == set(hardest)
+        *inputs, targets = (torch.from_numpy(a) for a in documents.pack(np.array([d])))
+        values[documents.ids[d]] = F.cross_entropy(llama(*inputs), targets).exp().item()
+    assert min(values.values()) > 1
+    hardest = sorted(values, key=values.get, reverse=True)[:6]
+    flags = ["--select", "iterit", "--score-type", "ifd", "--ratio", "6"]
+    output = go(bench, tmp_path / "o", *flags, stages=("s1",)).stdout
+    rows = [json.loads(line) for line in (tmp_path / "o/stage1/selection-epoch0.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows if row["chosen"]] == hardest
+    assert [row["perplexity"] for row in rows] == pytest.approx(sorted(values.values(), reverse=True), rel=1e-4)
+    assert "6 of 30 chosen, perplexity " in output and "better" not in output
+
+    scored, selected = tmp_path / "scored.jsonl", tmp_path / "selected.jsonl"
+    arguments = ["ifd", "s1.jsonl", "--model", "m", "--out", scored, "--dtype", "fp32"]
+    output = run_forked(score.main, *arguments, cwd=bench).stdout
+    assert "perplexity: median" in output and "1 or above" not in output
+    for by in ("score", "diversity"):
+        run_forked(score.main, "select", scored, "--out", selected, "--ratio", "6", "--by", by)
+        rows = [json.loads(line) for line in selected.read_text().splitlines()]
+        assert len(rows) == 6 and (by == "diversity" or [row["id"] for row in rows] == hardest)
+        assert all(row["perplexity"] == pytest.approx(values[row["id"]], rel=1e-4) for row in rows)
+    output = go(bench, tmp_path / "p", *flags, "--scores", str(scored), stages=("s1",)).stdout
+    assert "0 rows scored" in output
+    ids = json.loads((tmp_path / "p/order.jsonl").read_text().splitlines()[0])["ids"]
+    assert set(ids) == set(hardest)
 
 
 def test_the_tour_names_every_exercise():

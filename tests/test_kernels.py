@@ -52,7 +52,7 @@ def some(n):
 
 @relaxed
 @given(st.data())
-def test_rms_norm(data):
+def test_rms_norm_equals_the_plain_version(data):
     T, C, dtype = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 33)), data.draw(dtypes)
     x, weight = tensors(data.draw, dtype, (T, C), (C,))
     eps = data.draw(st.sampled_from([1e-6, 1e-2]))
@@ -62,14 +62,14 @@ def test_rms_norm(data):
 
 @relaxed
 @given(st.data())
-def test_rotate(data):
+def test_rotate_equals_the_plain_version(data):
     T, heads, half, dtype = (data.draw(s) for s in (st.integers(0, 9), st.integers(1, 4), st.integers(1, 9), dtypes))
     x, angles = tensors(data.draw, dtype, (T, heads, 2 * half), (T, 1, half))
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
     check(kernels.rotate, kernels.plain_rotate, [x, cos, sin], [data.draw(st.booleans()), False, False])
 
 
-def test_a_turned_vector_is_the_product_with_a_complex_number():
+def test_rotating_equals_multiplying_by_a_complex_number():
     x, angles = torch.randn(5, 2, 8), torch.randn(5, 1, 4)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
@@ -78,7 +78,7 @@ def test_a_turned_vector_is_the_product_with_a_complex_number():
 
 @relaxed
 @given(st.data())
-def test_varlen_attention(data):
+def test_varlen_attention_equals_the_plain_version(data):
     draw = data.draw
     lengths = draw(st.lists(st.integers(1, 20), max_size=5))
     groups, repeat, hd, dtype = (
@@ -112,13 +112,13 @@ def capped(x, linear):
 
 
 def reweighted(losses, log_z, at):
-    """A weight by the place, one by the loss itself, and a z-loss."""
+    """A weight that depends on the position, one that depends on the loss, and a z-loss."""
     return losses * (at % 3) + losses * (1 - (-losses).exp()) + 0.1 * log_z.square()
 
 
 @relaxed
 @given(st.data())
-def test_cross_entropy(data):
+def test_cross_entropy_equals_the_plain_version(data):
     N, C, V, dtype = (data.draw(s) for s in (st.integers(0, 9), st.integers(1, 17), st.integers(1, 33), dtypes))
     x, weight = tensors(data.draw, dtype, (N, C), (V, C))
     targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0))
@@ -137,28 +137,28 @@ def test_cross_entropy(data):
     torch.testing.assert_close(losses.double(), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=1e-3)
 
 
-def test_a_head_whose_last_operation_needs_its_result_is_an_error_and_no_other_gradient():
+def test_a_head_whose_last_operation_needs_its_result_is_an_error():
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kernels.cross_entropy(x, weight, torch.tensor([0, 1, 2]), lambda x, linear: linear(x).tanh())
 
 
-def test_single_losses_cannot_be_trained_on_by_mistake():
-    """Their gradients are not kept: a weighted sum of them must be an error and not another number."""
+def test_the_measured_losses_are_not_differentiable():
+    """Their gradients are not saved, so a weighted sum of them must be an error, not a wrong gradient."""
     x = torch.randn(3, 4, requires_grad=True)
     _, losses = kernels.cross_entropy(x, torch.randn(5, 4), torch.tensor([0, 1, 2]))
     with pytest.raises(RuntimeError, match="does not require grad"):
         (losses * torch.tensor([1.0, 0.0, 1.0])).sum().backward()
 
 
-def test_a_second_derivative_is_an_error_and_not_zero():
+def test_a_second_derivative_is_an_error():
     x = torch.randn(3, 4, requires_grad=True)
     (g,) = torch.autograd.grad(kernels.rms_norm(x, torch.ones(4), 1e-5).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         g.sum().backward()
 
 
-def test_less_is_kept_for_the_backward_pass():
+def test_less_is_saved_for_the_backward_pass():
     kept = {}
     x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(32, requires_grad=True)
     down = torch.randn(32, 32, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Killed at any system call that changes a file while training saves and exports, a run goes on to the same bits.
+"""A run killed at any system call that changes a file, in saves and exports, resumes to bit-identical weights.
 
 The calls are those that Python reports to an audit hook (open to write, rename, remove, rmdir, mkdir), fsync, and the
 middle of every write. What a kill leaves of one process is what lies in its folder at that moment: one run leaves a
@@ -28,7 +28,7 @@ EVERYTHING = os.environ.get("KILLS") == "all"
 
 
 def changes(event, args, out):
-    """Whether an audited call changes something in the folder `out`."""
+    """Whether an audited call changes a file or folder in `out`."""
     path = os.fspath(args[0]) if args and isinstance(args[0], str | os.PathLike) else ""
     if event == "open":
         return path.startswith(str(out)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
@@ -91,12 +91,12 @@ def run(out, bench, main=train.main, ranks=None):
 
 
 def kind(call, out):
-    """What a call does, without numbers, and without the names of files in a folder that has no name yet."""
+    """A description of a call, without numbers and without the names of files in temporary folders."""
     return re.sub(r"\d+", "0", re.sub(r"\.tmp/.*", ".tmp/", call.replace(str(out), "")))
 
 
 def one_of_each(calls, out):
-    """(number, call) of those to be killed at."""
+    """(number, call) of the calls to be killed at."""
     numbered = list(enumerate(calls, 1))
     if EVERYTHING:
         return numbered
@@ -105,14 +105,14 @@ def one_of_each(calls, out):
 
 
 def content(folder):
-    """A digest of all that lies in a folder."""
+    """A digest of all files in a folder."""
     paths = sorted(folder.rglob("*"))
     each = [(str(p.relative_to(folder)), p.read_bytes() if p.is_file() else b"") for p in paths]
     return hashlib.sha256(repr(each).encode()).digest()
 
 
 def left_by_kills(out, bench, folder):
-    """Goes on in `out` to the end; (call, a copy of `out` as it was before it), each different from the others."""
+    """Run in `out` to the end. Returns (call, copy of `out` before the call), without equal copies."""
 
     def before(number, call):
         if out.exists():
@@ -131,42 +131,42 @@ def left_by_kills(out, bench, folder):
 
 
 @pytest.fixture(scope="module")
-def straight(bench):
+def reference(bench):
     (bench / "tiny.jsonl").write_text("".join((bench / "s1.jsonl").read_text().splitlines(keepends=True)[:8]))
     go(bench, bench / "unkilled", *MORE, stages=("tiny",))
     return bench / "unkilled"
 
 
 @pytest.fixture(scope="module")
-def killed(bench, straight, tmp_path_factory):
+def killed(bench, reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     return left_by_kills(folder / "out", bench, folder / "copies")
 
 
-def finishes(out, bench, straight, ranks=None):
-    """The same command ends well, with everything that a run leaves which nobody killed, and nothing else."""
+def finishes(out, bench, reference, ranks=None):
+    """The same command succeeds and leaves exactly the files of a run that was not killed."""
     done = run(out, bench, ranks=ranks)
     assert done.returncode == 0 and "damaged" not in done.stderr, done.stderr
     for name in ("held_out.json", "order.jsonl", "stage1/selection-epoch0.jsonl", "stage1/selection-epoch1.jsonl"):
         if not ranks:
-            assert (out / name).read_bytes() == (straight / name).read_bytes(), name
+            assert (out / name).read_bytes() == (reference / name).read_bytes(), name
     if not ranks:
-        assert same(weights(out, "stage1"), weights(straight, "stage1")) and metrics(out) == metrics(straight)
-    left, wanted = ({p.name for p in folder.rglob("*") if "resume" not in p.parts} for folder in (out, straight))
+        assert same(weights(out, "stage1"), weights(reference, "stage1")) and metrics(out) == metrics(reference)
+    left, wanted = ({p.name for p in folder.rglob("*") if "resume" not in p.parts} for folder in (out, reference))
     assert left == wanted and len(list((out / "resume").iterdir())) <= 3  # the next save removes one
 
 
-def test_killed_at_any_call_it_goes_on(bench, straight, killed, tmp_path):
+def test_a_run_killed_at_any_system_call_resumes(bench, reference, killed, tmp_path):
     calls, copies = killed
     for word, least in {"os.rename": 9, "os.remove": 3, "os.rmdir": 3, "half": 9, "fsync": 9, "open": 9}.items():
         assert sum(call.startswith(word) for call in calls) >= least, word
     for number, (call, copy) in enumerate(copies):
         print(call, copy)  # shown where it fails
-        finishes(shutil.copytree(copy, tmp_path / str(number)), bench, straight)
+        finishes(shutil.copytree(copy, tmp_path / str(number)), bench, reference)
 
 
-def test_killed_between_the_two_renames_of_an_export_and_again_while_it_goes_on(bench, straight, killed, tmp_path):
-    """The second time it saves under a name that is taken, and exports over a folder that is there."""
+def test_a_run_killed_between_the_renames_of_an_export_and_while_resuming_resumes(bench, reference, killed, tmp_path):
+    """The second time a state and an export of the same name exist already."""
     out = tmp_path / "out"
     copy = next(copy for call, copy in killed[1] if call.startswith("os.rename") and call.endswith("/stage1.tmp"))
     shutil.copytree(copy, out)
@@ -177,11 +177,11 @@ def test_killed_between_the_two_renames_of_an_export_and_again_while_it_goes_on(
     assert len(new) >= 5
     for call, again in new:
         print(call, again)
-        finishes(again, bench, straight)
+        finishes(again, bench, reference)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_one_of_two_ranks_killed_at_any_call_the_other_ends_and_both_go_on(rank, bench, straight, tmp_path):
+def test_two_ranks_resume_after_one_of_them_is_killed_at_any_system_call(rank, bench, reference, tmp_path):
     out, traced = tmp_path / "traced", tmp_path / "calls"
 
     def note(number, call):
@@ -198,4 +198,4 @@ def test_one_of_two_ranks_killed_at_any_call_the_other_ends_and_both_go_on(rank,
         out = tmp_path / str(number)
         ended = run(out, bench, watched(out, kill_at(number), rank), ranks=2)
         assert ended.returncode and "Traceback" not in ended.stderr, (number, call, ended.stderr)
-        finishes(out, bench, straight, ranks=2)
+        finishes(out, bench, reference, ranks=2)

@@ -1,4 +1,4 @@
-"""--lora: against peft on transformers, frozen, killed, on other ranks; what it leaves behind, keeps and costs."""
+"""--lora: against peft on transformers, resumed, on several ranks; its exports, its memory, its flops."""
 
 import itertools
 import json
@@ -22,6 +22,7 @@ from model import Transformer, init_weights, load_model, save_model
 from parts import memory_plan, run_plan
 from parts.checkpoints import config as config_file
 from parts.checkpoints.config import parse_config
+from parts.flops import training_flops
 from parts.options import TARGETS, Weights
 from parts.text import templates
 from parts.text.rows import read_rows
@@ -36,13 +37,13 @@ SWITCHES = {
 
 
 @pytest.fixture(scope="module")
-def straight(bench):
-    """A run that nobody disturbed."""
+def reference(bench):
+    """A run without kills and signals."""
     go(bench, bench / "lora", *LORA, "--save-every", "1")
     return bench / "lora"
 
 
-def outlined(rank=4, targets=TARGETS, dtype=torch.float32, **changes):
+def make_meta_model(rank=4, targets=TARGETS, dtype=torch.float32, **changes):
     raw = hf_model(**changes).config.to_dict()
     return train.build_meta_model(parse_config(raw), Weights("fp32", rank, 2.0 * (rank or 0), targets), dtype)
 
@@ -51,7 +52,7 @@ def outlined(rank=4, targets=TARGETS, dtype=torch.float32, **changes):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, bench, tmp_path):
+def test_twenty_steps_equal_pefts_and_peft_loads_the_export(switch, bench, tmp_path):
     peft = pytest.importorskip("peft", reason="the oracle is peft, which is not installed")
     vocab = json.loads((bench / "m" / "config.json").read_text())["vocab_size"]
     folder, out = tmp_path / "m", tmp_path / "o"
@@ -102,10 +103,10 @@ def test_twenty_steps_are_those_of_peft_and_peft_loads_what_is_exported(switch, 
         torch.testing.assert_close(loaded(tokens[None]).logits[0], merged, atol=1e-4, rtol=0)
 
 
-def test_adapters_begin_as_pefts_do():
+def test_adapters_are_initialized_as_in_peft():
     peft = pytest.importorskip("peft", reason="the oracle is peft, which is not installed")
     theirs = peft.get_peft_model(hf_model(), peft.LoraConfig(r=4, target_modules=TARGETS))
-    ours = outlined().to_empty(device="cpu")
+    ours = make_meta_model().to_empty(device="cpu")
     ours.init_lora(0)
     for name, p in theirs.named_parameters():
         if "lora" in name:
@@ -119,25 +120,25 @@ def test_adapters_begin_as_pefts_do():
 # ---------------------------------------------------------------- freezing and going on
 
 
-def test_the_base_keeps_its_bits_and_the_state_holds_adapters_only(bench, straight):
-    before, after = load_file(bench / "m" / "model.safetensors"), weights(straight)
+def test_the_base_weights_do_not_change_and_the_state_has_adapters_only(bench, reference):
+    before, after = load_file(bench / "m" / "model.safetensors"), weights(reference)
     for name, w in after.items():
         assert torch.equal(w, before[name]) == (not any(target in name for target in TARGETS)), name
-    for state in sorted((straight / "resume").iterdir()):
+    for state in sorted((reference / "resume").iterdir()):
         tensors = load_file(state / "rank00000.safetensors")
         assert tensors and all(".lora_" in name for name in tensors), list(tensors)
-    adapter = load_file(straight / "stage3" / "adapter" / "adapter_model.safetensors")
+    adapter = load_file(reference / "stage3" / "adapter" / "adapter_model.safetensors")
     assert sum(t.numel() for t in adapter.values()) == 5760 and all(t.dtype == torch.float32 for t in adapter.values())
-    size = max(sum(p.stat().st_size for p in state.iterdir()) for state in (straight / "resume").iterdir())
+    size = max(sum(p.stat().st_size for p in state.iterdir()) for state in (reference / "resume").iterdir())
     assert 3 * 4 * 5760 < size < 3 * 4 * 5760 + 20_000  # weights and two moments, and names
 
 
-def test_each_stage_goes_on_with_the_adapters_of_the_one_before(straight):
-    adapters = [load_file(straight / f"stage{k}" / "adapter" / "adapter_model.safetensors") for k in (1, 2, 3)]
+def test_each_stage_continues_with_the_adapters_of_the_previous_one(reference):
+    adapters = [load_file(reference / f"stage{k}" / "adapter" / "adapter_model.safetensors") for k in (1, 2, 3)]
     for before, after in itertools.pairwise(adapters):
         assert not same(before, after)
         assert all((before[n] - after[n]).norm() < 0.5 * after[n].norm() for n in after if "lora_A" in n)
-    held_out = [row["eval_loss"] for row in metrics(straight) if "eval_loss" in row]
+    held_out = [row["eval_loss"] for row in metrics(reference) if "eval_loss" in row]
     assert held_out == sorted(held_out, reverse=True)
 
 
@@ -145,28 +146,28 @@ def test_each_stage_goes_on_with_the_adapters_of_the_one_before(straight):
     "ranks, more",
     [(2, []), (3, []), (None, ["--checkpoint-activations", "--micro-tokens", "90"]), (2, ["--replicas", "2"])],
 )
-def test_ranks_and_micro_batches_change_no_number(ranks, more, bench, straight, tmp_path):
+def test_ranks_and_micro_batches_change_no_number(ranks, more, bench, reference, tmp_path):
     go(bench, tmp_path / "o", *LORA, *more, "--save-every", "1", ranks=ranks)
-    close(metrics(tmp_path / "o"), metrics(straight))
+    close(metrics(tmp_path / "o"), metrics(reference))
     for name, w in weights(tmp_path / "o").items():
-        torch.testing.assert_close(w, weights(straight)[name], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(w, weights(reference)[name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("ranks, again", [(None, None), (2, 2), (2, None)])
-def test_killed_it_goes_on(ranks, again, bench, straight, tmp_path):
+def test_a_killed_run_resumes_exactly(ranks, again, bench, reference, tmp_path):
     more = [*LORA, "--save-every", "1"]
     run = Forked(train.main, training(tmp_path / "o", *more), bench, ranks)
     run.wait_until((tmp_path / "o" / "resume" / "001-00000002").exists).kill()
     assert "Resuming" in go(bench, tmp_path / "o", *more, ranks=again).stdout
     if ranks is None:
-        assert same(weights(tmp_path / "o"), weights(straight)) and metrics(tmp_path / "o") == metrics(straight)
-    close(metrics(tmp_path / "o"), metrics(straight))
+        assert same(weights(tmp_path / "o"), weights(reference)) and metrics(tmp_path / "o") == metrics(reference)
+    close(metrics(tmp_path / "o"), metrics(reference))
 
 
-def test_other_adapters_are_refused_and_named(bench, straight):
-    done = go(bench, straight, "--lora", "8", "--eval", "s2", "--save-every", "1", code=2)
+def test_resuming_with_other_adapters_is_an_error(bench, reference):
+    done = go(bench, reference, "--lora", "8", "--eval", "s2", "--save-every", "1", code=2)
     assert "--lora was 4, is 8" in done.stderr and "--lora-alpha was 8.0, is 16.0" in done.stderr
-    done = go(bench, straight, *LORA, "--lora-targets", "q_proj", "v_proj", "--save-every", "1", code=2)
+    done = go(bench, reference, *LORA, "--lora-targets", "q_proj", "v_proj", "--save-every", "1", code=2)
     assert "--lora-targets was" in done.stderr
 
 
@@ -184,7 +185,7 @@ def test_wrong_flags_are_errors(more, word, bench, tmp_path):
     assert word in go(bench, tmp_path / "o", *more, code=2).stderr
 
 
-def test_it_goes_with_selection_replay_samples_and_one_optimizer(bench, tmp_path):
+def test_lora_works_with_selection_replay_samples_and_one_optimizer(bench, tmp_path):
     (tmp_path / "p.txt").write_text("Say ab.\n")
     more = ["--lora", "4", "--lora-targets", "q_proj", "down_proj", "--sample", str(tmp_path / "p.txt")]
     for name, others in {"a": ["--select", "iterit", "--ratio", "12"], "b": ["--replay", "0.5"]}.items():
@@ -215,7 +216,7 @@ with train.init_distributed() as ranks:
 
 
 @pytest.mark.parametrize("flags", [["--lora", "16"], ["--weights", "bf16"]])
-def test_the_weights_are_held_once_in_bf16_also_while_loading_fp32_files(flags, tmp_path):
+def test_bf16_weights_are_in_memory_once_while_loading_fp32_files(flags, tmp_path):
     raw = dict(model_type="llama", vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8)
     model = Transformer(parse_config(raw | dict(num_attention_heads=12)))
     init_weights(model, 0)
@@ -228,14 +229,14 @@ def test_the_weights_are_held_once_in_bf16_also_while_loading_fp32_files(flags, 
 
 def test_the_base_has_the_dtype_of_the_computation_and_adapters_fp32():
     for dtype in (torch.bfloat16, torch.float32):
-        parameters = dict(outlined(dtype=dtype).named_parameters())
+        parameters = dict(make_meta_model(dtype=dtype).named_parameters())
         assert {p.dtype for name, p in parameters.items() if "lora" in name} == {torch.float32}
         assert {p.dtype for name, p in parameters.items() if "lora" not in name} == {dtype}
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "v_proj"], ["down_proj"], ["o_proj", "gate_proj"]])
-def test_flops_are_those_that_torch_counts(targets):
-    model = outlined(4, targets).to_empty(device="cpu")
+def test_flops_equal_torchs_flop_counter(targets):
+    model = make_meta_model(4, targets).to_empty(device="cpu")
     for p in model.parameters():
         torch.nn.init.normal_(p, 0, 0.02)
     trained, config = train.trained_parameters(model), model.config
@@ -245,7 +246,7 @@ def test_flops_are_those_that_torch_counts(targets):
     with FlopCounterMode(display=False) as counter:
         model(tokens, torch.zeros(40, dtype=torch.int64), cu_seqlens, targets_of)[0].backward()
     assert all((p.grad is not None) == (name in trained) for name, p in model.named_parameters())
-    expected = memory_plan.training_flops(model, set(trained)).of_batch(np.ones(40), 20)
+    expected = training_flops(model, set(trained)).of_batch(np.ones(40), 20)
     attended = config.n_heads * config.head_dim * 40
     back = 2 if {"q_proj", "k_proj", "v_proj"} & set(targets) else 1
     recomputed = 2 * back * attended
@@ -256,7 +257,7 @@ def test_flops_are_those_that_torch_counts(targets):
     assert counter.get_total_flops() == expected + recomputed - spared
 
 
-def test_the_plan_of_8_b_fits_a_24_gb_gpu():
+def test_the_memory_plan_of_an_8b_model_fits_a_24_gb_gpu():
     raw = dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
     config = parse_config(raw | dict(num_attention_heads=32, num_key_value_heads=8))
     model = train.build_meta_model(config, Weights("fp32", 16, 32.0), torch.bfloat16)
@@ -267,7 +268,7 @@ def test_the_plan_of_8_b_fits_a_24_gb_gpu():
     assert 8_030_261_248 * 2 / 2**30 < sum(plan.values()) / 2**30 <= 22, plan
 
 
-def test_the_plan_names_the_first_way_that_fits(bench, tmp_path):
+def test_the_plan_names_the_first_variant_that_fits(bench, tmp_path):
     dry = ["--dry-run", "--plan-world-size", "2", "--dtype", "auto"]
     plan = go(bench, tmp_path / "o", *dry, "--plan-gpu", "80").stdout
     assert "with --param-dtype bf16" in plan and "with --lora 16" in plan and "does not fit" not in plan
@@ -285,7 +286,7 @@ def test_a_machines_memory_is_divided_among_the_planned_ranks_once(bench, tmp_pa
     assert "{2: 6.0, 4: 3.0}" in go(bench, tmp_path / "o", "--dry-run", "--plan-world-size", "4").stdout
 
 
-def test_an_outline_takes_no_memory_and_a_model_without_adapters_is_as_before():
-    model = outlined(rank=None)
+def test_a_meta_model_takes_no_memory_and_has_adapters_only_with_lora():
+    model = make_meta_model(rank=None)
     assert all(p.is_meta and p.requires_grad for p in train.trained_parameters(model).values())
     assert isinstance(model, Transformer) and len(train.trained_parameters(model)) == len(list(model.parameters()))

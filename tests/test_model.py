@@ -1,4 +1,4 @@
-"""model.py against transformers, and against folders that are broken or hostile."""
+"""model.py against transformers, and with damaged or malicious folders."""
 
 import json
 import math
@@ -56,7 +56,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize("kind, changes", SWITCHES)
-def test_logits_and_gradients_are_those_of_transformers(kind, changes, tmp_path):
+def test_logits_and_gradients_equal_transformers(kind, changes, tmp_path):
     hf = hf_model(kind, **changes)
     hf.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
@@ -82,7 +82,7 @@ def test_logits_and_gradients_are_those_of_transformers(kind, changes, tmp_path)
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_any_mixture_of_switches_agrees_with_transformers(tmp_path_factory, data):
+def test_any_combination_of_config_settings_agrees_with_transformers(tmp_path_factory, data):
     draw = data.draw
     kind = draw(st.sampled_from(["llama", "mistral"]))
     groups, repeat, hd = (
@@ -109,9 +109,8 @@ def test_any_mixture_of_switches_agrees_with_transformers(tmp_path_factory, data
     else:
         changes |= {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
-    hf = hf_model(
-        kind, seed=draw(st.integers(0, 99)), scale=0.2, **changes
-    )  # larger ones make fp32 itself stray further
+    # With larger weights fp32 itself is less accurate.
+    hf = hf_model(kind, seed=draw(st.integers(0, 99)), scale=0.2, **changes)
     folder = tmp_path_factory.mktemp("m")
     hf.save_pretrained(folder)
     tokens, positions, cu_seqlens = documents(lengths)
@@ -147,7 +146,7 @@ def test_documents_longer_than_a_block_agree_with_transformers(sliding_window, t
     assert (ours.layers[0].attention.q.weight.grad - g).norm() <= 1e-3 * g.norm()
 
 
-def test_a_document_does_not_see_its_neighbours(tmp_path):
+def test_documents_do_not_attend_to_each_other(tmp_path):
     hf_model().save_pretrained(tmp_path)
     model = load_model(tmp_path)
     tokens, positions, cu_seqlens = documents([9, 12, 7])
@@ -181,7 +180,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
-def test_saved_folders_load_in_transformers_to_the_same_logits(shard_bytes, tmp_path, monkeypatch):
+def test_transformers_loads_an_export_with_the_same_logits(shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(W, "SHARD_BYTES", shard_bytes)
     hf = hf_model(attention_bias=True)
     hf.save_pretrained(tmp_path / "a")
@@ -288,7 +287,7 @@ def test_parameter_counts_of_published_models(config, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     raw = dict(
         model_type="llama",
         hidden_size=768,
@@ -318,9 +317,8 @@ def test_each_rank_reads_only_the_slices_it_owns(tmp_path, monkeypatch):
     from torch.distributed.fsdp import fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    hf_model(num_attention_heads=3, num_key_value_heads=1, hidden_size=51, head_dim=10).save_pretrained(
-        tmp_path
-    )  # uneven
+    uneven = dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=51, head_dim=10)
+    hf_model(**uneven).save_pretrained(tmp_path)
     whole = {name: p.detach() for name, p in load_model(tmp_path).named_parameters()}
     read, real = [], M.read_slice
     monkeypatch.setattr(
@@ -357,7 +355,7 @@ def refused(folder, *words):
         assert word in str(e.value), str(e.value)
 
 
-def test_missing_surplus_and_misshapen_tensors_are_all_listed(folder):
+def test_missing_unexpected_and_misshapen_tensors_are_all_listed(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 3)
@@ -373,7 +371,7 @@ def test_missing_surplus_and_misshapen_tensors_are_all_listed(folder):
     )
 
 
-def test_old_rotary_buffers_and_a_repeated_tied_head_are_no_surplus(tmp_path):
+def test_old_rotary_buffers_and_a_repeated_tied_head_are_allowed(tmp_path):
     hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
@@ -383,7 +381,7 @@ def test_old_rotary_buffers_and_a_repeated_tied_head_are_no_surplus(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(shards, tmp_path, capsys):
+def test_a_head_that_differs_from_its_tied_embedding_is_used(shards, tmp_path, capsys):
     hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     untied = hf_model(tie_word_embeddings=False, seed=1)
     tensors = {k: v.clone() for k, v in untied.state_dict().items()}
@@ -405,7 +403,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(shards, tm
     assert torch.equal(again.lm_head.weight, tensors["lm_head.weight"])
 
 
-def test_what_transformers_would_read_and_we_do_not_is_refused(folder):
+def test_settings_that_only_transformers_supports_are_errors(folder):
     config = json.loads((folder / "config.json").read_text())
     for changes, word in [
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -433,7 +431,7 @@ def test_an_index_cannot_point_outside_the_folder(folder, name):
     refused(folder, "index.json")
 
 
-def test_a_shard_that_is_missing_is_named(folder):
+def test_a_missing_shard_is_an_error_that_names_it(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
@@ -474,19 +472,19 @@ def test_a_truncated_file_is_an_error_that_names_it(folder, keep):
         ({"num_hidden_layers": 3}, "missing: model.layers.2"),
     ],
 )
-def test_configs_that_are_absurd_or_unsupported_are_refused(folder, change, word):
+def test_absurd_or_unsupported_configs_are_errors(folder, change, word):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | change))
     refused(folder, word)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000, "\ufffe"])
-def test_a_config_that_is_no_json_object_is_refused(folder, text):
+def test_a_config_that_is_not_a_json_object_is_an_error(folder, text):
     (folder / "config.json").write_text(text)
     refused(folder, "config.json")
 
 
-def test_old_and_new_spellings_of_rope_mean_the_same():
+def test_old_and_new_rope_keys_give_the_same_config():
     base = {
         "model_type": "llama",
         "hidden_size": 48,
@@ -505,7 +503,7 @@ def test_old_and_new_spellings_of_rope_mean_the_same():
         )
 
 
-def test_dynamic_rope_with_a_head_of_two_is_refused_and_no_kind_has_anothers_window():
+def test_dynamic_rope_needs_a_head_dim_above_two_and_only_mistral_has_a_window():
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, vocab_size=9)
     for key in ("rope_scaling", "rope_parameters"):
         with pytest.raises(InputError, match="head_dim above 2"):
@@ -518,7 +516,7 @@ def test_dynamic_rope_with_a_head_of_two_is_refused_and_no_kind_has_anothers_win
 
 
 def test_every_matrix_is_called_as_a_module_and_dropout_in_it_has_the_right_gradient(monkeypatch):
-    """What is put into Linear.forward holds for all matrices, also where the forward pass is computed twice."""
+    """A change of Linear.forward applies to all matrices, also if the forward pass is computed twice."""
     sizes = dict(vocab_size=7, hidden_size=12, intermediate_size=10, num_hidden_layers=2, num_attention_heads=3)
     config = parse_config({"model_type": "llama", **sizes})
     model = Transformer(config).double()

@@ -1,4 +1,4 @@
-"""The memory plan: for how many ranks it speaks, and what it says against what is measured."""
+"""The memory plan: its flags, and its numbers against measured ones."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def totals(plan: str) -> dict[str, float]:
 # ---------------------------------------------------------------- for how many ranks
 
 
-def test_replicas_are_planned_for_more_ranks_than_this_machine_starts(bench, tmp_path):
+def test_replicas_can_be_planned_for_more_ranks_than_this_machine_has(bench, tmp_path):
     dry = ["--dry-run", "--plan-gpu", "80", "--plan-world-size", "16"]
     assert totals(go(bench, tmp_path / "o", *dry).stdout).keys() == {"1 rank", "16 ranks"}
     assert totals(go(bench, tmp_path / "o", *dry, "--replicas", "2").stdout).keys() == {"16 ranks"}
@@ -37,7 +37,7 @@ def test_replicas_are_planned_for_more_ranks_than_this_machine_starts(bench, tmp
 
 
 @pytest.mark.parametrize("flags", [["--plan-gpu", "80"], ["--plan-gpu", "0"], ["--plan-world-size", "2"]])
-def test_planning_without_a_dry_run_is_refused(flags, bench, tmp_path):
+def test_planning_flags_need_a_dry_run(flags, bench, tmp_path):
     assert "need --dry-run" in go(bench, tmp_path / "o", *flags, code=2).stderr
     assert not (tmp_path / "o").exists()
 
@@ -55,8 +55,8 @@ SAMPLE = [  # model/layers/ranks/replicas/way/checkpointing of activations
 ]
 
 
-def test_the_plan_is_near_the_peak_of_a_step_of_fake_tensors():
-    """Storages of a real step are counted; kernels' workspaces and the allocator's losses are not, see fake_cuda.py."""
+def test_the_plan_is_near_the_peak_of_a_step_with_fake_tensors():
+    """The tensors of a real step are counted, but not workspaces of kernels or fragmentation; see fake_cuda.py."""
     command = [sys.executable, ROOT / "tests" / "fake_cuda.py", *SAMPLE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     lines = [line.split() for line in done.stdout.splitlines()[1:]]
@@ -79,7 +79,7 @@ SHAPES = {
 }
 
 
-def test_the_table_of_machines_is_what_the_plan_says():
+def test_the_documented_table_of_gpus_equals_the_plan():
     texts = "\n".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     tables = re.findall(r"^(\| GiB on each GPU \|.*)\n\| --- .*\n((?:\|.*\n)+)", texts, re.MULTILINE)
     assert len(tables) == 1
@@ -109,7 +109,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 
 
 def peak_of(command) -> int:
-    """Bytes that a program had in memory at most. A small process starts it: the figure begins with the parent's."""
+    """Peak memory of a program, in bytes. A small process starts it, because ru_maxrss begins with its parent's."""
     done = subprocess.run([sys.executable, "-c", PEAK_OF, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
@@ -117,7 +117,7 @@ def peak_of(command) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 @pytest.mark.parametrize("flags", [["--dtype", "fp32"], ["--dtype", "fp32", "--lora", "16"]])
-def test_the_plan_is_the_peak_of_a_real_model_or_a_little_above(flags, small_smollm2, shared, tmp_path):
+def test_the_plan_is_at_most_15_percent_above_the_measured_peak(flags, small_smollm2, shared, tmp_path):
     """At most 15 % above: the same command's peak varies by 9 % from run to run, with the allocator's gaps. Two steps:
     in the first, the moments are not there yet."""
     rows = json.loads((shared / "alpaca_random_9k.json").read_text(encoding="utf-8"))[:16]

@@ -1,4 +1,4 @@
-"""What a user sees of long work where stderr is no terminal: a line each half minute, with the time left."""
+"""Progress without a terminal: a line per half minute, with the time left."""
 
 import re
 
@@ -15,7 +15,7 @@ def lines_of(capsys, work) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then_and_none_of_short_work(capsys, monkeypatch):
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
     def count():
         with cli.progress(50, "ifd", "row") as bar:
             for _ in range(50):
@@ -33,7 +33,7 @@ def impatient(argv):
 
 
 @pytest.mark.parametrize("more", [["--eval", "s2", "--eval-every", "3"], ["--select", "iterit", "--ratio", "0.5"]])
-def test_training_says_step_loss_speed_and_the_time_left_of_the_whole_run(bench, tmp_path, more):
+def test_training_shows_step_loss_speed_and_time_left(bench, tmp_path, more):
     done = go(bench, tmp_path / "o", *more, main=impatient)
     said = done.stderr.splitlines()
     steps = [line for line in said if line.startswith("stage")]
@@ -45,5 +45,5 @@ def test_training_says_step_loss_speed_and_the_time_left_of_the_whole_run(bench,
     assert any(line.startswith(other) for line in said)
 
 
-def test_times_are_in_words():
+def test_durations_are_readable():
     assert [duration(s) for s in (3, 99, 720, 12600)] == ["3 s", "99 s", "12 min", "3.5 h"]

@@ -1,4 +1,4 @@
-"""Fields of rows as people have them: honoured or refused by name, none dropped."""
+"""Fields of rows: used, or an error that names them; none is ignored."""
 
 import json
 
@@ -52,7 +52,7 @@ def with_message(**fields):
         (ALPACA | {"text": "a rendering", "source": "x", "category": 3}, "qa"),
     ],
 )
-def test_what_a_row_says_beside_its_turns_is_honoured(row, turns, tmp_path):
+def test_supported_fields_of_a_row_are_used(row, turns, tmp_path):
     assert [turn.text for turn in turns_of(tmp_path, row)] == list(turns)
 
 
@@ -89,7 +89,7 @@ def test_what_a_row_says_beside_its_turns_is_honoured(row, turns, tmp_path):
         ({"text": "t", "system": "s"}, "system"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name_and_line(row, word, tmp_path):
+def test_unsupported_fields_are_errors_with_name_and_line(row, word, tmp_path):
     filler = {"text": "t"} if set(row) & {"text"} else ALPACA if "instruction" in row else {"messages": CHAT}
     rows, bad = read(tmp_path, filler, row)
     assert len(rows) == 1 and len(bad) == 1 and ":2: " in bad[0] and word in bad[0], bad
@@ -108,7 +108,7 @@ def test_an_answer_without_weight_is_context_and_carries_no_loss(mark, tmp_path)
     assert again[0].turns == rows[0].turns
 
 
-def test_rows_that_lose_characters_are_counted(small_smollm2, tmp_path, capsys):
+def test_rows_with_unencodable_characters_are_counted(small_smollm2, tmp_path, capsys):
     path = tmp_path / "f.jsonl"
     rows = [{"data": ["q", answer]} for answer in ("a", "b\x04c", "é", "\x13\x14")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -133,7 +133,7 @@ def test_plain_text_prompts_are_split_at_newlines_only(tmp_path):
     assert [p.instruction for p in found] == ["one\u2028still one\x0cstill\x85", "two\x1d"]
 
 
-def test_further_questions_of_a_prompt_are_counted_and_fields_honoured(tmp_path):
+def test_further_questions_of_a_prompt_are_counted_and_fields_are_used(tmp_path):
     found = prompts(tmp_path, json.dumps({"question_id": 81, "turns": ["q1", "q2", "q3"], "system": "s"}))
     assert found[0].turns == [Turn("system", "s"), Turn("user", "q1")] and found[0].later_turns == 2
     for row in (

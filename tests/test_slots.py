@@ -1,4 +1,4 @@
-"""How many answers fit at once: with a small made-up memory, with limits of cgroups, and that it changes no answer."""
+"""How many answers are generated together: with little memory, with limits of cgroups; the answers are the same."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def prompts_of(lengths, seed=0):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=300), st.integers(1, 60_000), st.booleans(), st.booleans())
-def test_every_prompt_is_answered_once_in_a_cache_that_holds_it_and_fits(needs, memory, windowed, divided):
+def test_every_prompt_is_in_one_group_whose_cache_is_large_enough_and_fits(needs, memory, windowed, divided):
     sliding_window = 700 if windowed else None
     groups = plan_groups(needs, lambda capacity: min(MAX_SLOTS, max(1, memory // capacity)), sliding_window, divided)
     order = [i for g in groups for i in g.members]
@@ -47,7 +47,7 @@ def test_every_prompt_is_answered_once_in_a_cache_that_holds_it_and_fits(needs, 
             assert not short or g.slots == len(g.members) or g.slots == MAX_SLOTS
 
 
-def test_a_small_memory_is_used_and_not_passed(tmp_path):
+def test_little_memory_is_used_and_not_exceeded(tmp_path):
     _, model = make(tmp_path, "gqa")
     prompts = prompts_of([20] * 200 + [150] * 20 + [800] * 3)
     limits, options = [100] * len(prompts), Options()
@@ -90,7 +90,7 @@ def test_answers_do_not_depend_on_the_memory_or_on_the_order_of_prompts(kind, tm
     assert [again[list(shuffled).index(i)] for i in range(len(prompts))] == wanted
 
 
-def test_a_windowed_cache_is_no_longer_than_the_window_and_answers_like_a_whole_one(tmp_path):
+def test_a_windowed_cache_is_as_long_as_the_window_and_gives_the_same_answers(tmp_path):
     hf, model = make(tmp_path, "mistral")
     prompts = prompts_of([60, 24, 10])
     assert plan_slots(model, prompts, [50] * 3, Options())[0].capacity == 24
@@ -100,8 +100,8 @@ def test_a_windowed_cache_is_no_longer_than_the_window_and_answers_like_a_whole_
             assert ours == theirs.tolist()
 
 
-def test_prefill_writes_no_place_of_the_cache_twice(tmp_path, monkeypatch):
-    """On a GPU the order of such writes is not fixed."""
+def test_prefill_writes_each_row_of_the_cache_once(tmp_path, monkeypatch):
+    """On a GPU the order of writes to the same row is undefined."""
     _, model = make(tmp_path, "mistral")
     written = []
 
@@ -121,7 +121,7 @@ def test_prefill_writes_no_place_of_the_cache_twice(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what is free, what is taken
 
 
-def test_the_limits_of_control_groups_count_of_either_version(tmp_path):
+def test_limits_of_cgroups_of_both_versions_are_read(tmp_path):
     def group(folder, limit, used, spare, names):
         folder.mkdir(parents=True)
         for name, value in zip(names[:2], (limit, used)):
@@ -167,8 +167,8 @@ print(json.dumps([memory("VmHWM") - before, slot + working_bytes(model, 700, 700
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_estimate_covers_what_decoding_really_takes(temperature, tmp_path):
-    """In a fresh process: a fork would find room in memory that its parent has freed."""
+def test_the_estimate_covers_the_measured_memory_of_decoding(temperature, tmp_path):
+    """In a new process: a fork would reuse memory that its parent has freed."""
     sizes = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8)
     hf_model(vocab_size=32000, max_position_embeddings=2048, scale=0.02, **sizes).save_pretrained(tmp_path)
     code = DECODING.format(root=str(ROOT), temperature=temperature, folder=str(tmp_path))
@@ -201,7 +201,7 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
     assert "--server" in run_forked(generate.main, *arguments, expect=1).stderr
 
 
-def test_a_program_says_how_much_it_answers_at_once(tmp_path):
+def test_generate_prints_its_groups_of_prompts(tmp_path):
     (tmp_path / "p.txt").write_text("".join(f"Start with {i}, add 1 to it.\n" for i in range(200)))
     files = ["--prompts", tmp_path / "p.txt", "--out", tmp_path / "a.json", "--max-new-tokens", "3"]
     done = run_forked(generate.main, "--model", ROOT / "demo" / "model", *files)

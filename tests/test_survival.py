@@ -1,4 +1,4 @@
-"""Training loses nothing and does nothing else than it says: locks, signals at any moment, damage, changed inputs."""
+"""Robustness of training: locks, signals at any moment, damaged files, changed inputs, error messages."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ from parts.text.rows import find_files, read_rows
 
 
 @pytest.fixture(scope="module")
-def straight(bench):
+def reference(bench):
     out = bench / "survives"
     prompts = [json.dumps({"prompt": f"Say {word}."}) for word in ("abc", "zyx", "hello")]
     (bench / "prompts.jsonl").write_text("\n".join(prompts))
@@ -66,7 +66,7 @@ def same_run(out, other):
 @pytest.mark.parametrize("model, stages, out", [
     ("m", ("exp/stage1", "exp/stage2"), "exp"), ("mods/stage1", ("s1",), "mods"), ("m", ("exp/stage1",), "exp/stage1"),
 ])  # fmt: skip
-def test_an_output_never_falls_on_an_input(model, stages, out, bench, tmp_path):
+def test_an_output_never_overwrites_an_input(model, stages, out, bench, tmp_path):
     shutil.copytree(bench / "m", tmp_path / "m")
     shutil.copytree(bench / "m", tmp_path / "mods" / "stage1")
     shutil.copy(bench / "s1.jsonl", tmp_path)
@@ -80,14 +80,14 @@ def test_an_output_never_falls_on_an_input(model, stages, out, bench, tmp_path):
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()) == before
 
 
-def test_a_folder_that_is_no_runs_own_is_refused(bench, tmp_path):
+def test_a_folder_with_files_but_no_run_is_an_error(bench, tmp_path):
     (tmp_path / "o" / "stage2").mkdir(parents=True)
     (tmp_path / "o" / "stage2" / "precious").write_text("x")
     assert "it is not the folder of a run" in go(bench, tmp_path / "o", code=2).stderr
     assert (tmp_path / "o" / "stage2" / "precious").exists()
 
 
-def test_the_second_run_in_a_folder_says_who_has_it(bench, tmp_path):
+def test_a_second_run_in_a_folder_names_the_holder_of_the_lock(bench, tmp_path):
     run = Forked(train.main, training(tmp_path / "o", "--epochs", "50"), bench)
     run.wait_until((tmp_path / "o" / "metrics.jsonl").exists)
     done = go(bench, tmp_path / "o", "--epochs", "50", code=2)
@@ -114,7 +114,7 @@ def test_workers_whose_torchrun_was_killed_save_and_end(bench, tmp_path):
     assert not os.path.exists(f"/proc/{holder}") and newest_state(tmp_path / "o" / "resume")
 
 
-def test_ranks_that_do_not_see_one_folder_say_so_at_once(bench, tmp_path):
+def test_ranks_with_different_folders_end_with_an_error(bench, tmp_path):
     def elsewhere(argv):
         if os.environ["RANK"] == "1":
             shutil.copytree(bench, tmp_path / "other", ignore=shutil.ignore_patterns("shared_not*"))
@@ -129,7 +129,7 @@ def test_ranks_that_do_not_see_one_folder_say_so_at_once(bench, tmp_path):
 
 
 def without_flock(argv):
-    """train.py on a file system that has no such locks."""
+    """train.py on a file system without flock."""
 
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -139,7 +139,7 @@ def without_flock(argv):
 
 
 @pytest.mark.parametrize("main", [train.main, without_flock])
-def test_with_flock_and_without_only_one_runs_and_a_killed_one_is_followed(main, bench, straight, tmp_path):
+def test_only_one_process_has_the_lock_and_a_killed_process_loses_it(main, bench, reference, tmp_path):
     out, more = tmp_path / "o", (*MORE, "--save-every", "1")
     run = Forked(main, training(out, *more), bench).wait_until((out / "metrics.jsonl").exists)
     run.send_signal(signal.SIGSTOP)
@@ -149,11 +149,11 @@ def test_with_flock_and_without_only_one_runs_and_a_killed_one_is_followed(main,
     run.kill()
     assert (out / "lock").exists()
     go(bench, out, *more, main=main)
-    same_run(out, straight)
+    same_run(out, reference)
     assert not (out / "lock").exists()
 
 
-def test_a_removed_lock_lets_no_second_run_in_unnoticed(bench, tmp_path):
+def test_a_removed_lock_file_lets_no_second_run_in(bench, tmp_path):
     out = tmp_path / "o"
     run = Forked(train.main, training(out, "--epochs", "99"), bench).wait_until((out / "metrics.jsonl").exists)
     (out / "lock").unlink()
@@ -167,7 +167,7 @@ def test_a_removed_lock_lets_no_second_run_in_unnoticed(bench, tmp_path):
     assert done.returncode == 1 and "was removed or replaced" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_whether_the_holder_of_a_lock_has_ended_is_judged_from_where_it_ran(tmp_path, monkeypatch):
+def test_a_lock_is_only_broken_if_its_process_has_certainly_ended(tmp_path, monkeypatch):
     me = lock.describe_process()
     ended = os.fork() or os._exit(0)
     os.waitpid(ended, 0)
@@ -192,7 +192,7 @@ def test_whether_the_holder_of_a_lock_has_ended_is_judged_from_where_it_ran(tmp_
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_any_error_of_flock_but_one_means_that_there_is_none(error, tmp_path, monkeypatch, capsys):
+def test_any_other_error_of_flock_means_that_it_is_not_supported(error, tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(error, os.strerror(error))
 
@@ -204,8 +204,8 @@ def test_any_error_of_flock_but_one_means_that_there_is_none(error, tmp_path, mo
     assert not (tmp_path / "o").exists() and "no flock" in capsys.readouterr().err
 
 
-def test_where_folders_cannot_be_locked_the_file_is(tmp_path, monkeypatch):
-    """As NFS does: it locks what is open for writing."""
+def test_the_lock_file_is_locked_if_folders_cannot_be(tmp_path, monkeypatch):
+    """As on NFS, which locks only files that are open for writing."""
     real = fcntl.flock
 
     def flock(handle, how):
@@ -223,8 +223,8 @@ def test_where_folders_cannot_be_locked_the_file_is(tmp_path, monkeypatch):
             held.check()
 
 
-def test_a_folder_that_its_holder_has_just_removed_is_not_taken_for_locked(tmp_path, monkeypatch):
-    """Else this process would hold a folder that is gone, beside one that holds a new folder of the same name."""
+def test_a_folder_that_is_recreated_before_flock_is_not_locked(tmp_path, monkeypatch):
+    """Otherwise this process would lock a removed folder, and another process the new folder of the same name."""
     real = fcntl.flock
 
     def flock(handle, how):
@@ -237,7 +237,7 @@ def test_a_folder_that_its_holder_has_just_removed_is_not_taken_for_locked(tmp_p
         pass
 
 
-def test_without_flock_a_lock_that_another_process_makes_first_is_respected(tmp_path, monkeypatch):
+def test_without_flock_the_process_that_creates_the_lock_file_first_has_the_lock(tmp_path, monkeypatch):
     real, other = lock.read_holder, lock.describe_process()
 
     def read_holder(path):
@@ -253,7 +253,7 @@ def test_without_flock_a_lock_that_another_process_makes_first_is_respected(tmp_
     assert (tmp_path / "lock").read_text() == other
 
 
-def test_a_mistyped_stage_leaves_nothing(bench, tmp_path):
+def test_a_mistyped_stage_leaves_no_files(bench, tmp_path):
     assert "no such file" in go(bench, tmp_path / "o", stages=("s1", "s9"), code=2).stderr
     assert not (tmp_path / "o").exists()
 
@@ -282,8 +282,8 @@ def test_torchrun_killed_during_the_start_leaves_no_worker(bench, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells of a parent's end on Linux only")
-def test_a_worker_whose_parent_is_killed_while_it_imports_torch_ends_at_once(tmp_path):
-    """The torch here takes a minute to import."""
+def test_a_worker_ends_if_its_parent_is_killed_while_it_imports_torch(tmp_path):
+    """Here importing torch takes a minute."""
     (tmp_path / "torch.py").write_text(
         "import os, pathlib, time\n"
         "pathlib.Path('tmp').write_text(str(os.getpid()))\n"
@@ -304,7 +304,7 @@ def test_a_worker_whose_parent_is_killed_while_it_imports_torch_ends_at_once(tmp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells of a parent's end on Linux only")
-def test_a_parent_that_ends_before_the_kernel_is_asked_to_tell_of_it_is_told_of_too(tmp_path):
+def test_the_parent_death_signal_is_sent_if_the_parent_has_ended_already(tmp_path):
     def main(argv):
         if os.fork():
             time.sleep(60)  # until its child kills it
@@ -331,13 +331,13 @@ def test_a_parent_that_ends_before_the_kernel_is_asked_to_tell_of_it_is_told_of_
 
 
 def listens(pid):
-    """Whether a process has a handler for SIGTERM, which ours has before the seconds of importing torch."""
+    """Whether a process handles SIGTERM. Ours does before it imports torch, which takes seconds."""
     with contextlib.suppress(OSError):
         caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
         return bool(int(caught, 16) >> signal.SIGTERM - 1 & 1)
 
 
-def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(bench, tmp_path):
+def test_waiting_for_a_missing_rank_has_a_time_limit(bench, tmp_path):
     def main(argv):
         distributed.RENDEZVOUS_SECONDS = 0.3
         return train.main(argv) if os.environ["RANK"] == "0" else 0
@@ -346,7 +346,7 @@ def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(bench, tmp_pa
     assert done.returncode == 1 and "did not all start" in done.stderr and not (tmp_path / "o").exists()
 
 
-def test_a_worker_whose_torchrun_was_killed_before_its_first_line_gives_up_soon(bench, tmp_path):
+def test_a_worker_without_its_torchrun_gives_up_soon(bench, tmp_path):
     def main(argv):
         distributed.TORCHRUN_REPLY_SECONDS = 0.1
         return train.main(argv)
@@ -359,7 +359,7 @@ def test_a_worker_whose_torchrun_was_killed_before_its_first_line_gives_up_soon(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_while_the_first_rank_reads_ends_the_rank_that_gets_it_at_once(rank, bench, tmp_path):
+def test_a_signal_ends_a_rank_while_the_first_rank_reads(rank, bench, tmp_path):
     def main(argv):
         def read(*_, **__):
             (tmp_path / "reading").touch()
@@ -389,7 +389,7 @@ def test_a_wrong_stage_ends_all_ranks_with_one_message(bench, tmp_path):
 
 
 def interrupted(module, name, at, number=signal.SIGTERM):
-    """train.py, sent a signal when the function is called the at-th time."""
+    """train.py, which gets a signal when the function is called the at-th time."""
 
     def main(argv):
         real, calls = getattr(module, name), []
@@ -412,14 +412,14 @@ def interrupted(module, name, at, number=signal.SIGTERM):
     (train, "held_out_loss", 3, signal.SIGKILL), (decoding, "decode_step", 5, signal.SIGKILL),
     (train, "batch_gradients", 6, signal.SIGKILL),
 ])  # fmt: skip
-def test_stopped_anywhere_it_goes_on_to_the_same_files(module, name, at, number, bench, straight, tmp_path):
+def test_a_run_stopped_anywhere_resumes_to_the_same_files(module, name, at, number, bench, reference, tmp_path):
     code = 130 if number == signal.SIGTERM else -number
     done = Forked(
         interrupted(module, name, at, number), training(tmp_path / "o", *MORE, "--save-every", "1"), bench
     ).wait()
     assert done.returncode == code, done.stderr
     go(bench, tmp_path / "o", *MORE, "--save-every", "1")
-    same_run(tmp_path / "o", straight)
+    same_run(tmp_path / "o", reference)
     assert not list((tmp_path / "o").rglob("*.tmp")) and not (tmp_path / "o" / "cache").exists()
 
 
@@ -446,8 +446,8 @@ def test_a_signal_inside_fsdp_ends_both_ranks_without_a_traceback(module, name, 
     (signal.SIGTERM, "lock"), (signal.SIGINT, "lock"), (signal.SIGTERM, "metrics.jsonl"),
     (signal.SIGUSR1, "metrics.jsonl"), (signal.SIGINT, "metrics.jsonl"),
 ])  # fmt: skip
-def test_a_storm_of_signals_costs_neither_the_exit_code_nor_the_run(number, since, bench, straight, tmp_path):
-    """Once training has begun nor what it has done, except by Ctrl-C, of which the second ends it at once."""
+def test_many_signals_change_neither_the_exit_code_nor_the_result(number, since, bench, reference, tmp_path):
+    """After training has begun, the state is saved, except after a second Ctrl-C, which ends the run at once."""
     run = Forked(train.main, training(tmp_path / "o", *MORE), bench).wait_until((tmp_path / "o" / since).exists)
     while run.poll() is None:
         run.send_signal(number)
@@ -457,10 +457,10 @@ def test_a_storm_of_signals_costs_neither_the_exit_code_nor_the_run(number, sinc
     if since == "metrics.jsonl" and number != signal.SIGINT:
         assert "state saved" in done.stderr
     go(bench, tmp_path / "o", *MORE)
-    same_run(tmp_path / "o", straight)
+    same_run(tmp_path / "o", reference)
 
 
-def test_a_signal_that_comes_when_the_work_has_ended_leaves_the_exit_code_as_it_is(bench, tmp_path):
+def test_a_signal_after_the_work_does_not_change_the_exit_code(bench, tmp_path):
     def late(main):
         def main_then_signal(argv):
             code = main(argv)
@@ -473,7 +473,7 @@ def test_a_signal_that_comes_when_the_work_has_ended_leaves_the_exit_code_as_it_
     go(bench, tmp_path / "o", stages=("s1",), main=late(train.main))
 
 
-def test_a_second_ctrl_c_ends_it_at_once(bench, tmp_path):
+def test_a_second_ctrl_c_ends_a_run_immediately(bench, tmp_path):
     def main(argv):
         def busy(*_):
             (tmp_path / "busy").touch()
@@ -492,7 +492,7 @@ def test_a_second_ctrl_c_ends_it_at_once(bench, tmp_path):
     assert done.returncode == 130 and "the last saved state is kept" in done.stderr
 
 
-def test_a_rank_that_stands_still_for_a_while_changes_nothing(bench, tmp_path):
+def test_a_rank_that_is_paused_does_not_change_the_result(bench, tmp_path):
     go(bench, tmp_path / "a", "--eval", "s2", ranks=2)
     run = Forked(train.main, training(tmp_path / "b", "--eval", "s2"), bench, ranks=2)
     run.wait_until((tmp_path / "b" / "metrics.jsonl").exists)
@@ -504,18 +504,18 @@ def test_a_rank_that_stands_still_for_a_while_changes_nothing(bench, tmp_path):
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
-def test_a_clock_that_jumps_changes_nothing(bench, straight, tmp_path):
+def test_a_jump_of_the_clock_does_not_change_the_result(bench, reference, tmp_path):
     def main(argv):
         real, rng = time.time, np.random.default_rng(0)
         time.time = lambda: real() + float(rng.normal()) * 1e7
         return train.main(argv)
 
     go(bench, tmp_path / "o", *MORE, main=main)
-    same_run(tmp_path / "o", straight)
+    same_run(tmp_path / "o", reference)
     assert len(list((tmp_path / "o" / "resume").iterdir())) == 2  # and nothing was saved for being late
 
 
-def test_killed_while_many_processes_tokenise_it_leaves_none_and_goes_on(bench, tmp_path):
+def test_a_run_killed_while_tokenizing_leaves_no_process_and_resumes(bench, tmp_path):
     rows = [json.dumps({"id": i, "data": [f"Say {i}.", "abc" * 9]}) for i in range(5000)]
     (tmp_path / "many.jsonl").write_text("\n".join(rows))
     more = ("--batch-size", "5000", "--max-len", "16", "--micro-tokens", "90000")
@@ -531,7 +531,7 @@ def test_killed_while_many_processes_tokenise_it_leaves_none_and_goes_on(bench, 
     go(bench, tmp_path / "o", stages=("s1",))
 
 
-def test_from_another_working_directory_a_run_goes_on_by_full_paths(bench, tmp_path):
+def test_a_run_with_full_paths_resumes_from_another_working_directory(bench, tmp_path):
     arguments = ["--model", bench / "m", "--stages", bench / "s1", "--out", tmp_path / "o", "--dtype", "fp32"]
     arguments += ["--lr", "5e-4", "--save-every", "1"]
     Forked(interrupted(train, "batch_gradients", 2, signal.SIGKILL), arguments, bench).wait()
@@ -541,7 +541,7 @@ def test_from_another_working_directory_a_run_goes_on_by_full_paths(bench, tmp_p
     assert "config.json not found" in done.stderr
 
 
-def test_ids_that_repeat_and_a_stage_given_twice_go_on_as_well(bench, tmp_path):
+def test_runs_with_repeated_ids_and_repeated_stages_resume(bench, tmp_path):
     rows = [json.dumps({"id": "same", "data": [f"Say {i}.", chr(97 + i) * 3]}) for i in range(20)]
     (tmp_path / "twice.jsonl").write_text("\n".join(rows))
     more, stages = ("--select", "iterit", "--ratio", "8", "--epochs", "2", "--save-every", "1"), ("twice", "twice")
@@ -568,7 +568,7 @@ def test_ids_that_repeat_and_a_stage_given_twice_go_on_as_well(bench, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [None, 2])
-def test_ifd_killed_goes_on_to_the_same_scores_on_any_number_of_ranks(ranks, bench, tmp_path):
+def test_killed_ifd_scoring_resumes_to_the_same_scores_on_any_number_of_ranks(ranks, bench, tmp_path):
     def arguments(out):
         return ["ifd", "s1.jsonl", "--model", "m", "--out", tmp_path / out, "--dtype", "fp32"]
 
@@ -594,12 +594,12 @@ def test_ifd_killed_goes_on_to_the_same_scores_on_any_number_of_ranks(ranks, ben
     assert a == pytest.approx(b, rel=1e-5) and len(a) == 30
 
 
-def test_a_signal_while_tokenising_ends_with_130(bench, tmp_path):
+def test_a_signal_while_tokenizing_ends_with_130(bench, tmp_path):
     done = go(bench, tmp_path / "o", main=interrupted(data, "tokenize_files", 1), code=130)
     assert "nothing to save yet" in done.stderr
 
 
-def test_a_log_never_holds_what_was_not_written(tmp_path):
+def test_a_log_contains_only_complete_writes(tmp_path):
     log = AppendLog(tmp_path / "l", 0)
     log.write({"a": 1})
     size = log.size
@@ -615,7 +615,7 @@ def test_a_log_never_holds_what_was_not_written(tmp_path):
     assert b"\0" not in (tmp_path / "l").read_bytes() and short.size == (tmp_path / "l").stat().st_size
 
 
-def test_interrupted_while_scoring_and_killed_after_it_the_log_is_whole(bench, tmp_path):
+def test_the_log_is_complete_after_a_signal_while_scoring_and_a_kill(bench, tmp_path):
     more = ("--select", "iterit", "--ratio", "8", "--epochs", "2", "--save-every", "1")
     go(bench, tmp_path / "a", *more, stages=("s1", "s2"))
     go(bench, tmp_path / "b", *more, stages=("s1", "s2"), main=interrupted(score.SCORE, "measure", 2), code=130)
@@ -625,17 +625,17 @@ def test_interrupted_while_scoring_and_killed_after_it_the_log_is_whole(bench, t
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") and order(tmp_path / "a") == order(tmp_path / "b")
 
 
-def test_what_killed_saves_left_is_removed(bench, straight, tmp_path):
-    (straight / "resume" / "000-00000009.tmp").mkdir()
-    (straight / "resume" / "000-00000009.tmp" / "rank00000.safetensors").write_bytes(b"x" * 1000)
-    go(bench, straight, *MORE)
-    assert not list((straight / "resume").glob("*.tmp"))
+def test_remains_of_killed_saves_are_removed(bench, reference, tmp_path):
+    (reference / "resume" / "000-00000009.tmp").mkdir()
+    (reference / "resume" / "000-00000009.tmp" / "rank00000.safetensors").write_bytes(b"x" * 1000)
+    go(bench, reference, *MORE)
+    assert not list((reference / "resume").glob("*.tmp"))
 
 
 # ---------------------------------------------------------------- changed and damaged
 
 
-def test_changed_inputs_are_refused(bench, tmp_path):
+def test_resuming_with_changed_inputs_is_an_error(bench, tmp_path):
     for name in ("m", "many"):
         shutil.copytree(bench / "m", tmp_path / name) if name == "m" else (tmp_path / name).mkdir()
     for k in (1, 2):
@@ -659,7 +659,7 @@ def test_changed_inputs_are_refused(bench, tmp_path):
     run_forked(train.main, *arguments, cwd=tmp_path)
 
 
-def test_no_flipped_bit_of_a_state_is_taken(bench, tmp_path):
+def test_a_flipped_bit_of_a_state_is_detected(bench, tmp_path):
     arguments = training(tmp_path / "o", "--save-every", "1", stages=("s1",))
     Forked(interrupted(train, "batch_gradients", 3, signal.SIGKILL), arguments, bench).wait()
     newest = newest_state(tmp_path / "o" / "resume")
@@ -675,7 +675,7 @@ def test_no_flipped_bit_of_a_state_is_taken(bench, tmp_path):
     assert newest_state(tmp_path / "o" / "resume") == newest
 
 
-def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
+def test_a_flipped_bit_of_a_cache_is_detected(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "c.arrays"
     arrays = {"a": rng.integers(0, 99, 50).astype(np.int32), "b": rng.random(30) < 0.5, "none": np.zeros(0, np.int64)}
     save_arrays(path, arrays, {"x": ["é", 1]})
@@ -695,7 +695,7 @@ def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
     assert list(texts) == ["", "é", "x" * 9] and len(texts) == 3
 
 
-def test_what_stands_behind_an_array_and_names_that_mean_two_things_are_errors(tmp_path):
+def test_text_after_an_array_and_ambiguous_file_names_are_errors(tmp_path):
     for text, line in (('[{"a": 1}]\n[{"b": 2}]', 2), ('[{"a": 1}] garbage', 1), ("[]\n\n x", 3)):
         last = list(json_values(text))[-1]
         assert last[0] == line and isinstance(last[1], InputError) and "after the JSON array" in str(last[1])
@@ -714,7 +714,7 @@ def test_what_stands_behind_an_array_and_names_that_mean_two_things_are_errors(t
     {"data": ["q", "a"], "\ud800": 1},
     {"data": ["q\ud800", "a"]}, {"data": ["q", "a"], "score": True},
 ])  # fmt: skip
-def test_odd_rows_are_named(row, tmp_path):
+def test_odd_rows_are_reported_with_file_and_line(row, tmp_path):
     (tmp_path / "r.jsonl").write_text('{"data": ["q", "a"]}\n' + json.dumps(row) + "\n")
     rows, bad = read_rows(tmp_path / "r.jsonl")
     assert len(rows) == 1 and len(bad) == 1 and "r.jsonl:2" in bad[0]
@@ -731,14 +731,14 @@ def test_wrong_numbers_are_errors_before_anything_is_done(more, word, bench, tmp
     assert word in go(bench, tmp_path / "o", *more, code=2).stderr
 
 
-def test_a_rate_must_be_given_for_ones_own_model(bench, tmp_path):
+def test_the_learning_rate_is_required_except_for_the_demo(bench, tmp_path):
     done = run_forked(train.main, "--model", "m", "--stages", "s1", "--out", tmp_path, cwd=bench, expect=2)
     assert "--lr is required" in done.stderr and "5e-6" in done.stderr and "2e-5" in done.stderr
     assert train.parse_args([]).lr == [5e-4] * 3
     assert train.parse_args(["--model", str(ROOT / "demo" / "model"), "--stages", "s1"]).lr == [5e-4]
 
 
-def test_weights_that_hold_nan_are_named_before_the_first_step(bench, tmp_path):
+def test_weights_with_nan_are_named_before_the_first_step(bench, tmp_path):
     shutil.copytree(bench / "m", tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
@@ -749,12 +749,12 @@ def test_weights_that_hold_nan_are_named_before_the_first_step(bench, tmp_path):
     assert not (tmp_path / "o" / "metrics.jsonl").exists()
 
 
-def test_a_step_that_is_not_finite_is_told_once(bench, tmp_path):
+def test_a_step_that_is_not_finite_is_reported_once(bench, tmp_path):
     done = Forked(train.main, training(tmp_path / "o", "--lr", "1e30"), bench, ranks=2).wait()
     assert done.returncode == 1 and done.stderr.count("The rows of this batch") == 1
 
 
-def test_without_git_and_with_odd_file_names_it_runs(bench, tmp_path):
+def test_training_works_without_git_and_with_odd_file_names(bench, tmp_path):
     odd = os.fsdecode(b"r\xff.jsonl")
     shutil.copy(bench / "s1.jsonl", tmp_path / odd)
 
@@ -769,7 +769,7 @@ def test_without_git_and_with_odd_file_names_it_runs(bench, tmp_path):
     assert json.loads((tmp_path / "o" / "run.json").read_text())["git_commit"] is None
 
 
-def test_a_sample_prompt_beyond_the_vocabulary_is_an_error_at_the_start(bench, tmp_path):
+def test_a_sample_prompt_outside_the_vocabulary_is_an_error_at_the_start(bench, tmp_path):
     shutil.copytree(bench / "m", tmp_path / "m")
     hf_model(vocab_size=280, scale=0.05).save_pretrained(tmp_path / "m")
     (tmp_path / "s.jsonl").write_text('{"data": ["a", "b"]}\n' * 4)
@@ -779,7 +779,7 @@ def test_a_sample_prompt_beyond_the_vocabulary_is_an_error_at_the_start(bench, t
     assert "do not belong together" in done.stderr and not (tmp_path / "o" / "resume").exists()
 
 
-def test_under_torchrun_the_message_is_the_last_thing_on_the_screen(bench, tmp_path):
+def test_torchrun_prints_the_error_message_last(bench, tmp_path):
     command = [*torchrun(1), *training(tmp_path / "o", "--lr", "1e30")]
     done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
     assert done.returncode == 1
@@ -790,11 +790,11 @@ def test_under_torchrun_the_message_is_the_last_thing_on_the_screen(bench, tmp_p
 # ---------------------------------------------------------------- the plan
 
 
-def test_a_dry_run_writes_nothing_and_checks_everything(bench, straight, tmp_path):
-    before = sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*"))
-    assert "--seed was 0, is 1" in go(bench, straight, *MORE, "--seed", "1", "--dry-run", code=2).stderr
-    go(bench, straight, *MORE, "--dry-run")
-    assert sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*")) == before
+def test_a_dry_run_writes_nothing_and_checks_everything(bench, reference, tmp_path):
+    before = sorted((p, p.stat().st_mtime_ns) for p in reference.rglob("*"))
+    assert "--seed was 0, is 1" in go(bench, reference, *MORE, "--seed", "1", "--dry-run", code=2).stderr
+    go(bench, reference, *MORE, "--dry-run")
+    assert sorted((p, p.stat().st_mtime_ns) for p in reference.rglob("*")) == before
     go(bench, tmp_path / "o", "--dry-run")
     assert not (tmp_path / "o").exists()
     done = go(bench, tmp_path / "o", "--dry-run", "--replicas", "3", "--plan-world-size", "8", code=2)
@@ -808,7 +808,7 @@ def test_a_dry_run_writes_nothing_and_checks_everything(bench, straight, tmp_pat
     )
 
 
-def test_dealing_many_long_documents_to_ranks_takes_no_quadratic_time():
+def test_distributing_many_long_documents_takes_subquadratic_time():
     lengths = np.random.default_rng(0).integers(1100, 2048, 4000)
     started = time.perf_counter()
     dealt = data.micro_batches(np.arange(4000), lengths, 2, 2048)
@@ -819,9 +819,9 @@ def test_dealing_many_long_documents_to_ranks_takes_no_quadratic_time():
 # ---------------------------------------------------------------- what a run tells
 
 
-def test_the_order_file_says_what_was_seen_when(bench, straight):
-    rows = [row for row in metrics(straight) if "loss" in row]
-    seen = order(straight)
+def test_order_jsonl_lists_the_rows_of_every_step(bench, reference):
+    rows = [row for row in metrics(reference) if "loss" in row]
+    seen = order(reference)
     assert [(r["stage"], r["step"], len(r["ids"])) for r in seen] == [
         (r["stage"], r["step"], r["documents"]) for r in rows
     ]
@@ -832,38 +832,30 @@ def test_the_order_file_says_what_was_seen_when(bench, straight):
     assert [r["ids"] for r in seen[:4]] == [[f"s1-{d}" for d in batch] for batch in expected]
 
 
-def test_the_matrix_of_forgetting_is_printed_and_written(bench, straight):
-    found = json.loads((straight / "held_out.json").read_text())
+def test_the_held_out_matrix_is_printed_and_written(bench, reference):
+    found = json.loads((reference / "held_out.json").read_text())
     assert found["stages"] == ["start", "stage1", "stage2", "stage3"] and found["losses"].keys() == {"s2", "s3"}
-    last = {(r["eval"], r["stage"]): r["eval_loss"] for r in metrics(straight) if "eval_loss" in r}
+    last = {(r["eval"], r["stage"]): r["eval_loss"] for r in metrics(reference) if "eval_loss" in r}
     for name, losses in found["losses"].items():
         assert losses == [last[name, stage] for stage in found["stages"]]
 
 
-def test_samples_come_from_the_ranks_own_weights(bench, straight, tmp_path):
+def test_samples_are_the_answers_of_the_export_on_any_number_of_ranks(bench, reference, tmp_path):
     go(bench, tmp_path / "o", *MORE, ranks=2)
     for stage in ("stage1", "stage3"):
         rows = json.loads((tmp_path / "o" / stage / "samples.json").read_text())
         assert [r["instruction"] for r in rows] == ["Say abc.", "Say zyx.", "Say hello."]
-        assert rows == json.loads((straight / stage / "samples.json").read_text())
-        answers = [
-            "--model",
-            tmp_path / "o" / stage,
-            "--prompts",
-            bench / "prompts.jsonl",
-            "--out",
-            tmp_path / f"{stage}.json",
-        ]
-        run_forked(generate.main, *answers, "--max-new-tokens", "256", "--dtype", "fp32")
-        assert [r["output"] for r in json.loads((tmp_path / f"{stage}.json").read_text())] == [
-            r["output"] for r in rows
-        ]
+        assert rows == json.loads((reference / stage / "samples.json").read_text())
+        out = tmp_path / f"{stage}.json"
+        flags = ["--out", out, "--max-new-tokens", "256", "--dtype", "fp32"]
+        run_forked(generate.main, "--model", tmp_path / "o" / stage, "--prompts", bench / "prompts.jsonl", *flags)
+        assert [r["output"] for r in json.loads(out.read_text())] == [r["output"] for r in rows]
 
 
 @pytest.mark.parametrize(
     "stored, said", [(torch.bfloat16, None), (torch.float32, "bfloat16"), (torch.float16, "float32")]
 )
-def test_exported_weights_have_the_dtype_of_the_models_own(stored, said, bench, tmp_path):
+def test_exported_weights_have_the_dtype_of_the_model_folder(stored, said, bench, tmp_path):
     shutil.copytree(bench / "m", tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     save_file({k: v.to(stored) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})

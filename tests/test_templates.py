@@ -1,4 +1,4 @@
-"""Templates: chosen as the model folder's own, and exported so that transformers makes the tokens that we train on."""
+"""Templates: the choice by the model folder, and the export for transformers, which gives the same tokens."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ CASES = {"first prompt": TALK[:1], "with a system turn": [SYSTEM, *TALK[:1]], "s
 
 
 def declare(folder: Path, texts: list[str], first_id: int) -> None:
-    """Add special tokens to a folder, as fine-tunes with another chat format do."""
+    """Add special tokens to a folder, as fine-tuned models with another chat format have."""
     decoder = {str(first_id + i): {"content": text, "special": True} for i, text in enumerate(texts)}
     settings = {"added_tokens_decoder": decoder, "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -54,7 +54,7 @@ TOKENIZERS += ["llama3.tiktoken", "dolphin.model", "mistral_v3.model", "mistral_
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory, request):
-    """Gives the folder of a tokenizer, its files alone."""
+    """A function that returns the folder with the files of a tokenizer."""
 
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp("tokenizer")
@@ -102,7 +102,7 @@ def as_json(convert: Callable, source: Path) -> str:
 
 @pytest.fixture
 def converted_once(monkeypatch):
-    """Given a folder: exports of it convert its vocabulary to JSON once, which takes seconds, and not per template."""
+    """A function: exports of a folder convert its vocabulary to JSON once, which takes seconds, not per template."""
 
     def of(source: Path) -> None:
         for convert in (sentencepiece_as_json, tiktoken_as_json):
@@ -132,7 +132,7 @@ def exceptions() -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_transformers_renders_an_export_to_the_tokens_that_we_make(tokenizer, folder_of, converted_once, tmp_path):
+def test_transformers_renders_an_export_to_the_same_tokens(tokenizer, folder_of, converted_once, tmp_path):
     converted_once(folder_of(tokenizer))
     differ = set()
     for name in TEMPLATES:
@@ -150,7 +150,7 @@ def test_transformers_renders_an_export_to_the_tokens_that_we_make(tokenizer, fo
 
 
 @pytest.mark.parametrize("version", ["v2", "v3", "v7"])
-def test_mistrals_later_formats_are_those_of_mistral_common(version, mistral_tokenizers, tmp_path):
+def test_mistrals_later_templates_equal_mistral_common(version, mistral_tokenizers, tmp_path):
     """Control tokens around texts that sentencepiece encodes one by one, as InstructTokenizerV3 and V7 do."""
     import sentencepiece
 
@@ -196,7 +196,7 @@ def chosen(folder, given=None):
         ("llama2.model", "", "phased", False),
     ],
 )
-def test_the_folders_own_chat_template_is_recognised(tokenizer, jinja, expected, warned, folder_of, tmp_path):
+def test_the_chat_template_of_the_folder_is_recognized(tokenizer, jinja, expected, warned, folder_of, tmp_path):
     shutil.copytree(folder_of(tokenizer), tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text(jinja)
     name, notes = chosen(tmp_path)
@@ -220,7 +220,7 @@ def test_the_folders_own_chat_template_is_recognised(tokenizer, jinja, expected,
         chosen(tmp_path)
 
 
-def test_smollm2_is_prompted_its_own_way_and_its_default_system_text_is_named(smollm2):
+def test_smollm2_gets_chatml_and_its_default_system_text_is_reported(smollm2):
     name, notes = chosen(smollm2)
     assert name == "chatml" and "<|im_start|>" in notes[0]
     assert "Warning" in notes[1] and "You are a helpful AI assistant named SmolLM" in notes[1]

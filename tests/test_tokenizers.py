@@ -1,4 +1,4 @@
-"""Tokenizers of model folders as people have them, against `tokenizers`, sentencepiece and transformers."""
+"""Tokenizers of published model folders, against `tokenizers`, sentencepiece and transformers."""
 
 import json
 import random
@@ -52,7 +52,7 @@ LONG = ["a" * 100_000, " " * 100_000, "日" * 30_000, "a b" * 33_000, "=" * 50_0
 
 
 def real_texts(shared):
-    """Instructions, inputs, answers and prompts as people wrote them."""
+    """Instructions, inputs, answers and prompts of real rows."""
     rows = json.loads((shared / "alpaca_random_9k.json").read_text(encoding="utf-8"))
     found = [row[key] for row in rows for key in ("instruction", "input", "output")]
     found += [row["instruction"] for row in json.loads((shared / "testsets" / "alpaca_eval.json").read_text())]
@@ -62,7 +62,7 @@ def real_texts(shared):
 
 
 def oracle(folder):
-    """What `tokenizers` makes of a folder's tokenizer.json, names of special tokens staying text."""
+    """A folder's tokenizer.json in `tokenizers`; names of special tokens in a text remain text."""
     theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs.encode_special_tokens = True
     return theirs
@@ -96,7 +96,7 @@ def test_smollm2_encodes_any_text_as_tokenizers_does(smollm2_pair, text):
 
 
 @pytest.mark.parametrize("unknown", [None, "<unk>"])
-def test_a_byte_that_the_vocabulary_lacks_is_dropped_or_becomes_the_unknown_token(unknown, tmp_path):
+def test_a_byte_outside_the_vocabulary_is_dropped_or_becomes_the_unknown_token(unknown, tmp_path):
     letters = list("abcdefghijklmnopqrstuvwxyzĠ")
     vocab = {c: i for i, c in enumerate([*(["<unk>"] if unknown else []), *letters, "ab"])}
     theirs = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")], unk_token=unknown))
@@ -115,7 +115,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_dropped_or_becomes_the_unknown_toke
 
 @pytest.fixture(scope="module", params=["llama2 legacy", "llama2", "mistral_v1 legacy", "mistral_v1", "prepend"])
 def json_of_pieces(request, tmp_path_factory):
-    """What transformers saves of a SentencePiece model, with text tokens added; "prepend": as transformers 4 did."""
+    """What transformers saves for a SentencePiece model, with text tokens added; "prepend": as in version 4."""
     if not SHARED.is_dir():
         pytest.skip("needs the real tokenizers and rows of ../shared/data, which are not here")
     source, folder = tmp_path_factory.mktemp("sp"), tmp_path_factory.mktemp("json")
@@ -134,14 +134,14 @@ def json_of_pieces(request, tmp_path_factory):
     return load_tokenizer(folder), oracle(folder)
 
 
-def test_tokenizer_json_of_pieces_encodes_real_texts_as_tokenizers_does(json_of_pieces, shared):
+def test_sentencepiece_json_encodes_real_texts_as_tokenizers_does(json_of_pieces, shared):
     for text in real_texts(shared)[::15]:
         assert_alike(*json_of_pieces, text)
 
 
 @relaxed
 @given(text=texts)
-def test_tokenizer_json_of_pieces_encodes_any_text_as_tokenizers_does(json_of_pieces, text):
+def test_sentencepiece_json_encodes_any_text_as_tokenizers_does(json_of_pieces, text):
     assert_alike(*json_of_pieces, text)
 
 
@@ -151,7 +151,7 @@ def test_long_texts_are_encoded_as_tokenizers_does(json_of_pieces, text):
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
-def test_the_cut_at_words_is_left_out_where_a_merge_could_reach_across_it(tmp_path):
+def test_words_are_not_split_if_a_merge_could_cross_the_split(tmp_path):
     vocab = {c: i for i, c in enumerate(["▁", "a", "b", "▁b", "a▁", "a▁b", "▁a"])}
     merges = [("a", "▁"), ("▁", "b"), ("a▁", "b"), ("▁", "a")]
     theirs = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -167,7 +167,7 @@ def test_the_cut_at_words_is_left_out_where_a_merge_could_reach_across_it(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
-def test_added_tokens_that_are_not_special_are_made_by_text(kind, shared, tmp_path):
+def test_added_tokens_that_are_not_special_are_encoded_from_text(kind, shared, tmp_path):
     added = {"<tool>": 32000, "QQ": 32001, "<|im_start|>": 32002}
     special = {"<|im_start|>"}
     if kind == "sentencepiece":
@@ -188,7 +188,7 @@ def test_added_tokens_that_are_not_special_are_made_by_text(kind, shared, tmp_pa
     assert ours.text_tokens == {"<tool>": 32000, "QQ": 32001}
 
 
-def test_tokens_of_added_tokens_json_are_special_where_the_folder_uses_them_so(shared, tmp_path):
+def test_tokens_of_added_tokens_json_are_special_if_the_folder_uses_them_as_such(shared, tmp_path):
     shutil.copyfile(shared / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": 32000, "<|im_end|>": 32001, "[PAD]": 32002}))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<|im_end|>"]}))
@@ -202,7 +202,7 @@ def test_tokens_of_added_tokens_json_are_special_where_the_folder_uses_them_so(s
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral_v1"])
-def test_an_exported_sentencepiece_folder_is_read_by_transformers_as_sentencepiece_reads_it(name, shared, tmp_path):
+def test_transformers_encodes_an_exported_sentencepiece_folder_as_sentencepiece_does(name, shared, tmp_path):
     source, folder = tmp_path / "source", tmp_path / "export"
     source.mkdir()
     folder.mkdir()
@@ -219,7 +219,7 @@ def test_an_exported_sentencepiece_folder_is_read_by_transformers_as_sentencepie
         assert theirs.encode(text, add_special_tokens=False) == (sp.encode(text) if text else []), text
 
 
-def test_a_model_that_a_tokenizer_json_cannot_express_gets_none(tmp_path):
+def test_a_model_that_a_tokenizer_json_cannot_express_is_exported_without_one(tmp_path):
     for kind in ("unigram", "bpe"):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["the cat sat on the mat", "a cat and the hat"] * 40),

@@ -1,4 +1,4 @@
-"""train.py as people run it: against a plain loop with transformers, killed at random moments, given wrong things."""
+"""train.py against a plain loop with transformers; killed at random moments; with wrong arguments and data."""
 
 import errno
 import json
@@ -28,15 +28,16 @@ from parts import memory_plan
 from parts.checkpoints import config as config_file
 from parts.checkpoints import run_log
 from parts.files import sha256
+from parts.flops import training_flops
 from parts.text import templates
 from parts.text.rows import messages_of, read_rows
 from parts.text.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def straight(bench):
-    """A run that nobody disturbed."""
-    out = bench / "straight"
+def reference(bench):
+    """A run without kills and signals."""
+    out = bench / "reference"
     go(bench, out, "--eval", "s2")
     return out
 
@@ -44,7 +45,7 @@ def straight(bench):
 # ---------------------------------------------------------------- is it the right computation
 
 
-def test_training_is_that_of_a_plain_loop_with_transformers(bench, tmp_path):
+def test_training_equals_a_plain_loop_with_transformers(bench, tmp_path):
     go(
         bench,
         tmp_path / "o",
@@ -117,15 +118,15 @@ def test_training_is_that_of_a_plain_loop_with_transformers(bench, tmp_path):
         (None, ["--checkpoint-activations"]),
     ],
 )
-def test_ranks_and_micro_batches_change_no_number(ranks, more, bench, straight, tmp_path):
+def test_ranks_and_micro_batches_do_not_change_the_result(ranks, more, bench, reference, tmp_path):
     go(bench, tmp_path / "o", "--eval", "s2", *more, ranks=ranks)
-    close(metrics(tmp_path / "o"), metrics(straight))
-    a, b = weights(tmp_path / "o"), weights(straight)
+    close(metrics(tmp_path / "o"), metrics(reference))
+    a, b = weights(tmp_path / "o"), weights(reference)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
 
 
-def test_the_readmes_command_torchrun_trains_and_a_signal_to_it_saves(bench, straight, tmp_path):
+def test_the_torchrun_command_trains_and_a_signal_saves_the_state(bench, reference, tmp_path):
     command = [*torchrun(2), *training(tmp_path / "o", "--eval", "s2")]
     run = subprocess.Popen(command, cwd=bench, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while run.poll() is None and not (tmp_path / "o" / "metrics.jsonl").exists():
@@ -134,20 +135,20 @@ def test_the_readmes_command_torchrun_trains_and_a_signal_to_it_saves(bench, str
     assert "state saved" in run.communicate()[1] and run.returncode
     done = subprocess.run(command, cwd=bench, capture_output=True, text=True)
     assert done.returncode == 0 and "Resuming" in done.stdout, done.stderr
-    close(metrics(tmp_path / "o"), metrics(straight))
+    close(metrics(tmp_path / "o"), metrics(reference))
 
 
-def test_the_same_command_gives_the_same_bits(bench, straight, tmp_path):
+def test_the_same_command_gives_bit_identical_weights(bench, reference, tmp_path):
     go(bench, tmp_path / "o", "--eval", "s2")
-    assert same(weights(tmp_path / "o"), weights(straight)) and metrics(tmp_path / "o") == metrics(straight)
+    assert same(weights(tmp_path / "o"), weights(reference)) and metrics(tmp_path / "o") == metrics(reference)
 
 
-def test_held_out_loss_is_that_of_transformers(bench, straight):
-    rows = [r for r in metrics(straight) if "eval_loss" in r]
+def test_held_out_loss_equals_transformers(bench, reference):
+    rows = [r for r in metrics(reference) if "eval_loss" in r]
     assert [r["stage"] for r in rows] == ["start", "stage1", "stage2", "stage3"]
     tokenizer = load_tokenizer(bench / "m")
     documents, _ = read_rows(bench / "s2.jsonl")
-    for folder, row in zip(("m", "straight/stage1", "straight/stage2", "straight/stage3"), rows):
+    for folder, row in zip(("m", "reference/stage1", "reference/stage2", "reference/stage3"), rows):
         hf = transformers.AutoModelForCausalLM.from_pretrained(bench / folder)
         total = count = 0
         with torch.no_grad():
@@ -160,25 +161,25 @@ def test_held_out_loss_is_that_of_transformers(bench, straight):
         assert row["eval_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_stages_follow_one_another_and_leave_folders_that_transformers_reads(bench, straight):
-    rows = [r for r in metrics(straight) if "loss" in r]
+def test_each_stage_starts_from_the_previous_one_and_transformers_reads_its_export(bench, reference):
+    rows = [r for r in metrics(reference) if "loss" in r]
     assert [(r["stage"], r["step"]) for r in rows] == [
         (f"stage{k + 1}", i + 1) for k, n in enumerate((4, 3, 4)) for i in range(n)
     ]
     assert [r["global_step"] for r in rows] == list(range(1, 12))
-    assert not same(weights(straight, "stage1"), weights(straight, "stage2"))
-    folder = straight / "stage3"
+    assert not same(weights(reference, "stage1"), weights(reference, "stage2"))
+    folder = reference / "stage3"
     assert json.loads((folder / "template.json").read_text()) == {"template": "phased"}
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2] and generation["bos_token_id"] == 1
     assert "Assistant" in json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
     assert load_tokenizer(folder).encode("abc") == load_tokenizer(bench / "m").encode("abc")
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
-    run = json.loads((straight / "run.json").read_text())
+    run = json.loads((reference / "run.json").read_text())
     assert run["arguments"]["stages"] == ["s1", "s2", "s3"] and run["hashes"]["s1.jsonl"] == sha256(bench / "s1.jsonl")
 
 
-def test_optimizer_and_schedule_are_fresh_at_each_stage_or_kept(bench, straight, tmp_path):
+def test_optimizer_and_schedule_are_reset_per_stage_or_kept(bench, reference, tmp_path):
     go(
         bench,
         tmp_path / "o",
@@ -195,9 +196,9 @@ def test_optimizer_and_schedule_are_fresh_at_each_stage_or_kept(bench, straight,
     assert [r["lr"] for r in kept] == pytest.approx(
         [5e-4 * x for x in (0.25, 0.5, 0.75, 1, *(1 - i / 7 for i in range(7)))]
     )
-    reset = [r["lr"] for r in metrics(straight) if "lr" in r]
+    reset = [r["lr"] for r in metrics(reference) if "lr" in r]
     assert reset[0] == reset[4] == reset[7] == 5e-4
-    assert not same(weights(tmp_path / "o"), weights(straight))
+    assert not same(weights(tmp_path / "o"), weights(reference))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_optimizer_and_schedule_are_fresh_at_each_stage_or_kept(bench, straight,
         ("linear", transformers.get_linear_schedule_with_warmup),
     ],
 )
-def test_schedules_are_those_of_transformers_after_warm_up(schedule, theirs):
+def test_schedules_equal_transformers_after_warmup(schedule, theirs):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.7)
     reference = theirs(optimizer, 4, 40)
     for step in range(40):
@@ -221,7 +222,7 @@ def test_schedules_are_those_of_transformers_after_warm_up(schedule, theirs):
         reference.step()
 
 
-def test_replay_mixes_in_that_share_of_every_earlier_stage(bench, tmp_path, monkeypatch):
+def test_replay_adds_a_fraction_of_every_earlier_stage(bench, tmp_path, monkeypatch):
     monkeypatch.chdir(bench)
     args = train.parse_args(training(tmp_path, "--replay", "0.5", "--template", "phased"))
     stages, _, _ = train.read_data(args, first=False)
@@ -240,7 +241,7 @@ def test_replay_mixes_in_that_share_of_every_earlier_stage(bench, tmp_path, monk
 
 
 @pytest.mark.parametrize("frozen", [(), ("embed", "layers.0."), ("norm",), ("head",), ("mlp", "embed", "head")])
-def test_flops_are_those_that_torch_counts(frozen):
+def test_flops_equal_torchs_flop_counter(frozen):
     from torch.utils.flop_counter import FlopCounterMode
 
     sizes = dict(
@@ -256,7 +257,7 @@ def test_flops_are_those_that_torch_counts(frozen):
     with FlopCounterMode(display=False) as counter:
         ours(tokens, torch.zeros(40, dtype=torch.int64), cu_seqlens, targets)[0].backward()
     lengths = np.ones(40)  # attention to oneself: n (n + 1) / 2 pairs is then what the kernel computes too
-    expected = memory_plan.training_flops(ours, set(trained)).of_batch(lengths, 20)
+    expected = training_flops(ours, set(trained)).of_batch(lengths, 20)
     layers_back = 1 if "layers.0." in frozen else 2
     recomputed = 2 * layers_back * config.n_heads * config.head_dim * 40  # the scores, once more; not counted
     unseen = 2 * 20 * config.dim * config.vocab_size * ("head.weight" in trained)  # by addmm_, which it does not know
@@ -271,7 +272,7 @@ def states(out):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_moments_it_ends_with_the_same_bits(seed, bench, straight, tmp_path):
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(seed, bench, reference, tmp_path):
     rng, out, kills = random.Random(seed), tmp_path / "o", 0
     while True:
         run = Forked(train.main, training(out, "--eval", "s2", "--save-every", "1"), bench)
@@ -283,34 +284,34 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(seed, bench, straig
             run.kill()
             kills += 1
     assert done.returncode == 0 and kills
-    assert same(weights(out), weights(straight)) and same(weights(out, "stage1"), weights(straight, "stage1"))
-    assert metrics(out) == metrics(straight)
+    assert same(weights(out), weights(reference)) and same(weights(out, "stage1"), weights(reference, "stage1"))
+    assert metrics(out) == metrics(reference)
     assert not list(out.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_with_130(number, bench, straight, tmp_path):
+def test_a_signal_saves_and_ends_with_130(number, bench, reference, tmp_path):
     out = tmp_path / "o"
     run = Forked(train.main, training(out, "--eval", "s2"), bench).wait_until((out / "metrics.jsonl").exists)
     run.send_signal(number)
     done = run.wait()
     assert done.returncode == 130 and "state saved" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert states(out) and len(metrics(out)) < len(metrics(straight))
+    assert states(out) and len(metrics(out)) < len(metrics(reference))
     go(bench, out, "--eval", "s2")
-    assert same(weights(out), weights(straight)) and metrics(out) == metrics(straight)
+    assert same(weights(out), weights(reference)) and metrics(out) == metrics(reference)
 
 
-def test_another_number_of_ranks_takes_over(bench, straight, tmp_path):
+def test_a_run_resumes_on_another_number_of_ranks(bench, reference, tmp_path):
     out = tmp_path / "o"
     for ranks, stop_at in ((2, "000-00000003"), (3, "001-00000003"), (None, "never")):
         run = Forked(train.main, training(out, "--eval", "s2", "--save-every", "1"), bench, ranks)
         run.wait_until(lambda at=stop_at: any(s.name >= at for s in states(out)))
         run.kill()
-    close(metrics(out), metrics(straight))
+    close(metrics(out), metrics(reference))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no state", "empty folder"])
-def test_a_damaged_newest_state_falls_back_to_the_one_before(damage, bench, straight, tmp_path):
+def test_a_damaged_newest_state_falls_back_to_the_one_before(damage, bench, reference, tmp_path):
     out = tmp_path / "o"
     run = Forked(train.main, training(out, "--eval", "s2", "--save-every", "1"), bench)
     run.wait_until((out / "resume" / "001-00000002").exists).kill()
@@ -328,28 +329,27 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(damage, bench, stra
             file.unlink()
     done = go(bench, out, "--eval", "s2", "--save-every", "1")
     assert f"{newest} is damaged" in done.stderr and f"Resuming from {before}" in done.stdout
-    assert same(weights(out), weights(straight)) and metrics(out) == metrics(straight)
+    assert same(weights(out), weights(reference)) and metrics(out) == metrics(reference)
 
 
-def test_a_full_disk_stops_with_a_clear_error_and_the_old_state_intact(bench, straight, tmp_path):
+def test_a_full_disk_stops_with_a_clear_error_and_the_old_state_intact(bench, reference, tmp_path):
     out, size = tmp_path / "o", (bench / "m" / "model.safetensors").stat().st_size
 
     def limited(argv):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (2 * size, 2 * size)
-        )  # an export fits, a state, three times that, not
+        # An export fits; a state, which is three times as large, does not.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size, 2 * size))
         return train.main(argv)
 
     done = run_forked(limited, *training(out, "--eval", "s2", "--save-every", "2"), cwd=bench, expect=1)
     assert "could not be saved" in done.stderr
     assert not list((out / "resume").iterdir())
     go(bench, out, "--eval", "s2", "--save-every", "2")
-    assert same(weights(out), weights(straight)) and metrics(out) == metrics(straight)
+    assert same(weights(out), weights(reference)) and metrics(out) == metrics(reference)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "selection-epoch0.jsonl", "state.json", "config.json"])
-def test_a_full_disk_is_told_with_the_name_of_the_file(name, bench, tmp_path):
+def test_an_error_of_a_full_disk_names_the_file(name, bench, tmp_path):
     def limited(argv):
         real_bytes, real_line = Path.write_bytes, run_log.AppendLog.write
 
@@ -376,7 +376,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(name, bench, tmp_path):
     go(bench, tmp_path / "o", *more, stages=("s1",))
 
 
-def test_rows_longer_than_the_models_positions_are_warned_of(bench, tmp_path):
+def test_rows_longer_than_the_models_positions_give_a_warning(bench, tmp_path):
     assert "above the 256 positions" not in go(bench, tmp_path / "a", "--dry-run", stages=("s1",)).stderr
     told = go(bench, tmp_path / "a", "--dry-run", "--max-len", "300", stages=("s1",)).stderr
     assert "--max-len 300 is above the 256 positions" in told and "the longest row has" in told
@@ -384,7 +384,7 @@ def test_rows_longer_than_the_models_positions_are_warned_of(bench, tmp_path):
     assert "above the 256" in go(bench, tmp_path / "a", "--dry-run", stages=(str(tmp_path / "long"),)).stderr
 
 
-def test_warnings_made_errors_change_nothing_and_odd_paths_are_read_by_any_python(bench, tmp_path):
+def test_training_raises_no_warnings_and_reads_odd_paths(bench, tmp_path):
     folder = tmp_path / "größe"
     shutil.copytree(bench / "m", folder / "m")
     shutil.copy(bench / "s1.jsonl", folder)
@@ -397,21 +397,21 @@ def test_warnings_made_errors_change_nothing_and_odd_paths_are_read_by_any_pytho
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
-def test_compiled_blocks_train_to_the_same_numbers(bench, tmp_path):
+def test_compiled_blocks_give_the_same_losses(bench, tmp_path):
     go(bench, tmp_path / "a", stages=("s1",))
     go(bench, tmp_path / "b", "--compile", stages=("s1",))
     close(metrics(tmp_path / "a"), metrics(tmp_path / "b"))
 
 
-def test_a_finished_run_has_nothing_to_do(bench, straight):
-    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*.safetensors")}
-    done = go(bench, straight, "--eval", "s2")
+def test_a_finished_run_has_nothing_to_do(bench, reference):
+    before = {p: p.stat().st_mtime_ns for p in reference.rglob("*.safetensors")}
+    done = go(bench, reference, "--eval", "s2")
     assert "all stages done" in done.stdout
-    assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*.safetensors")}
+    assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("*.safetensors")}
 
 
-def test_other_arguments_or_data_are_refused_by_name(bench, straight, tmp_path):
-    done = go(bench, straight, "--eval", "s2", "--lr", "0.5", "--replay", "0.1", code=2)
+def test_resuming_with_other_arguments_or_data_is_an_error(bench, reference, tmp_path):
+    done = go(bench, reference, "--eval", "s2", "--lr", "0.5", "--replay", "0.1", code=2)
     assert "--lr was [0.0005, 0.0005, 0.0005], is [0.5, 0.5, 0.5]" in done.stderr and "--replay was 0.0" in done.stderr
     go(bench, tmp_path / "o", stages=("s1",))
     rows = (bench / "s1.jsonl").read_text()
@@ -427,7 +427,7 @@ def test_other_arguments_or_data_are_refused_by_name(bench, straight, tmp_path):
 
 @pytest.fixture
 def poisoned(bench, tmp_path):
-    """A model whose embedding of one letter is infinite, and a stage in which one row holds that letter."""
+    """A model whose embedding of one letter is infinite, and a stage in which one row contains that letter."""
     folder = tmp_path / "p"
     shutil.copytree(bench / "m", folder)
     tensors = load_file(folder / "model.safetensors")
@@ -483,7 +483,7 @@ def test_wrong_arguments_end_with_2_and_one_clear_error(more, word, bench, tmp_p
     assert not (tmp_path / "o" / "metrics.jsonl").exists()
 
 
-def test_bad_rows_of_all_files_are_reported_together_or_left_out(bench, tmp_path):
+def test_bad_rows_of_all_files_are_reported_together_or_skipped(bench, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"data": ["q", "a"]}\n{"data": ["q", ""]}\nnonsense\n')
     stages = (str(tmp_path / "a"), str(tmp_path / "b.jsonl"))
@@ -524,7 +524,7 @@ def test_a_dry_run_plans_without_reading_or_writing_weights(bench, tmp_path):
     assert not (tmp_path / "o" / "run.json").exists() and not (tmp_path / "o" / "stage1").exists()
 
 
-def test_a_tokenizer_of_another_model_is_refused(bench, shared, tmp_path):
+def test_a_tokenizer_of_another_model_is_an_error(bench, shared, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(bench / "m", folder)
     (folder / "tokenizer.model").write_bytes((shared / "tokenizers" / "llama2.model").read_bytes())
@@ -544,7 +544,7 @@ def test_the_real_scored_rows_train_with_the_real_tokenizer(shared, tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_transformers_prompts_an_exported_model_token_for_token_as_we_do(shared, bench, tmp_path):
+def test_transformers_renders_prompts_of_an_export_token_for_token(shared, bench, tmp_path):
     hf_model(vocab_size=32000, max_position_embeddings=2048, num_hidden_layers=1).save_pretrained(tmp_path / "m")
     shutil.copyfile(shared / "tokenizers" / "llama2.model", tmp_path / "m" / "tokenizer.model")
     (tmp_path / "m" / "tokenizer_config.json").write_text(
@@ -564,7 +564,7 @@ def test_transformers_prompts_an_exported_model_token_for_token_as_we_do(shared,
 
 
 def freeze(*parts):
-    """train.py as it is with one line changed: parameters whose names hold one of `parts` are not trained."""
+    """train.py with one line changed: parameters whose names contain one of `parts` are frozen."""
 
     def main(argv):
         real = train.build_model
@@ -588,7 +588,7 @@ def sgd(argv):
 
 
 def adafactor(argv):
-    """An optimizer whose state has other shapes than its parameters, which no sharding can place."""
+    """An optimizer whose state has other shapes than its parameters, and cannot be sharded like them."""
     train.make_optimizer = lambda trained, options: torch.optim.Adafactor(trained.values(), lr=0.0)
     return train.main(argv)
 
@@ -600,7 +600,7 @@ CHANGES = {"embeddings frozen": freeze("embed"), "norms frozen": freeze("norm"),
     ("embeddings frozen", None, False), ("embeddings frozen", 2, True), ("norms frozen", None, True),
     ("norms frozen", 2, False), ("SGD with momentum", None, False), ("SGD with momentum", 2, True),
 ])  # fmt: skip
-def test_what_is_frozen_stays_and_any_optimizer_resumes(change, ranks, keep, bench, tmp_path):
+def test_frozen_parameters_do_not_change_and_any_optimizer_resumes(change, ranks, keep, bench, tmp_path):
     more = ["--lr", "1e-2", "--save-every", "1", *(["--optimizer-state", "keep"] if keep else [])]
     go(bench, tmp_path / "a", *more, main=CHANGES[change], ranks=ranks, stages=("s1", "s2"))
     run = Forked(CHANGES[change], training(tmp_path / "b", *more, stages=("s1", "s2")), bench, ranks)
@@ -638,7 +638,7 @@ def test_an_optimizer_with_state_of_any_shape_resumes_on_one_rank_and_is_an_erro
     (torch.optim.Adafactor, 2, "statistics of rows and columns"), (torch.optim.Rprop, 2, "single entries"),
     (torch.optim.LBFGS, 2, "recomputes the loss"), (torch.optim.LBFGS, None, "recomputes the loss"),
 ])  # fmt: skip
-def test_an_optimizer_that_cannot_step_is_refused_at_the_start_with_the_reason(kind, ranks, reason, bench, tmp_path):
+def test_an_optimizer_that_cannot_step_is_an_error_at_the_start(kind, ranks, reason, bench, tmp_path):
     def main(argv):
         train.make_optimizer = lambda trained, options: kind(trained.values(), lr=0.0)
         return train.main(argv)
@@ -648,7 +648,7 @@ def test_an_optimizer_that_cannot_step_is_refused_at_the_start_with_the_reason(k
     assert not (tmp_path / "o" / "metrics.jsonl").exists()
 
 
-def test_a_state_that_does_not_fit_what_is_trained_is_an_error(bench, tmp_path):
+def test_a_state_of_other_trained_parameters_is_an_error(bench, tmp_path):
     more, stages = ["--save-every", "1"], ("s1", "s2")
     Forked(train.main, training(tmp_path / "o", *more, stages=stages), bench).wait_until(
         (tmp_path / "o" / "resume" / "000-00000002").exists
@@ -664,7 +664,7 @@ def test_a_state_that_does_not_fit_what_is_trained_is_an_error(bench, tmp_path):
     assert "are not in the saved state" in done.stderr and "norm.weight" in done.stderr
 
 
-def test_what_is_frozen_costs_no_gradient_no_state_and_no_flops():
+def test_frozen_parameters_have_no_gradient_state_or_flops():
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     ours = model.Transformer(config_file.parse_config(dict(model_type="llama", vocab_size=111, **sizes)))
     everything = train.trained_parameters(ours)
@@ -680,7 +680,7 @@ def test_what_is_frozen_costs_no_gradient_no_state_and_no_flops():
     assert ours.embed.weight.grad is None and all(p.grad is not None for p in trained.values())
 
 
-def test_a_rate_of_its_own_needs_a_factor_and_no_parameter_is_left_out(bench, tmp_path):
+def test_a_group_sets_lr_scale_and_every_parameter_is_in_a_group(bench, tmp_path):
     def with_groups(**of_embed):
         def make_optimizer(trained, _):
             rest = [p for name, p in trained.items() if "embed" not in name]
@@ -706,7 +706,7 @@ def test_a_rate_of_its_own_needs_a_factor_and_no_parameter_is_left_out(bench, tm
     assert done.returncode and "each trained parameter must be in one group: layers.0.attention_norm" in done.stderr
 
 
-def test_a_trained_parameter_of_no_effect_is_an_error(bench, tmp_path):
+def test_a_trained_parameter_without_effect_is_an_error(bench, tmp_path):
     def main(argv):
         real = train.build_model
 
@@ -722,7 +722,7 @@ def test_a_trained_parameter_of_no_effect_is_an_error(bench, tmp_path):
     assert done.returncode and "of no effect on the loss: layers.0.adapter" in done.stderr
 
 
-def test_numbers_that_an_optimizer_keeps_in_its_groups_are_resumed(bench, tmp_path):
+def test_numbers_in_the_groups_of_an_optimizer_are_restored(bench, tmp_path):
     class Counting(torch.optim.SGD):
         def step(self):
             for group in self.param_groups:
@@ -741,7 +741,7 @@ def test_numbers_that_an_optimizer_keeps_in_its_groups_are_resumed(bench, tmp_pa
     assert same(weights(tmp_path / "a", "stage1"), weights(tmp_path / "b", "stage1"))
 
 
-def test_changed_code_is_said_when_a_run_goes_on(bench, tmp_path):
+def test_changed_code_is_reported_when_a_run_resumes(bench, tmp_path):
     go(bench, tmp_path / "o", stages=("s1",))
     assert "code changed" not in go(bench, tmp_path / "o", stages=("s1",)).stderr
     run = json.loads((tmp_path / "o" / "run.json").read_text())
@@ -749,7 +749,7 @@ def test_changed_code_is_said_when_a_run_goes_on(bench, tmp_path):
     assert "the code changed since this run began" in go(bench, tmp_path / "o", stages=("s1",)).stderr
 
 
-def test_an_older_run_that_does_not_know_a_flag_goes_on_as_if_at_its_default(bench, tmp_path):
+def test_an_older_run_resumes_with_the_default_of_a_new_flag(bench, tmp_path):
     go(bench, tmp_path / "o", stages=("s1",))
     run = json.loads((tmp_path / "o" / "run.json").read_text())
     for name in ("max_grad_norm", "schedule", "epochs", "lr"):

@@ -1,4 +1,4 @@
-"""The CUDA branches, walked on a CPU: stand-ins for varlen_attn with the signatures that it has in torch 2.10 and
+"""The CUDA branches, run on a CPU: stand-ins for varlen_attn with the signatures that it has in torch 2.10 and
 later, computed in fp64 over an explicit mask, and the installed one itself on such a kernel."""
 
 import inspect
@@ -38,7 +38,7 @@ def visible(cu_q: Tensor, cu_k: Tensor, left: int, right: int) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q, max_k, left: int, right: int
 ) -> Tensor:
-    """In fp64, rounded to the dtype of q at the end. Refuses what FlashAttention refuses."""
+    """In fp64, rounded to the dtype of q at the end. Asserts what FlashAttention requires."""
     assert q.dtype in kernels.VARLEN_DTYPES and q.dtype == k.dtype == v.dtype
     assert q.dim() == k.dim() == v.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
     assert q.shape[2] <= 256 and q.shape[2] % 8 == 0 and q.shape[1] % k.shape[1] == 0
@@ -51,7 +51,7 @@ def attention(
 
 
 def probabilities(q, k, v, cu_q, cu_k, left, right) -> list[Tensor]:
-    """(H, T_q, T_k) in fp64; and q, k, v in fp64, each head with its own keys."""
+    """(H, T_q, T_k) in fp64; and q, k, v in fp64, with keys repeated per query head."""
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.double() for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[2] ** 0.5
@@ -160,7 +160,7 @@ def cuda(request, monkeypatch):
 newest = pytest.mark.parametrize("cuda", ["installed"], indirect=True)
 
 
-def test_the_stand_in_of_the_installed_torch_has_its_signature():
+def test_the_stand_in_has_the_signature_of_the_installed_torch():
     version = tuple(int(x) for x in re.match(r"(\d+)\.(\d+)", torch.__version__).groups())
     if version >= (2, 12):
         assert list(inspect.signature(torch_2_13).parameters) == list(INSTALLED.parameters)
@@ -183,7 +183,7 @@ def run_attention(lengths, heads, groups, hd, sliding_window, dtype=torch.float3
 @pytest.mark.parametrize("sliding_window", [None, 1, 2, 5, 600])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("lengths", [[1], [7, 1, 33, 5], [515, 3]])
-def test_attention_and_its_gradients_are_those_of_a_cpu(lengths, heads, groups, sliding_window, cuda, monkeypatch):
+def test_attention_and_its_gradients_equal_the_cpus(lengths, heads, groups, sliding_window, cuda, monkeypatch):
     ours = run_attention(lengths, heads, groups, 16, sliding_window)
     assert cuda.value == (0 if cuda.version == "2.10" and sliding_window else 1)
     monkeypatch.setattr(kernels, "on_cuda", lambda x: False)
@@ -192,7 +192,7 @@ def test_attention_and_its_gradients_are_those_of_a_cpu(lengths, heads, groups, 
 
 
 @newest
-def test_what_flash_attention_does_not_take_goes_the_other_way(cuda, monkeypatch):
+def test_inputs_that_flash_attention_does_not_support_use_the_loop(cuda, monkeypatch):
     for hd, dtype in ((12, torch.float32), (264, torch.float32), (16, torch.float64)):
         run_attention([5, 9], 2, 1, hd, None, dtype)
     monkeypatch.setattr(kernels, "VARLEN_DTYPES", (torch.bfloat16, torch.float16))
@@ -204,7 +204,7 @@ def test_what_flash_attention_does_not_take_goes_the_other_way(cuda, monkeypatch
     assert cuda.value == 2
 
 
-def test_the_norm_and_its_gradients_are_those_of_a_cpu(monkeypatch):
+def test_the_norm_and_its_gradients_equal_the_cpus(monkeypatch):
     def run():
         torch.manual_seed(0)
         x, weight = torch.randn(9, 24).requires_grad_(), torch.randn(24).requires_grad_()
@@ -221,7 +221,7 @@ def test_the_norm_and_its_gradients_are_those_of_a_cpu(monkeypatch):
 
 
 @newest
-def test_attention_compiles_without_a_break_and_not_anew_for_every_length(cuda):
+def test_attention_compiles_without_graph_breaks_or_recompilation_per_length(cuda):
     graphs = []
 
     def backend(graph, inputs):
@@ -242,7 +242,7 @@ def test_attention_compiles_without_a_break_and_not_anew_for_every_length(cuda):
 
 
 @pytest.mark.parametrize("cuda", ["2.10", "installed"], indirect=True)
-def test_training_ifd_held_out_loss_and_samples_are_those_of_a_cpu(cuda, bench, tmp_path, monkeypatch):
+def test_training_ifd_held_out_loss_and_samples_equal_the_cpus(cuda, bench, tmp_path, monkeypatch):
     shutil.copytree(bench, tmp_path / "bench")
     bench, sizes = tmp_path / "bench", json.loads((bench / "m" / "config.json").read_text())
     sizes = dict(vocab_size=sizes["vocab_size"], max_position_embeddings=256, head_dim=16)
@@ -264,7 +264,7 @@ def test_training_ifd_held_out_loss_and_samples_are_those_of_a_cpu(cuda, bench, 
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(kind="mistral", sliding_window=9)])
-def test_answers_are_those_of_a_cpu(kind, cuda, tmp_path, monkeypatch):
+def test_answers_equal_the_cpus(kind, cuda, tmp_path, monkeypatch):
     sizes = dict(vocab_size=500, max_position_embeddings=256, head_dim=16, eos_token_id=None)
     hf_model(**sizes, **kind).save_pretrained(tmp_path)
     model = load_model(tmp_path)
@@ -276,7 +276,7 @@ def test_answers_are_those_of_a_cpu(kind, cuda, tmp_path, monkeypatch):
 
 
 def test_a_cuda_graph_of_the_decode_step_may_write_into_the_cache(tmp_path, monkeypatch):
-    """torch makes a CUDA graph only of what writes into tensors whose address it may take as fixed."""
+    """torch makes CUDA graphs only of functions that write to tensors with static addresses."""
     import torch._functorch.config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 

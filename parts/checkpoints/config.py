@@ -99,12 +99,8 @@ def parse_config(raw: dict) -> Config:
     n_kv_heads = integer("num_key_value_heads", kv_heads, high=2**14)
     head_dim = integer("head_dim", max(1, dim // n_heads), high=2**14)
     check_heads(raw, dim, n_heads, n_kv_heads, head_dim, errors)
-    for key, supported in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
-        if raw.get(key) not in (None, supported):
-            errors.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
+    check_supported(raw, errors)
     rope_theta, rope_scaling = parse_rope(raw, errors)
-    if len(set(map(str, raw.get("layer_types") or []))) > 1:
-        errors.append("layer_types: layers of different kinds are not supported")
     if head_dim == 2 and rope_scaling and rope_scaling["rope_type"] == "dynamic":
         errors.append("dynamic rope scaling needs a head_dim above 2")
     windowed = defaults.windowed and raw.get("sliding_window", 4096) is not None
@@ -140,6 +136,14 @@ def check_heads(raw: dict, dim: int, n_heads: int, n_kv_heads: int, head_dim: in
         errors.append(f"head_dim must be even for rotary embeddings, is {head_dim}")
     if n_heads % n_kv_heads:
         errors.append(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}")
+
+
+def check_supported(raw: dict, errors: list[str]) -> None:
+    for key, supported in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
+        if raw.get(key) not in (None, supported):
+            errors.append(f"{key} = {str(raw[key])[:60]!r} is not supported (only {supported!r})")
+    if len(set(map(str, raw.get("layer_types") or []))) > 1:
+        errors.append("layer_types: layers of different kinds are not supported")
 
 
 def read_number(source: dict, key: str, default, kind: type, low, high, errors: list[str]):

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,19 +12,17 @@ from parts.cli import WorkError
 from parts.files import atomic_write, fsync_path, remove_path, replace_folder, temporary_path
 
 
-def write_folder(
-    folder: Path, rank: int, write: Callable[[Path], None], write_on_first_rank: Callable[[Path], None]
-) -> None:
-    """Call `write` (on every rank) and `write_on_first_rank` with a new folder, which then replaces `folder` atomically
-    (see `replace_folder`). Raises WorkError."""
+@contextmanager
+def atomic_folder(folder: Path, rank: int) -> Iterator[Path]:
+    """A context manager that yields the path of a new folder, which replaces `folder` atomically when the block ends
+    (see `replace_folder`). Every rank must enter it. Raises WorkError."""
     new = temporary_path(folder)
     try:
         if rank == 0:
             remove_path(new)
         dist.barrier()
-        write(new)
+        yield new
         if rank == 0:
-            write_on_first_rank(new)
             fsync_path(new, inside=True)
             replace_folder(folder)
     except (OSError, WorkError) as e:
@@ -37,7 +35,7 @@ def write_folder(
     dist.barrier()
 
 
-def write_notes(folder: Path, new: Path, template: str, samples: list[dict] | None) -> None:
+def write_stage_metadata(folder: Path, new: Path, template: str, samples: list[dict] | None) -> None:
     """Write template.json and samples.json (if there are samples), and copy the selections that are in `folder`."""
     atomic_write(new / "template.json", json.dumps({"template": template}))
     if samples is not None:

@@ -151,8 +151,8 @@ def process_has_ended(holder: str) -> bool:
     if not holder:
         return True  # killed before it could write its name
     try:
-        first, place, ticks = holder.splitlines()
-        pid, (host, boot, namespace) = int(first.split()[1]), place.split(" ")
+        first, machine, ticks = holder.splitlines()
+        pid, (host, boot, namespace) = int(first.split()[1]), machine.split(" ")
     except (IndexError, ValueError):
         return False  # not written by this program
     here_host, here_boot, here_namespace = machine_id().split(" ")

@@ -28,13 +28,13 @@ def describe_run(arguments: dict, versions: dict[str, str], hashes: dict[str, st
         git = ""
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
     versions = {"python": platform.python_version(), **versions}
-    about = {"git_commit": git or None, "code": code.hexdigest()[:16], "versions": versions}
-    return {"arguments": arguments, "hashes": hashes, **about}
+    code = {"git_commit": git or None, "code": code.hexdigest()[:16], "versions": versions}
+    return {"arguments": arguments, "hashes": hashes, **code}
 
 
-def check_same_run(path: Path, run: dict, free: set[str], defaults: dict) -> dict:
+def check_same_run(path: Path, run: dict, resumable: set[str], defaults: dict) -> dict:
     """The content of run.json at `path`, {} if there is none. Raises InputError if it belongs to a run with other
-    arguments (except `free` ones) or other data.
+    arguments (except `resumable` ones) or other data.
 
     An argument that is missing in an older run.json had its default value.
     """
@@ -45,11 +45,12 @@ def check_same_run(path: Path, run: dict, free: set[str], defaults: dict) -> dic
     differs = [
         f"--{k.replace('_', '-')} was {old.get(k)!r}, is {v!r}"
         for k, v in run["arguments"].items()
-        if k not in free and old.get(k) != v
+        if k not in resumable and old.get(k) != v
     ]
-    seen, now = before.get("hashes", {}), run["hashes"]
-    differs += [f"{f} has changed" if f in seen else f"{f} is new" for f in now if seen.get(f) != now[f]]
-    differs += [f"{f} is gone" for f in seen if f not in now]
+    old_hashes, new_hashes = before.get("hashes", {}), run["hashes"]
+    changed = [f for f in new_hashes if old_hashes.get(f) != new_hashes[f]]
+    differs += [f"{f} has changed" if f in old_hashes else f"{f} is new" for f in changed]
+    differs += [f"{f} is gone" for f in old_hashes if f not in new_hashes]
     if differs:
         raise InputError(
             format_list(f"{path.parent} contains a run with other settings:", differs)
@@ -69,7 +70,7 @@ def print_stages(stages: list, chosen: bool) -> None:
         numbers += [s.documents.truncated, s.documents.truncated_tokens, s.epochs, s.batch_size, s.steps]
         rows = f"{s.rows:,} of {len(s.documents):,}" if chosen else f"{len(s.documents):,}"
         table.append((f"{s.name} {s.source}", rows, *(f"{n:,}" for n in numbers), f"{s.lr:g}"))
-    what = "stage, rows, replayed, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
+    what = "stage, rows, mixed in, tokens, supervised, longest, truncated, tokens cut, epochs, batch, steps, lr"
     print_table(tuple(what.split(", ")), table)
 
 
@@ -80,10 +81,11 @@ def check_foreign_files(out: Path, written: list[str], inputs: list[Path]) -> No
         for target in (out, *(out / name for name in written)):
             if target.resolve() == path.resolve() or (target.resolve() in path.resolve().parents and target != out):
                 raise InputError(f"{target} would overwrite {path}, which is read: give another --out")
-    there = [name for name in written if (out / name).exists()]
-    if there and not (out / "run.json").exists():
+    existing = [name for name in written if (out / name).exists()]
+    if existing and not (out / "run.json").exists():
         raise InputError(
-            f"{out} contains {', '.join(there)} but no run.json, so it is not the folder of a run: give another --out"
+            f"{out} contains {', '.join(existing)} but no run.json, so it is not the folder of a run: "
+            "give another --out"
         )
 
 
@@ -147,10 +149,10 @@ class RunLog:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self.metrics.write(finite)
 
-    def begin(self, stage: str, steps: int, done: int, tokens_left: int) -> None:
+    def begin(self, stage: str, steps: int, first_step: int, tokens_left: int) -> None:
         """`tokens_left`: tokens still to train on, in this stage and the later ones."""
         self.losses, self.tokens, self.seconds, self.skipped, self.tokens_left = [], 0, 0.0, 0, tokens_left
-        self.bar = progress(steps, stage, "step", initial=done, shown=self.metrics is not None, left=False)
+        self.bar = progress(steps, stage, "step", initial=first_step, shown=self.metrics is not None, left=False)
 
     def step(self, row: dict, ids: list[str], seconds: float, skipped: bool) -> None:
         """Log a row with at least stage, step, epoch, loss and tokens, and the ids of the step's rows. Skipped steps
@@ -163,8 +165,8 @@ class RunLog:
         self.losses += [] if skipped else [row["loss"]]
         self.skipped += skipped
         self.tokens, self.seconds = self.tokens + row["tokens"], self.seconds + seconds
-        left = max(0, self.tokens_left - self.tokens) * self.seconds / self.tokens
-        in_words = f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s, {duration(left)} left in all"
+        seconds_left = max(0, self.tokens_left - self.tokens) * self.seconds / self.tokens
+        in_words = f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s, {duration(seconds_left)} left in all"
         self.bar.set_postfix_str(in_words, refresh=False)
         self.bar.update()
 

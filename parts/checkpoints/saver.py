@@ -1,6 +1,7 @@
 """When a training run saves its state, and when it stops."""
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -11,30 +12,23 @@ from parts.checkpoints.state import TrainingState, save_training
 from parts.cli import Interrupted, StopRequest
 from parts.distributed import DistributedEnv, all_reduce, reshard
 
-SIGNAL_SAVE_SECONDS = 600  # seconds between saved states without --save-every
+SAVE_INTERVAL_SECONDS = 600  # between saved states without --save-every
 
 
+@dataclass
 class Saver:
     """Saves `state` at safe points. Every rank has a Saver and calls the same methods. The state's progress has stage,
-    step, global_step and the sizes of both logs.
+    step, global_step and the sizes of both logs."""
 
-    `folder`: of the saved states; `every`: steps between them; `lock`: rank 0's, on the folder of the run.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        every: int | None,
-        ranks: DistributedEnv,
-        model: nn.Module,
-        state: TrainingState,
-        log: RunLog,
-        stop: StopRequest,
-        lock: Lock | None,
-    ):
-        self.folder, self.every, self.ranks, self.model = folder, every, ranks, model
-        self.state, self.log, self.stop, self.lock = state, log, stop, lock
-        self.last_saved = time.monotonic()
+    folder: Path  # of the saved states
+    every: int | None  # steps between saved states; None: SAVE_INTERVAL_SECONDS
+    ranks: DistributedEnv
+    model: nn.Module
+    state: TrainingState
+    log: RunLog
+    stop: StopRequest
+    lock: Lock | None  # rank 0's, on the folder of the run
+    last_saved: float = field(default_factory=time.monotonic)
 
     def save(self) -> None:
         """Save in this order: check the lock; sync the logs; sync the state; rename it; remove the oldest state (the
@@ -48,10 +42,15 @@ class Saver:
         save_training(self.folder, f"{progress.stage:03}-{progress.step:08}", self.ranks, self.state)
         self.last_saved = time.monotonic()
 
+    def stop_requested(self) -> bool:
+        """Whether any rank received a signal. A measurement, around which the weights may be exchanged for others, ends
+        early then; the next safe point saves."""
+        return bool(all_reduce([self.stop.asked])[0])
+
     def safe_point(self, after_step: bool = False) -> None:
-        """A point where the run may stop. Saves if the time (`after_step`: or the step) for it has come. If any rank
-        received a signal, saves and raises Interrupted."""
-        late = self.every is None and time.monotonic() - self.last_saved > SIGNAL_SAVE_SECONDS
+        """A point where the state can be saved and the run may stop. Saves if the time (`after_step`: or the step) for
+        it has come. If any rank received a signal, saves and raises Interrupted."""
+        late = self.every is None and time.monotonic() - self.last_saved > SAVE_INTERVAL_SECONDS
         stop, due = all_reduce([self.stop.asked, late])
         if stop or due or (after_step and self.every and self.state.progress.global_step % self.every == 0):
             self.save()

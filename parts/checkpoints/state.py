@@ -48,8 +48,8 @@ def save_state(folder: Path, name: str, ranks: DistributedEnv, tensors: dict[str
         dist.all_gather_object(checksums, (file, checksum))
         if ranks.rank == 0:
             state = json.dumps({"progress": progress, "files": {f: c for f, c in checksums if c}})
-            about = {"state": state, "sha256": hashlib.sha256(state.encode()).hexdigest()}
-            atomic_write(new / "state.json", json.dumps(about, indent=1))
+            manifest = {"state": state, "sha256": hashlib.sha256(state.encode()).hexdigest()}
+            atomic_write(new / "state.json", json.dumps(manifest, indent=1))
             fsync_path(new, inside=True)
             os.replace(new, new.with_suffix(""))
             fsync_path(folder)
@@ -69,8 +69,8 @@ def save_state(folder: Path, name: str, ranks: DistributedEnv, tensors: dict[str
 
 def unused_folder(folder: Path, name: str) -> Path:
     """folder/NAME, or if it exists folder/NAME-0001, … with the next free number."""
-    again = [re.fullmatch(rf"{re.escape(name)}-(\d{{4}})", path.name) for path in folder.glob(f"{name}-*")]
-    numbers = [int(match[1]) for match in again if match]
+    matches = [re.fullmatch(rf"{re.escape(name)}-(\d{{4}})", path.name) for path in folder.glob(f"{name}-*")]
+    numbers = [int(match[1]) for match in matches if match]
     if not numbers and not (folder / name).exists():
         return folder / name
     return folder / f"{name}-{max(numbers, default=0) + 1:04}"
@@ -80,9 +80,9 @@ def write_rank(path: Path, ranks: DistributedEnv, tensors: dict[str, Tensor]) ->
     """Write and sync the rows that belong to this rank; returns the file's sha256."""
     parts = {n: local_part(tensor) for n, tensor in tensors.items()}
     # Tensors that are not sharded are equal on every rank.
-    mine = {n: p for n, p in parts.items() if p[0].numel() and (ranks.rank == 0 or p[0].dim())}
-    first_rows = {n: offset[0] for n, (_, offset) in mine.items() if offset}
-    content = {n: part.to("cpu").contiguous() for n, (part, _) in mine.items()}
+    written = {n: p for n, p in parts.items() if p[0].numel() and (ranks.rank == 0 or p[0].dim())}
+    first_rows = {n: offset[0] for n, (_, offset) in written.items() if offset}
+    content = {n: part.to("cpu").contiguous() for n, (part, _) in written.items()}
     write_tensors(path, content, {"first_rows": json.dumps(first_rows)})
     fsync_path(path)
     return sha256(path)
@@ -96,10 +96,10 @@ def saved_states(folder: Path) -> list[Path]:
 def read_manifest(path: Path) -> dict:
     """Read state.json: {"progress", "files": {file: sha256}}. Raises ValueError, KeyError, TypeError or OSError if
     damaged."""
-    about = json.loads((path / "state.json").read_text())
-    if hashlib.sha256(about["state"].encode()).hexdigest() != about["sha256"]:
+    manifest = json.loads((path / "state.json").read_text())
+    if hashlib.sha256(manifest["state"].encode()).hexdigest() != manifest["sha256"]:
         raise ValueError("state.json does not match its checksum")
-    return json.loads(about["state"])
+    return json.loads(manifest["state"])
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -108,10 +108,10 @@ def newest_state(folder: Path) -> Path | None:
         remove_path(path)
     for path in reversed(saved_states(folder)):
         try:
-            broken = [f for f, c in read_manifest(path)["files"].items() if Path(f).name != f or sha256(path / f) != c]
-            if not broken:
+            damaged = [f for f, c in read_manifest(path)["files"].items() if Path(f).name != f or sha256(path / f) != c]
+            if not damaged:
                 return path
-            reason = f"{broken[0]} does not match its checksum"
+            reason = f"{damaged[0]} does not match its checksum"
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             reason = str(e)
         print(f"{path} is damaged ({reason}): using the state before it", file=sys.stderr)
@@ -144,7 +144,7 @@ class SavedTensor:
 def read_state(path: Path) -> tuple[dict, dict[str, SavedTensor]]:
     """The progress of a state, and its tensors by name; reads headers only."""
     state = read_manifest(path)
-    found: dict[str, SavedTensor] = {}
+    tensors: dict[str, SavedTensor] = {}
     for file in state["files"]:
         with open_tensors(path / file) as f:
             first_rows = json.loads(f.metadata()["first_rows"])
@@ -152,10 +152,10 @@ def read_state(path: Path) -> tuple[dict, dict[str, SavedTensor]]:
                 piece = f.get_slice(name)
                 shape = tuple(piece.get_shape())
                 first, rows = first_rows.get(name, 0), shape[0] if shape else 1
-                saved = found.setdefault(name, SavedTensor(name, (DTYPES | INTEGERS)[piece.get_dtype()], shape, []))
+                saved = tensors.setdefault(name, SavedTensor(name, (DTYPES | INTEGERS)[piece.get_dtype()], shape, []))
                 saved.pieces.append((path / file, first, rows))
                 saved.shape = (max(saved.shape[0], first + rows), *shape[1:]) if shape else ()
-    return state["progress"], found
+    return state["progress"], tensors
 
 
 # ---------------------------------------------------------------- training state
@@ -205,8 +205,8 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
     tensors = {f"weight/{name}": p.detach() for name, p in state.trained.items()}
     tensors |= {f"more/{name}": tensor for name, tensor in state.more.items()}
     for name, p in state.trained.items():
-        held = state.optimizer.state.get(p, {})
-        tensors |= {f"optimizer/{key}/{name}": value for key, value in held.items() if isinstance(value, Tensor)}
+        values = state.optimizer.state.get(p, {})
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in values.items() if isinstance(value, Tensor)}
     return tensors
 
 
@@ -226,36 +226,36 @@ def describe_optimizer(trained: dict[str, nn.Parameter], optimizer: torch.optim.
 
 def save_training(folder: Path, name: str, ranks: DistributedEnv, state: TrainingState) -> None:
     """Save a TrainingState with `save_state`."""
-    about = {"progress": asdict(state.progress), "optimizer": describe_optimizer(state.trained, state.optimizer)}
-    save_state(folder, name, ranks, state_tensors(state), about)
+    description = {"progress": asdict(state.progress), "optimizer": describe_optimizer(state.trained, state.optimizer)}
+    save_state(folder, name, ranks, state_tensors(state), description)
 
 
-def restore_training(state: TrainingState, saved: dict[str, SavedTensor], about: dict) -> None:
-    """Copy the saved tensors (of `read_state`) into weights, optimizer and `more`, with any sharding; `about` is the
-    description of the optimizer that `save_training` wrote. Raises InputError for unexpected tensors, and for missing
-    weights or tensors of `more`."""
+def restore_training(state: TrainingState, saved: dict[str, SavedTensor], description: dict) -> None:
+    """Copy the saved tensors (of `read_state`) into weights, optimizer and `more`, with any sharding. `description`:
+    from `describe_optimizer`. Raises InputError for unexpected tensors and for missing weights or tensors of `more`."""
     in_place = {f"weight/{name}": p.detach() for name, p in state.trained.items()}
     in_place |= {f"more/{name}": tensor for name, tensor in state.more.items()}
     of_optimizer = {name: tensor for name, tensor in saved.items() if name.startswith("optimizer/")}
-    if about["kind"] != type(state.optimizer).__name__:
-        raise InputError(f"the saved state is of {about['kind']}, but this run uses {type(state.optimizer).__name__}")
+    if description["kind"] != type(state.optimizer).__name__:
+        kind = type(state.optimizer).__name__
+        raise InputError(f"the saved state is of {description['kind']}, but this run uses {kind}")
     missing = [name for name in in_place if name not in saved]
     raise_if_any(missing, "trained parameters or additional tensors are not in the saved state")
-    strange = [name for name in saved if name not in in_place and name not in of_optimizer]
-    strange += [name for name in of_optimizer if name.split("/", 2)[2] not in state.trained]
-    raise_if_any(strange, "tensors of the saved state do not belong to any trained parameter")
+    unexpected = [name for name in saved if name not in in_place and name not in of_optimizer]
+    unexpected += [name for name in of_optimizer if name.split("/", 2)[2] not in state.trained]
+    raise_if_any(unexpected, "tensors of the saved state do not belong to any trained parameter")
     for name, target in in_place.items():
         saved[name].copy_to(target)
-    restore_optimizer(state.optimizer, of_optimizer, about, state.trained)
+    restore_optimizer(state.optimizer, of_optimizer, description, state.trained)
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, saved: dict[str, SavedTensor], about: dict, trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, saved: dict[str, SavedTensor], description: dict, trained: dict[str, nn.Parameter]
 ) -> None:
     """Restore the tensors optimizer/KEY/NAME and the numbers of `describe_optimizer`. Raises InputError."""
-    if len(about["groups"]) != len(optimizer.param_groups):
+    if len(description["groups"]) != len(optimizer.param_groups):
         raise InputError(
-            f"the saved optimizer has {len(about['groups'])} groups, this one {len(optimizer.param_groups)}"
+            f"the saved optimizer has {len(description['groups'])} groups, this one {len(optimizer.param_groups)}"
         )
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")  # numbers such as the step
     for name, tensor in saved.items():
@@ -263,9 +263,9 @@ def restore_optimizer(
         p = trained[parameter]
         optimizer.state[p][key] = init_optimizer_state(tensor, p, on_device)
         tensor.copy_to(optimizer.state[p][key])
-    for group, numbers in zip(optimizer.param_groups, about["groups"]):
+    for group, numbers in zip(optimizer.param_groups, description["groups"]):
         group.update(numbers)
-    for parameter, numbers in about["numbers"].items():
+    for parameter, numbers in description["numbers"].items():
         optimizer.state[trained[parameter]].update(numbers)
 
 

@@ -106,13 +106,13 @@ def find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], surplus: set[
 
 def tensors_differ(folder: Path, first: str, second: str) -> bool:
     """Whether an HF folder contains both tensors with different values. Reads a few rows at a time."""
-    places = {}
+    files = {}
     for path in weight_files(folder) if any(folder.glob("*.safetensors")) else []:
         with open_tensors(path) as f:
-            places |= dict.fromkeys({first, second} & set(f.keys()), path)
-    if len(places) < 2:
+            files |= dict.fromkeys({first, second} & set(f.keys()), path)
+    if len(files) < 2:
         return False
-    with open_tensors(places[first]) as f, open_tensors(places[second]) as g:
+    with open_tensors(files[first]) as f, open_tensors(files[second]) as g:
         a, b = f.get_slice(first), g.get_slice(second)
         if a.get_shape() != b.get_shape() or a.get_dtype() != b.get_dtype():
             return True
@@ -127,8 +127,8 @@ def stored_dtype(path: Path, key: str) -> torch.dtype:
 @torch.no_grad()
 def check_nan(tensors: dict[str, Tensor], folder: Path) -> None:
     """Raise InputError, on every rank, listing the tensors read from `folder` that contain NaN."""
-    found = all_reduce([bool(local_part(t)[0].isnan().any()) for t in tensors.values()])
-    raise_if_any([name for name, nan in zip(tensors, found) if nan], f"tensors of {folder} contain NaN")
+    has_nan = all_reduce([bool(local_part(t)[0].isnan().any()) for t in tensors.values()])
+    raise_if_any([name for name, nan in zip(tensors, has_nan) if nan], f"tensors of {folder} contain NaN")
 
 
 def read_slice(path: Path, key: str, target: Tensor, offset: tuple[int, ...]) -> None:
@@ -192,19 +192,19 @@ def save_weights(
 def checksum(tensors: dict[str, Tensor]) -> str:
     """A checksum of the tensors' bits, as 16 hex digits: the same for any number of ranks. Every rank must call."""
     # One tensor for all sums: many small tensors would fragment the memory that the pieces free.
-    found = torch.zeros(len(tensors), dtype=torch.int64, device=next(iter(tensors.values())).device)
+    sums = torch.zeros(len(tensors), dtype=torch.int64, device=next(iter(tensors.values())).device)
     for k, tensor in enumerate(tensors.values()):
         local, offset = local_part(tensor.detach())
         bits = local.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.itemsize])
-        place = offset[0] * math.prod(tensor.shape[1:]) if offset else 0
+        position = offset[0] * math.prod(tensor.shape[1:]) if offset else 0
         for piece in bits.flatten().split(2**18):
-            at = torch.arange(place, place + len(piece), device=piece.device)
-            found[k] += (piece.long() * (at % 65521 + 1)).sum()  # wraps around on every machine
-            place += len(piece)
+            positions = torch.arange(position, position + len(piece), device=piece.device)
+            sums[k] += (piece.long() * (positions % 65521 + 1)).sum()  # wraps around on every machine
+            position += len(piece)
     sharded = [t for t in tensors.values() if isinstance(t, DTensor)]
     if sharded:
-        dist.all_reduce(found, group=sharded[0].device_mesh.get_group(-1))  # the other replicas have the same sums
-    return hashlib.sha256(json.dumps([list(tensors), found.tolist()]).encode()).hexdigest()[:16]
+        dist.all_reduce(sums, group=sharded[0].device_mesh.get_group(-1))  # the other replicas have the same sums
+    return hashlib.sha256(json.dumps([list(tensors), sums.tolist()]).encode()).hexdigest()[:16]
 
 
 def check_weights(parameters: dict[str, Tensor], folder: Path, out: Path) -> None:
@@ -212,8 +212,8 @@ def check_weights(parameters: dict[str, Tensor], folder: Path, out: Path) -> Non
     the run began with. A new run records them in its run.json."""
     path = out / "run.json"
     check_nan(parameters, folder)
-    found, description = checksum(parameters), broadcast(read_json_object(path))
-    if description["weights"] not in (None, found):
+    weights, run = checksum(parameters), broadcast(read_json_object(path))
+    if run["weights"] not in (None, weights):
         raise InputError(f"the weights in {folder} are not those with which the run in {out} began: give another --out")
     if dist.get_rank() == 0:
-        atomic_write(path, json.dumps(description | {"weights": found}, indent=1))
+        atomic_write(path, json.dumps(run | {"weights": weights}, indent=1))

@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from parts.cli import InputError
-from parts.text.pre_tokenization import GPT2_PATTERN, LLAMA3_PATTERN, compile_pattern, cut
+from parts.text.pre_tokenization import GPT2_PATTERN, LLAMA3_PATTERN, make_splitter
 
 UNKNOWN = "\U0010ffff unknown"  # represents unk_token among the symbols; no text of one character equals it
 
@@ -51,8 +51,8 @@ class BPETokenizer:
     """A byte-pair encoder. `encode` never produces special tokens, whatever the text contains.
 
     vocab: {symbols: id}. merges: {(left, right): rank}, or None if the rank of a merge is the id of the merged token
-    (tiktoken). normalize: applied to a text first. steps: functions (text, whether it begins the document) -> words,
-    applied in order. specials, text_tokens: {text: id} of the added tokens that text cannot and can produce;
+    (tiktoken). normalize: applied to a text first. pre_tokenizers: functions (text, whether it begins the document) ->
+    words, applied in order. specials, text_tokens: {text: id} of the added tokens that text cannot and can produce;
     `normalized`: those that are matched after normalization. ignore_merges: a word in vocab is one token.
     """
 
@@ -60,7 +60,7 @@ class BPETokenizer:
         self,
         vocab: dict[str, int],
         merges: dict[tuple[str, str], int] | None,
-        steps: list[Callable[[str, bool], list[str]]],
+        pre_tokenizers: list[Callable[[str, bool], list[str]]],
         specials: dict[str, int],
         text_tokens: dict[str, int] | None = None,
         *,
@@ -74,7 +74,8 @@ class BPETokenizer:
         strip_first_space: bool = False,
         prefix_space: str = "",
     ):
-        self.merges, self.steps, self.specials, self.text_tokens = merges, steps, specials, text_tokens or {}
+        self.merges, self.pre_tokenizers = merges, pre_tokenizers
+        self.specials, self.text_tokens = specials, text_tokens or {}
         self.byte_level, self.normalize, self.ignore_merges = byte_level, normalize, ignore_merges
         self.byte_fallback, self.fuse_unknown, self.strip_first_space = byte_fallback, fuse_unknown, strip_first_space
         self.prefix_space = prefix_space  # before every text ("always"), a document's first ("first"), or none ("")
@@ -104,14 +105,14 @@ class BPETokenizer:
                 if isinstance(piece, int):
                     ids.append(piece)
                     continue
-                for word in self.words(piece, first and i == j == 0):
+                for word in self.pre_tokenize(piece, first and i == j == 0):
                     ids += self.encode_word_cached(word) if len(word) < 256 else self.encode_word(word)
         return ids
 
-    def words(self, text: str, first: bool) -> list[str]:
+    def pre_tokenize(self, text: str, first: bool) -> list[str]:
         words = [text]
-        for step in self.steps:
-            words = [w for i, word in enumerate(words) for w in step(word, first and i == 0)]
+        for split in self.pre_tokenizers:
+            words = [w for i, word in enumerate(words) for w in split(word, first and i == 0)]
         return [word.encode().decode("latin-1") for word in words] if self.byte_level else words
 
     def symbols(self, word: str) -> list[str]:
@@ -124,7 +125,7 @@ class BPETokenizer:
             if character in self.alphabet:
                 out += [UNKNOWN] * unknown + [character]
                 unknown = 0
-            elif self.byte_fallback and self.vocab.keys() >= set(spelled := byte_tokens(character)):
+            elif self.byte_fallback and self.vocab.keys() >= set(spelled := byte_fallback_tokens(character)):
                 out += spelled
             elif UNKNOWN in self.vocab:
                 unknown = 1 if self.fuse_unknown else unknown + 1
@@ -165,8 +166,8 @@ class BPETokenizer:
         if self.byte_level:
             content = self.normalize(text).encode() if self.missing_bytes else b""
             return len(content.translate(None, self.missing_bytes)) < len(content)
-        missing = set("".join(self.words(self.normalize(text), True))) - self.alphabet
-        return any(not (self.byte_fallback and self.vocab.keys() >= set(byte_tokens(c))) for c in missing)
+        missing = set("".join(self.pre_tokenize(self.normalize(text), True))) - self.alphabet
+        return any(not (self.byte_fallback and self.vocab.keys() >= set(byte_fallback_tokens(c))) for c in missing)
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens left out, bytes that are not UTF-8 replaced."""
@@ -176,7 +177,7 @@ class BPETokenizer:
         return text[1:] if self.strip_first_space and text.startswith(" ") else text
 
 
-def byte_tokens(character: str) -> list[str]:
+def byte_fallback_tokens(character: str) -> list[str]:
     """The tokens of a character's UTF-8 bytes in a character-level vocabulary."""
     return [f"<0x{b:02X}>" for b in character.encode()]
 
@@ -217,8 +218,7 @@ def read_tiktoken(path: Path) -> BPETokenizer:
     }
     reserved = iter(f"reserved_special_token_{i}" for i in range(256))
     specials = {f"<|{named.get(i) or next(reserved)}|>": len(vocab) + i for i in range(256)}
-    pattern = compile_pattern(LLAMA3_PATTERN)
-    tokenizer = BPETokenizer(vocab, None, [lambda text, first: cut(pattern, False, text)], specials)
+    tokenizer = BPETokenizer(vocab, None, [make_splitter(LLAMA3_PATTERN, keep_between=False)], specials)
     tokenizer.bos_id, tokenizer.eos_ids = specials["<|begin_of_text|>"], [specials["<|end_of_text|>"]]
     return tokenizer
 
@@ -226,38 +226,18 @@ def read_tiktoken(path: Path) -> BPETokenizer:
 def tiktoken_as_json(tokenizer: BPETokenizer) -> dict:
     """A tokenizer.json equivalent to Llama-3's ranks, for tools that cannot read a file of ranks."""
     letters = {byte: letter for letter, byte in byte_letters().items()}
-    merges = [
-        (piece[:k].translate(letters), piece[k:].translate(letters), rank)
-        for piece, rank in tokenizer.vocab.items()
-        for k in range(1, len(piece))
-        if piece[:k] in tokenizer.vocab and piece[k:] in tokenizer.vocab
-    ]
-    merges.sort(key=lambda merge: merge[2])
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    merges = sorted(possible_merges(tokenizer.vocab), key=lambda pair: tokenizer.vocab["".join(pair)])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in tokenizer.specials.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {piece.translate(letters): rank for piece, rank in tokenizer.vocab.items()},
-            "merges": [[left, right] for left, right, _ in merges],
-        },
-    }
+    return bpe_json(
+        vocab={piece.translate(letters): rank for piece, rank in tokenizer.vocab.items()},
+        merges=[(left.translate(letters), right.translate(letters)) for left, right in merges],
+        added_tokens=[(name, i, True) for name, i in tokenizer.specials.items()],
+        normalizer=None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]},
+        decoder=byte_level | {"use_regex": True},
+        ignore_merges=True,
+    )
 
 
 # ---------------------------------------------------------------- tokenizer.json
@@ -279,7 +259,47 @@ def read_tokenizer_json(path: Path, declared: dict[str, tuple[int, bool]]) -> BP
 
 
 def parse_tokenizer_json(spec: dict, declared: dict[str, tuple[int, bool]]) -> BPETokenizer:
-    model = spec["model"]
+    model, pre_tokenizer = spec["model"], spec.get("pre_tokenizer") or {}
+    byte_level = "ByteLevel" in json.dumps(pre_tokenizer)
+    normalize, prepends = read_normalizer(spec.get("normalizer"))
+    pre_tokenizers, scheme = read_pre_tokenizer(pre_tokenizer)
+    specials, text_tokens, normalized = read_added_tokens(spec.get("added_tokens") or [], declared)
+    vocab, merges, unknown = read_bpe_model(model, specials, byte_level)
+    if prepends and scheme == "first":
+        raise InputError("not supported: a Prepend normalizer together with a Metaspace of the scheme 'first'")
+    if not byte_level and not prepends and not scheme:
+        raise InputError(
+            "neither byte-level nor of the SentencePiece kind: it has no ByteLevel or Metaspace pre-tokenizer and "
+            "no Prepend normalizer. If the model has a tokenizer.model, put that into the folder"
+        )
+    ignore_merges = bool(model.get("ignore_merges"))
+    if not byte_level and not ignore_merges and "▁" in vocab and not any("▁" in t.lstrip("▁") for t in vocab):
+        # Merges never cross word boundaries: split there, so that words can be cached.
+        pre_tokenizers.append(lambda text, first: re.findall("▁*[^▁]+|▁+", text))
+    decoder = json.dumps(spec.get("decoder") or {})
+    return BPETokenizer(
+        vocab,
+        merges,
+        pre_tokenizers,
+        specials,
+        text_tokens,
+        byte_level=byte_level,
+        byte_fallback=bool(model.get("byte_fallback")) and not byte_level,
+        normalize=normalize,
+        normalized=normalized,
+        ignore_merges=ignore_merges,
+        unknown=unknown,
+        fuse_unknown=bool(model.get("fuse_unk")),
+        strip_first_space='"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder),
+        prefix_space="always" if prepends else {"never": ""}.get(scheme, scheme),
+    )
+
+
+def read_bpe_model(
+    model: dict, specials: dict[str, int], byte_level: bool
+) -> tuple[dict[str, int], dict[tuple[str, str], int], int | None]:
+    """The vocabulary without the pieces that no text may produce, the merges with their ranks, and the id of the
+    unknown token, from the "model" of a tokenizer.json. Pieces of a byte-level vocabulary are returned as bytes."""
     vocab, merges = model["vocab"], model["merges"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
     if model.get("type", "BPE") != "BPE":
@@ -287,53 +307,19 @@ def parse_tokenizer_json(spec: dict, declared: dict[str, tuple[int, bool]]) -> B
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise unsupported({key: model[key]})
-    pre = spec.get("pre_tokenizer") or {}
-    byte_level = "ByteLevel" in json.dumps(pre)
-    normalize, prepends = read_normalizer(spec.get("normalizer"))
-    steps, scheme = read_pre_tokenizer(pre)
-    specials, text_tokens, normalized = read_added_tokens(spec.get("added_tokens") or [], declared)
     unknown = model.get("unk_token")
     unknown_id = None if unknown is None else vocab.get(unknown, specials.get(unknown))
     if unknown is not None and unknown_id is None:
         raise InputError(f"unk_token {unknown!r} is not in the vocabulary")
-    known = {*specials, unknown}  # pieces that no text may produce
-    if prepends and scheme == "first":
-        raise InputError("not supported: a Prepend normalizer together with a Metaspace of the scheme 'first'")
+    vocab = {t: i for t, i in vocab.items() if t not in specials and t != unknown}
     if byte_level:
         table = {ord(letter): byte for letter, byte in byte_letters().items()}
-        kept = {t: i for t, i in vocab.items() if t not in known and table.keys() >= set(map(ord, t))}
-        vocab = {t.translate(table): i for t, i in kept.items()}
+        vocab = {t.translate(table): i for t, i in vocab.items() if table.keys() >= set(map(ord, t))}
         merges = [(a.translate(table), b.translate(table)) for a, b in merges]
-    else:
-        if not prepends and not scheme:
-            raise InputError(
-                "neither byte-level nor of the SentencePiece kind: it has no ByteLevel or Metaspace pre-tokenizer and "
-                "no Prepend normalizer. If the model has a tokenizer.model, put that into the folder"
-            )
-        vocab = {t: i for t, i in vocab.items() if t not in known}
-        splittable = not model.get("ignore_merges") and not any("▁" in t.lstrip("▁") for t in vocab)
-        if "▁" in vocab and splittable:  # merges never cross word boundaries: split there, and cache words
-            steps.append(lambda text, first: re.findall("▁*[^▁]+|▁+", text))
     missing = next((f"{a} {b}" for a, b in merges if a + b not in vocab), None)
     if missing:
         raise InputError(f"the merge {missing!r} produces a token that is not in the vocabulary")
-    decoder = json.dumps(spec.get("decoder") or {})
-    return BPETokenizer(
-        vocab,
-        {pair: rank for rank, pair in enumerate(merges)},
-        steps,
-        specials,
-        text_tokens,
-        byte_level=byte_level,
-        byte_fallback=bool(model.get("byte_fallback")) and not byte_level,
-        normalize=normalize,
-        normalized=normalized,
-        ignore_merges=bool(model.get("ignore_merges")),
-        unknown=unknown_id,
-        fuse_unknown=bool(model.get("fuse_unk")),
-        strip_first_space='"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder),
-        prefix_space="always" if prepends else {"never": ""}.get(scheme, scheme),
-    )
+    return vocab, {pair: rank for rank, pair in enumerate(merges)}, unknown_id
 
 
 def unsupported(what) -> InputError:
@@ -376,9 +362,6 @@ def read_normalizer(spec: dict | None) -> tuple[Callable[[str], str], bool]:
                 prepends = True
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
                 functions.append(lambda text, old=old, new=new: text.replace(old, new))
-            case {"type": "Replace", "pattern": {"Regex": str(pattern)}, "content": str(new)}:
-                compiled = compile_pattern(pattern)
-                functions.append(lambda text, old=compiled, new=new: old.sub(lambda m: new, text))
             case _:
                 raise unsupported(part)
 
@@ -391,39 +374,34 @@ def read_normalizer(spec: dict | None) -> tuple[Callable[[str], str], bool]:
 
 
 def read_pre_tokenizer(spec: dict) -> tuple[list[Callable[[str, bool], list[str]]], str]:
-    """The steps that split a text into words, and when they add a space before it: "always", "first", "never" or ""
-    (no such step)."""
-    steps, scheme = [], ""
+    """The functions that split a text into words, and when they add a space before it: "always", "first", "never" or
+    "" (none of them does)."""
+    pre_tokenizers, scheme = [], ""
     parts = spec["pretokenizers"] if spec.get("type") == "Sequence" else [spec] if spec else []
     for k, part in enumerate(parts):
         match part:
             case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
-                steps.append(cutting(pattern, True))
+                pre_tokenizers.append(make_splitter(pattern, True))
             case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"String": text}}:
-                steps.append(cutting(re.escape(text), True))
+                pre_tokenizers.append(make_splitter(re.escape(text), True))
             case {"type": "Split", "behavior": "Removed", "invert": True, "pattern": {"Regex": pattern}}:
-                steps.append(cutting(pattern, False))
+                pre_tokenizers.append(make_splitter(pattern, False))
             case {"type": "Digits", "individual_digits": bool(alone)}:
-                steps.append(cutting(r"\p{N}" if alone else r"\p{N}+", True))
+                pre_tokenizers.append(make_splitter(r"\p{N}" if alone else r"\p{N}+", True))
             case {"type": "ByteLevel", "add_prefix_space": bool(prefix)} if k == len(parts) - 1:
                 if prefix:
                     scheme = "always"
-                    steps.append(lambda text, first: [text if text.startswith(" ") else " " + text])
+                    pre_tokenizers.append(lambda text, first: [text if text.startswith(" ") else " " + text])
                 if part.get("use_regex", True):
-                    steps.append(cutting(GPT2_PATTERN, True))
+                    pre_tokenizers.append(make_splitter(GPT2_PATTERN, True))
             case {"type": "Metaspace", "replacement": "▁"}:
                 scheme = part.get("prepend_scheme", "always") if part.get("add_prefix_space", True) else "never"
                 if scheme not in ("always", "first", "never"):
                     raise unsupported(part)
-                steps.append(partial(metaspace_words, scheme=scheme, split=part.get("split", True)))
+                pre_tokenizers.append(partial(metaspace_words, scheme=scheme, split=part.get("split", True)))
             case _:
                 raise unsupported(part)
-    return steps, scheme
-
-
-def cutting(pattern: str, keep_between: bool) -> Callable[[str, bool], list[str]]:
-    compiled = compile_pattern(pattern)
-    return lambda text, first: cut(compiled, keep_between, text)
+    return pre_tokenizers, scheme
 
 
 def metaspace_words(text: str, first: bool, scheme: str, split: bool) -> list[str]:
@@ -432,3 +410,47 @@ def metaspace_words(text: str, first: bool, scheme: str, split: bool) -> list[st
     if (scheme == "always" or (scheme == "first" and first)) and not text.startswith("▁"):
         text = "▁" + text
     return re.findall("▁[^▁]*|[^▁]+", text) if split else [text]
+
+
+# ---------------------------------------------------------------- writing a tokenizer.json
+
+
+def possible_merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """All pairs of pieces that together are a piece of `vocab`."""
+    splits = [(piece[:k], piece[k:]) for piece in vocab for k in range(1, len(piece))]
+    return [(left, right) for left, right in splits if left in vocab and right in vocab]
+
+
+def bpe_json(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    added_tokens: list[tuple[str, int, bool]],
+    normalizer: dict | None,
+    pre_tokenizer: dict | None,
+    decoder: dict,
+    **model,
+) -> dict:
+    """The content of a tokenizer.json. `added_tokens`: text, id, whether special; `model`: settings of the BPE model
+    that differ from the defaults."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    defaults = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": text, **flags, "special": special} for text, i, special in added_tokens],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": defaults | model | {"vocab": vocab, "merges": [list(pair) for pair in merges]},
+    }

@@ -38,14 +38,14 @@ class StringArray:
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], rest: dict) -> None:
     """Write flat arrays and a JSON object to a file, atomically."""
-    places, offset, crc = {}, 0, 0
+    index, offset, crc = {}, 0, 0
     for name, array in arrays.items():
         content = np.ascontiguousarray(array).view(np.uint8).data
-        places[name] = [array.dtype.str, len(array), offset]
+        index[name] = [array.dtype.str, len(array), offset]
         crc, offset = zlib.crc32(content, crc), offset + array.nbytes
-    head = json.dumps({"arrays": places, "crc": crc, "rest": rest}).encode()
+    header = json.dumps({"arrays": index, "crc": crc, "rest": rest}).encode()
     with atomic_path(path) as new, open(new, "wb") as f:
-        f.write(b"%08x %s\n" % (zlib.crc32(head), head))
+        f.write(b"%08x %s\n" % (zlib.crc32(header), header))
         for array in arrays.values():
             f.write(np.ascontiguousarray(array).view(np.uint8).data)
 
@@ -55,17 +55,17 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict] | None:
     try:
         with open(path, "rb") as f:
             line = f.readline()
-            crc, head = line.split(b" ", 1)
-            about = json.loads(head)
-            body = 0
+            header_crc, header_json = line.split(b" ", 1)
+            header = json.loads(header_json)
+            body_crc = 0
             while block := f.read(BLOCK):
-                body = zlib.crc32(block, body)
-            if int(crc, 16) != zlib.crc32(head.rstrip(b"\n")) or body != about["crc"]:
+                body_crc = zlib.crc32(block, body_crc)
+            if int(header_crc, 16) != zlib.crc32(header_json.rstrip(b"\n")) or body_crc != header["crc"]:
                 return None
         arrays = {}
-        for name, (dtype, n, offset) in about["arrays"].items():
+        for name, (dtype, n, offset) in header["arrays"].items():
             empty = np.zeros(0, dtype)  # cannot be mapped
             arrays[name] = np.memmap(path, dtype, "r", len(line) + offset, (n,)) if n else empty
-        return arrays, about["rest"]
+        return arrays, header["rest"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -3,6 +3,7 @@
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -63,15 +64,20 @@ def compile_pattern(pattern: str) -> re.Pattern:
         raise InputError(f"pre-tokenization pattern not understood ({e}): {pattern}") from None
 
 
-def cut(pattern: re.Pattern, keep_between: bool, text: str) -> list[str]:
-    """The matches of `pattern` in `text`, in order, with or without the text between them."""
-    out, end = [], 0
-    for m in pattern.finditer(text):
-        if keep_between and m.start() > end:
-            out.append(text[end : m.start()])
-        if m.end() > m.start():
-            out.append(m.group())
-        end = m.end()
-    if keep_between and end < len(text):
-        out.append(text[end:])
-    return out
+def make_splitter(pattern: str, keep_between: bool) -> Callable[[str, bool], list[str]]:
+    """A function of `BPETokenizer.pre_tokenizers` that returns the non-empty matches of `pattern` in a text, in order,
+    with or without the text between them."""
+    compiled = compile_pattern(pattern)
+
+    def split(text: str, first: bool) -> list[str]:
+        words, end = [], 0
+        for match in compiled.finditer(text):
+            if keep_between:
+                words.append(text[end : match.start()])
+            words.append(match.group())
+            end = match.end()
+        if keep_between:
+            words.append(text[end:])
+        return [word for word in words if word]
+
+    return split

@@ -112,13 +112,13 @@ def chat_turn(message: dict) -> Turn:
 
 def system_turn(raw: dict) -> list[Turn]:
     """A row's field `system` or `system_prompt` as a list of one turn; empty if both are missing."""
-    found = [raw[key] for key in ("system", "system_prompt") if raw.get(key) is not None]
-    if any(not isinstance(text, str) for text in found):
+    texts = [raw[key] for key in ("system", "system_prompt") if raw.get(key) is not None]
+    if any(not isinstance(text, str) for text in texts):
         raise InputError("system must be text")
-    found = list(dict.fromkeys(text for text in found if text.strip()))
-    if len(found) > 1:
+    texts = list(dict.fromkeys(text for text in texts if text.strip()))
+    if len(texts) > 1:
         raise InputError("system and system_prompt differ")
-    return [Turn("system", text) for text in found]
+    return [Turn("system", text) for text in texts]
 
 
 def row_turns(raw: dict, form: str) -> list[Turn]:
@@ -210,15 +210,15 @@ def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
     """A checked Row and its format; `form` is the file's format if known already. Raises InputError."""
     if not isinstance(raw, dict):
         raise InputError(f"a row must be a JSON object, this is {json.dumps(raw)[:40]}")
-    known = [name for name, keys in FORMATS.items() if all(key in raw for key in keys)]
-    if not known:
+    formats = [name for name, keys in FORMATS.items() if all(key in raw for key in keys)]
+    if not formats:
         raise InputError(f"no known row format; its keys are {', '.join(raw)[:80] or 'none'}")
-    if form and form not in known:
-        raise InputError(f"a row of the format '{known[0]}' in a file of the format '{form}'")
-    several = [name for name in known if name != "text"]
-    if len(several) > 1:
-        raise InputError(f"a row of two formats, {' and '.join(several)}: remove the fields of one")
-    form = form or known[0]
+    if form and form not in formats:
+        raise InputError(f"a row of the format '{formats[0]}' in a file of the format '{form}'")
+    chat_formats = [name for name in formats if name != "text"]
+    if len(chat_formats) > 1:
+        raise InputError(f"a row of two formats, {' and '.join(chat_formats)}: remove the fields of one")
+    form = form or formats[0]
     turns = row_turns(raw, form)
     check_turns(turns)
     check_characters(raw)

@@ -127,12 +127,12 @@ def read_chat_template(folder: Path) -> str:
     file = folder / "chat_template.jinja"
     if file.exists() and (text := read_text(file)).strip():
         return text
-    found = read_json_object(folder / "tokenizer_config.json").get("chat_template") or ""
-    if isinstance(found, list):  # several, each {"name", "template"}
-        found = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
-    if isinstance(found, dict):
-        found = found.get("default") or next(iter(found.values()), "")
-    return found if isinstance(found, str) else ""
+    template = read_json_object(folder / "tokenizer_config.json").get("chat_template") or ""
+    if isinstance(template, list):  # several, each {"name", "template"}
+        template = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), "")
+    return template if isinstance(template, str) else ""
 
 
 def choose_template(folder: Path, tokenizer, given: str | None) -> tuple[str, list[str]]:
@@ -186,13 +186,13 @@ def special_id(name: str, tokenizer) -> int | None:
     if name == "bos":
         return tokenizer.bos_id
     added = tokenizer.text_tokens | tokenizer.specials
-    found = (tokenizer.eos_ids or [None])[0] if name == "eos" else added.get(name)
-    if found is None:
+    token = (tokenizer.eos_ids or [None])[0] if name == "eos" else added.get(name)
+    if token is None:
         raise InputError(
             f"the template needs the token {name}, which this tokenizer does not have: choose another "
             f"--template ({', '.join(TEMPLATES)})"
         )
-    return found
+    return token
 
 
 def stop_ids(template: Template, tokenizer) -> list[int]:

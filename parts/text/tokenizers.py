@@ -16,7 +16,9 @@ from parts.files import atomic_write, read_json_object
 from parts.text.bpe import (
     AddedTokens,
     BPETokenizer,
+    bpe_json,
     parse_tokenizer_json,
+    possible_merges,
     read_tiktoken,
     read_tokenizer_json,
     tiktoken_as_json,
@@ -125,10 +127,10 @@ def declared_tokens(folder: Path, settings: dict) -> dict[str, tuple[int, bool]]
             if not t.get("special", True) and (t.get("single_word") or t.get("lstrip") or t.get("rstrip")):
                 raise InputError(f"{folder / 'tokenizer_config.json'}: not supported: {json.dumps(t)[:200]}")
         marked = {t["content"]: (int(i), bool(t.get("special", True))) for i, t in decoder.items()}
-        found = {text: (i, False) for text, i in plain.items()} | marked
-        if any(not isinstance(text, str) or i < 0 for text, (i, _) in found.items()):
+        tokens = {text: (i, False) for text, i in plain.items()} | marked
+        if any(not isinstance(text, str) or i < 0 for text, (i, _) in tokens.items()):
             raise ValueError("a token is not a string, or its id is negative")
-        return {text: (i, special or text in used) for text, (i, special) in found.items()}
+        return {text: (i, special or text in used) for text, (i, special) in tokens.items()}
     except InputError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as e:
@@ -190,56 +192,44 @@ def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict | None:
     tools add a space that sentencepiece does not.
     """
     sp, n = tokenizer.sp, tokenizer.sp.get_piece_size()
-    pieces = [sp.id_to_piece(i) for i in range(n)]
-    plain = {p: i for i, p in enumerate(pieces) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))}
-    merges = [
-        (piece[:k], piece[k:], sp.get_score(i))
-        for piece, i in plain.items()
-        for k in range(1, len(piece))
-        if piece[:k] in plain and piece[k:] in plain
-    ]
-    made = {left + right for left, right, _ in merges}
-    symbols = {piece: i for piece, i in plain.items() if len(piece) > 1 and piece not in made}
+    vocab = {sp.id_to_piece(i): i for i in range(n)}
+    plain = {p: i for p, i in vocab.items() if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))}
+    merges = possible_merges(plain)
+    merged = {left + right for left, right in merges}
+    symbols = {piece: i for piece, i in plain.items() if len(piece) > 1 and piece not in merged}
     # Ordered by score as in sentencepiece; runs of spaces, which have equal scores, are merged from the left.
-    merges.sort(key=lambda m: (-m[2], -len(m[0] + m[1]), plain[m[0]], plain[m[1]]))
+    merges.sort(key=lambda m: (-sp.get_score(plain[m[0] + m[1]]), -len(m[0] + m[1]), plain[m[0]], plain[m[1]]))
     added = [(text, i, True) for text, i in tokenizer.specials.items()]
     added += [(text, i, False) for text, i in (symbols | tokenizer.text_tokens).items()]
-    added.sort(key=lambda token: token[1])
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     prefix = [{"type": "Prepend", "prepend": "▁"}] if tokenizer.prefix_space else []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if tokenizer.prefix_space else []
-    spec = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": text, **flags, "special": special} for text, i, special in added],
-        "normalizer": {"type": "Sequence", "normalizers": [*prefix, replace]},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[sp.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": any(sp.is_byte(i) for i in range(n)),
-            "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": [[left, right] for left, right, _ in merges],
-        },
-    }
+    spec = bpe_json(
+        vocab=vocab,
+        merges=merges,
+        added_tokens=sorted(added, key=lambda token: token[1]),
+        normalizer={"type": "Sequence", "normalizers": [*prefix, replace]},
+        pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        unk_token=sp.id_to_piece(sp.unk_id()),
+        fuse_unk=True,
+        byte_fallback=any(sp.is_byte(i) for i in range(n)),
+    )
+    return spec if encodes_alike(spec, tokenizer, [piece for piece in plain if piece not in symbols]) else None
+
+
+def encodes_alike(spec: dict, tokenizer: SentencePieceTokenizer, pieces: list[str]) -> bool:
+    """Whether a tokenizer.json gives the ids of `tokenizer`, for random texts made of `pieces` and for runs of
+    characters."""
     try:
-        same = parse_tokenizer_json(spec, {})
+        converted = parse_tokenizer_json(spec, {})
     except InputError:
-        return None
-    rng, texts = random.Random(0), [piece.replace("▁", " ") for piece in plain if piece not in symbols]
-    probes = ["".join(rng.choices(texts, k=8)) for _ in range(min(2000, n))]
+        return False
+    rng, texts = random.Random(0), [piece.replace("▁", " ") for piece in pieces]
+    probes = ["".join(rng.choices(texts, k=8)) for _ in range(min(2000, tokenizer.sp.get_piece_size()))]
     probes += [f"a{c * k}b" for c in " \n-=" for k in range(40)] + ["é \u00a0ﬁ Ⅷ 日本\t\0\U0001f600 \ue000"]
-    return spec if all(same.encode(probe) == tokenizer.encode(probe) for probe in probes) else None
+    return all(converted.encode(probe) == tokenizer.encode(probe) for probe in probes)
 
 
 def bos_in_front(bos: str | None, bos_id: int | None) -> dict:
