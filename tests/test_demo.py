@@ -1,5 +1,6 @@
 """The bundled demo: its data are what README says, the base knows what it is asked, and training elicits it."""
 
+import argparse
 import json
 import re
 import shlex
@@ -210,7 +211,8 @@ def test_no_held_out_prompt_nor_a_near_twin_is_trained_on():
 
 def share(folder, prompts, told, what):
     """Of the easiest and of the hardest fifth, and of all."""
-    right = np.array(measure.measure(folder, prompts, told, what, 96)[0])
+    args = argparse.Namespace(what=what, max_new_tokens=96, template=None, ifd=False, tasks=None)
+    right = np.array(measure.measure(args, folder, prompts, told, extras=False).values)
     fifth = np.array([p.dataset for p in prompts])
     return [right[fifth == f"fifth {k}"].mean() for k in (1, 5)] + [right.mean()]
 
