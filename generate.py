@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from data import check_vocabulary
 from model import Transformer, load_model
-from parts.api.questions import state_of
+from parts.api.questions import question_state
 from parts.api.store import Store
 from parts.checkpoints.config import read_config
 from parts.checkpoints.weights import checksum
@@ -97,7 +97,7 @@ def answer_all(
 ) -> dict[str, dict]:
     """Answer this rank's share of the prompts: those that fit into the context and are not in OUT.partial.*.jsonl yet.
     Each answer is written as it ends. Returns the answers of all ranks by key."""
-    done = read_partial(out)
+    done = read_partial_answers(out)
     dist.barrier()  # all have read before one writes
     open_ones = {p.key: p for p in prompts if p.key not in done and len(p.tokens) < model.config.max_positions}
     todo = list(open_ones.values())[rank::world_size]
@@ -124,7 +124,7 @@ def answer_all(
     if rank == 0:
         seconds = time.monotonic() - started
         print(f"{len(todo):,} answers made now on rank 0 in {seconds:.1f} s, {made / max(seconds, 1e-9):,.0f} tokens/s")
-    found = read_partial(out)
+    found = read_partial_answers(out)
     for p in prompts:
         if error := exceeds_context(len(p.tokens), model.config.max_positions):
             found[p.key] = {"output_tokens": 0, "finish_reason": "error", "error": error}
@@ -137,7 +137,7 @@ def partial_files(out: Path) -> list[Path]:
     return [path for path in sorted(out.parent.glob("*.jsonl")) if name.fullmatch(path.name)]
 
 
-def read_partial(out: Path) -> dict[str, dict]:
+def read_partial_answers(out: Path) -> dict[str, dict]:
     """Answers by key."""
     found = {}
     for path in partial_files(out):
@@ -210,7 +210,7 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
     if args.completions:
         render_prompts(prompts, tokenizer, template)
         adds_bos = read_json_object(args.model / "tokenizer_config.json").get("add_bos_token") is not False
-        pieces, context = server_answers.Pieces(tokenizer, adds_bos), read_config(args.model).max_positions
+        pieces, context = server_answers.TextTokenizer(tokenizer, adds_bos), read_config(args.model).max_positions
         texts = [pieces.text(render(p.turns, TEMPLATES[template], pieces)[0]) for p in prompts]
         specials = list(pieces.specials)
         stop = stop_ids(TEMPLATES[template], tokenizer)
@@ -225,14 +225,14 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
     store = ask.ask_questions(options, args.out, questions, len, "")  # every reply is usable, also an empty one
     if store is None:
         return
-    done |= {q.key: server_answers.answer_of(store.of(q.key)) for q in questions}
+    done |= {q.key: server_answers.build_answer(store.records(q.key)) for q in questions}
     write_answers(prompts, done, args.name, args.out)
     if args.completions:
-        guessed = {r["key"] for q in questions for r in store.of(q.key) if r.get("usage", {}).get("estimated")}
+        guessed = {r["key"] for q in questions for r in store.records(q.key) if r.get("usage", {}).get("estimated")}
         counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts if p.key not in guessed]
         other = [f"{p.source}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
         print_list("prompts have another number of tokens at the server: its BOS or its tokenizer differs", other)
-    states = [state_of(store.of(q.key)) for q in questions]
+    states = [question_state(store.records(q.key)) for q in questions]
     failed = {kind: states.count(kind) for kind in ("refused", "failed", "unparsed")}
     print_summary(f"{len(questions):,} prompts asked", len(questions), failed)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from parts.api.ask import ask_questions
 from parts.api.options import ApiOptions, add_api_arguments, api_options
 from parts.api.prompts import JUDGE_REMINDER, PLACEHOLDERS, judge_prompt
-from parts.api.questions import fence, fill, make_question, reason_of, state_of, value_of
+from parts.api.questions import failure_reason, fence, fill, make_question, parsed_value, question_state
 from parts.api.replies import parse_scores
 from parts.api.store import Store
 from parts.cli import (
@@ -42,9 +42,9 @@ from parts.report.win_rates import (
     CANARIES,
     audit_agreement,
     audit_judges,
-    check_repeated,
+    check_duplicates,
     describe_canaries,
-    describe_questions,
+    describe_question_mismatches,
     exact_verdict,
     summarize,
     verdict,
@@ -143,7 +143,7 @@ def make_canaries(pairs: list[Pair], each: int = 4) -> list[Pair]:
 # ---------------------------------------------------------------- verdicts
 
 
-def judge_exact(pairs: list[Pair]) -> list[dict]:
+def score_exact_match(pairs: list[Pair]) -> list[dict]:
     """Score 10 for the expected answer, else 1. Raises InputError for questions without an expected answer."""
     raise_if_any(
         [f"{p.dataset} {p.id}" for p in pairs if p.expected is None],
@@ -152,7 +152,7 @@ def judge_exact(pairs: list[Pair]) -> list[dict]:
     return [exact_verdict(*(has_exact_answer(text, p.expected) for text in (p.answer, p.against))) for p in pairs]
 
 
-def in_both_orders(pair: Pair, prompt: str, options: ApiOptions, repeat: int) -> list:
+def questions_in_both_orders(pair: Pair, prompt: str, options: ApiOptions, repeat: int) -> list:
     """The two questions about a pair, one per order; none if the answers are identical."""
     if pair.answer == pair.against:
         return []
@@ -164,32 +164,32 @@ def in_both_orders(pair: Pair, prompt: str, options: ApiOptions, repeat: int) ->
     return questions
 
 
-def verdict_of(questions: list, store: Store) -> dict:
+def combine_orders(questions: list, store: Store) -> dict:
     """Scores [model, baseline] in each order, replies and verdict, from the answers to the questions in both orders."""
     if not questions:
         return {"scores": [None, None], "replies": ["", ""], "verdict": "tie"}  # identical answers: no request was sent
-    orders = [store.of(q.key) for q in questions]
-    ahead, behind = map(value_of, orders)
+    orders = [store.records(q.key) for q in questions]
+    ahead, behind = map(parsed_value, orders)
     scores = [ahead, behind and behind[::-1]]
-    failed = next((records for records in orders if state_of(records) != "parsed"), None)
+    failed = next((records for records in orders if question_state(records) != "parsed"), None)
     replies = [next((r["reply"] for r in reversed(records) if "reply" in r), "") for records in orders]
     row = {"scores": scores, "replies": replies}
     if failed:
-        return row | {"verdict": state_of(failed), "reason": reason_of(failed)}
+        return row | {"verdict": question_state(failed), "reason": failure_reason(failed)}
     return row | {"verdict": verdict([model - baseline for model, baseline in scores])}
 
 
-def judge_api(pairs: list[Pair], prompt: str, options: ApiOptions, out: Path, repeat: int) -> list[dict] | None:
+def judge_by_api(pairs: list[Pair], prompt: str, options: ApiOptions, out: Path, repeat: int) -> list[dict] | None:
     """Judge every pair in both orders, `repeat` times. Returns the first verdict on each pair, with later ones under
     "repeats"; None after a dry run."""
-    questions = [[in_both_orders(p, prompt, options, k) for k in range(repeat)] for p in pairs]
+    questions = [[questions_in_both_orders(p, prompt, options, k) for k in range(repeat)] for p in pairs]
     every = [q for of_pair in questions for both in of_pair for q in both]
     store = ask_questions(options, out, every, parse_scores, JUDGE_REMINDER)
     if store is None:
         return None
     rows = []
     for of_pair in questions:
-        first, *again = [verdict_of(both, store) for both in of_pair]
+        first, *again = [combine_orders(both, store) for both in of_pair]
         rows.append(first | ({"repeats": again} if repeat > 1 else {}))
     return rows
 
@@ -199,11 +199,11 @@ def compare_command(args: argparse.Namespace) -> None:
     check_output_paths([args.out], [*answers, *([args.prompt_file] if args.prompt_file else [])])
     pairs = pair_answers(args.baseline, args.answers, args.allow_missing)
     if args.judge == "exact":
-        judge, judged = "exact", judge_exact(pairs)
+        judge, judged = "exact", score_exact_match(pairs)
     else:
         options, prompt = api_options(args), judge_prompt(args.prompt_file, args.explain)
         pairs += make_canaries(pairs) if args.canaries else []
-        judge, judged = options.model, judge_api(pairs, prompt, options, args.out, args.repeat)
+        judge, judged = options.model, judge_by_api(pairs, prompt, options, args.out, args.repeat)
         if judged is None:
             return
     rows = [{**vars(p), "judge": judge, **row} for p, row in zip(pairs, judged)]
@@ -224,16 +224,16 @@ def read_verdicts(paths: list[Path]) -> list[dict]:
     """The rows that `compare` wrote. Raises InputError, also for duplicate questions."""
     texts = ("model", "baseline", "dataset", "id", "verdict")
     rows = [row for path in paths for row in read_objects(path, texts, "verdicts")]
-    check_repeated(rows)
+    check_duplicates(rows)
     return rows
 
 
-def percent(x: float | None) -> str:
+def format_percent(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.1f}"
 
 
 def print_report(rows: list[dict], summary: list[dict]) -> None:
-    warnings = describe_questions(summary)
+    warnings = describe_question_mismatches(summary)
     for line in (*describe_canaries(rows), *warnings):
         print(line)
     counts = {"win": "wins", "tie": "ties", "loss": "losses"}
@@ -246,10 +246,10 @@ def print_report(rows: list[dict], summary: list[dict]) -> None:
     for r in summary:
         rates = ("–",) * len(columns)
         if r["n"]:
-            interval = f"{percent(r['low'])} to {percent(r['high'])}"
-            rates = (percent(r["win_rate"]), interval, f"{100 * r['paper']:+.1f}", f"{r['p']:.2g}")
-            rates += tuple(percent(r[key]) for key in biases)
-            rates += (f"{percent(r['common_rate'])} (n {r['common']:,})",) * bool(warnings)
+            interval = f"{format_percent(r['low'])} to {format_percent(r['high'])}"
+            rates = (format_percent(r["win_rate"]), interval, f"{100 * r['paper']:+.1f}", f"{r['p']:.2g}")
+            rates += tuple(format_percent(r[key]) for key in biases)
+            rates += (f"{format_percent(r['common_rate'])} (n {r['common']:,})",) * bool(warnings)
         name = f"{r['model']} against {r['baseline']}" + f" by {r['judge']}" * several
         table.append((name, r["dataset"] or "–", f"{r['n']:,}", *(f"{r[v]:,}" for v in counts), *rates))
     print_table(("", "dataset", "n", *counts.values(), *columns), table)
@@ -342,13 +342,13 @@ def report_command(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- reliability of the judge
 
 
-def format_interval(row: dict, key: str, show=percent) -> str:
+def format_interval(row: dict, key: str, show=format_percent) -> str:
     if row.get(key) is None:
         return "–"
     return f"{show(row[key])} ({show(row[f'{key}_low'])} to {show(row[f'{key}_high'])})"
 
 
-def two_decimals(x: float | None) -> str:
+def format_decimals(x: float | None) -> str:
     return "–" if x is None else f"{x:.2f}"
 
 
@@ -364,8 +364,8 @@ def audit_command(args: argparse.Namespace) -> None:
             r["judge"],
             f"{r['n']:,}",
             format_interval(r, "order"),
-            percent(r["disagree"]),
-            percent(r["front"]),
+            format_percent(r["disagree"]),
+            format_percent(r["front"]),
             f"{r['decided']:,}",
             format_interval(r, "longer"),
             f"{r['canaries_right']} of {r['canaries']}" if r["canaries"] else "–",
@@ -381,7 +381,7 @@ def audit_command(args: argparse.Namespace) -> None:
                 f"{r['first']} and {r['second']}",
                 f"{r['n']:,}",
                 format_interval(r, "agreement"),
-                format_interval(r, "kappa", two_decimals),
+                format_interval(r, "kappa", format_decimals),
             )
             for r in agreements
         ]

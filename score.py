@@ -26,7 +26,7 @@ import data
 from data import Documents
 from model import Transformer, load_model
 from parts.api.prompts import DIFFICULTY_REMINDER, difficulty_prompt
-from parts.api.questions import fence, fill, make_question, reason_of, state_of, value_of
+from parts.api.questions import failure_reason, fence, fill, make_question, parsed_value, question_state
 from parts.api.store import Store
 from parts.checkpoints.weights import checksum
 from parts.cli import (
@@ -85,8 +85,8 @@ def difficulty_command(args: argparse.Namespace) -> None:
     as_pairs = all(turn.role != "system" and turn.trained for row in rows for turn in row.turns)  # the paper's format
     lines, without, failed = [], [], {"refused": 0, "failed": 0, "unparsed": 0}
     for i, (row, votes) in enumerate(zip(rows, questions)):
-        records = [answers.of(q.key) for q in votes]
-        scores = [value_of(r) for r in records if value_of(r) is not None]
+        records = [answers.records(q.key) for q in votes]
+        scores = [parsed_value(r) for r in records if parsed_value(r) is not None]
         line = {
             "id": row.raw.get("id", str(i)),
             "score": sum(scores) / len(scores) if scores else None,
@@ -96,8 +96,8 @@ def difficulty_command(args: argparse.Namespace) -> None:
         if args.votes > 1:
             line["votes"] = scores
         if not scores:
-            line["unscored"] = reason_of(records[0])
-            failed[state_of(records[0])] += 1
+            line["unscored"] = failure_reason(records[0])
+            failed[question_state(records[0])] += 1
             without.append(f"{row.source}: {line['unscored']}")
         lines.append(line)
     write_lines(args.out, lines)
@@ -289,7 +289,7 @@ def ifd_command(args: argparse.Namespace) -> None:
             return
         store.close()
     took = time.monotonic() - started
-    scores = {where: store.of(key)[-1][SCORE.key] for where, key in zip(documents.source, keys)}
+    scores = {where: store.records(key)[-1][SCORE.key] for where, key in zip(documents.source, keys)}
     lines = [add_score(where, raw, problem, scores, args.max_len) for where, raw, _, problem in rows]
     reason = f"{SCORE.key}_reason"
     without = [f"{where}: {line[reason]}" for (where, *_), line in zip(rows, lines) if line[SCORE.key] is None]

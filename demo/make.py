@@ -55,7 +55,7 @@ def swap_ends(w: str) -> str:
     return w[-1] + w[1:-1] + w[0] if len(w) > 1 else w
 
 
-def in_words(n: int) -> str:
+def number_in_words(n: int) -> str:
     ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     ones = (ones + "seventeen eighteen nineteen").split()
     tens = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
@@ -97,7 +97,7 @@ OPERATIONS = {  # by the kind of what they are done with
         Operation("one less than {} is", ("take away one", "subtract 1 from it"), "number", 0.2, lambda n: n - 1),
         Operation("ten more than {} is", ("add ten", "add 10 to it"), "number", 0.2, lambda n: n + 10),
         Operation("twice {} is", ("double it", "multiply it by 2"), "number", 0.6, lambda n: 2 * n),
-        Operation("{} in words is", ("write it in words", "spell it out"), "text", 0.6, in_words),
+        Operation("{} in words is", ("write it in words", "spell it out"), "text", 0.6, number_in_words),
         Operation("the last digit of {} is", ("take its last digit", "keep only the last digit"), "number", 0.0,
                   lambda n: n % 10),
         Operation("nine less {} is", ("take nine minus it", "subtract it from 9"), "number", 0.9, lambda n: 9 - n),
@@ -321,7 +321,7 @@ SHARES = (0.59, 0.28, 0.13)  # of the stages: Phased IFT's, for Alpaca
 BOUNDS = (1.0, 1.5, 3.5, 5.0)  # its scores
 
 
-def graded(values: list[float]) -> list[float]:
+def rank_to_scores(values: list[float]) -> list[float]:
     """Scores from 1 to 5 in the order of `values`, so that the paper's bounds cut the paper's shares."""
     order = sorted(range(len(values)), key=values.__getitem__)
     scores = [0.0] * len(values)
@@ -341,7 +341,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def plain_words(world: World) -> set[str]:
     """Every word of plain English that the demo uses."""
     known = [o for kind in world.operations.values() for o in kind]
-    phrases = [*COLOURS, *TRADES, *DISTRACTIONS, *map(in_words, range(100)), *(f.asked for f in FORMS)]
+    phrases = [*COLOURS, *TRADES, *DISTRACTIONS, *map(number_in_words, range(100)), *(f.asked for f in FORMS)]
     phrases += [phrase for o in known for phrase in (o.stated, *o.asked)]
     phrases += [o for openings in OPENINGS.values() for o in openings]
     words = set(re.findall("[a-z]+", " ".join(phrases), re.IGNORECASE)) - {"a", "e", "i", "o", "u"}
@@ -402,9 +402,9 @@ def main() -> None:
         if task.twin not in seen:
             seen.add(task.twin)
             tasks.append(task)
-    true = graded([t.difficulty for t in tasks])
+    true = rank_to_scores([t.difficulty for t in tasks])
     fifth = {i: 5 * place // n + 1 for place, i in enumerate(sorted(range(n), key=lambda i: tasks[i].difficulty))}
-    score = graded([t.difficulty + rng.gauss(0, args.noise) for t in tasks[: args.rows]])
+    score = rank_to_scores([t.difficulty + rng.gauss(0, args.noise) for t in tasks[: args.rows]])
     rows = [
         {"id": f"r{i}", "score": score[i], "true": true[i], "data": [t.instruction(), t.answer]}
         for i, t in enumerate(tasks[: args.rows])

@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 from parts.cli import InputError, dataclass_from_args, print_table, raise_if_any, run_program
 from parts.files import read_json_object
-from parts.report.win_rates import describe_questions
+from parts.report.win_rates import describe_question_mismatches
 from parts.text.templates import choose_template
 from recipes.study.power import LEVEL, POWER, Spread, needed
 
@@ -52,7 +52,7 @@ RECIPES = {  # by hidden size, intermediate size, layers, vocabulary; the paper'
 }
 
 
-def recipe_of(folder: Path) -> tuple[Recipe, bool]:
+def find_recipe(folder: Path) -> tuple[Recipe, bool]:
     """For the model of an HF folder, and whether it is large."""
     raw = read_json_object(folder / "config.json")
     try:
@@ -66,7 +66,7 @@ def recipe_of(folder: Path) -> tuple[Recipe, bool]:
 
 
 def print_flags(args: argparse.Namespace) -> None:
-    found, large = recipe_of(args.model)
+    found, large = find_recipe(args.model)
     print(f"--micro-batch-tokens {found.micro_batch_tokens}" + " --checkpoint-activations" * large)
 
 
@@ -87,7 +87,7 @@ def plan(args: argparse.Namespace) -> None:
     from parts import memory_plan
     from parts.api.options import api_options
     from parts.api.prompts import difficulty_prompt, judge_prompt
-    from parts.api.questions import fence, fill, tokens_in
+    from parts.api.questions import estimate_tokens, fence, fill
     from parts.checkpoints.config import read_config
     from parts.options import Weights
     from parts.text.rows import read_good_rows
@@ -119,7 +119,7 @@ def plan(args: argparse.Namespace) -> None:
         return None if None in prices else (prices[0] * tokens + prices[1] * replies * api.max_tokens) / 1e6
 
     def question(prompt: str, texts: dict[str, str]) -> int:
-        return tokens_in([{"content": fill(prompt, {f"{{{k}}}": fence(v, k) for k, v in texts.items()})}])
+        return estimate_tokens([{"content": fill(prompt, {f"{{{k}}}": fence(v, k) for k, v in texts.items()})}])
 
     sent = 0
     for row in rows:
@@ -162,7 +162,7 @@ def plan(args: argparse.Namespace) -> None:
     memory = sum(memory_plan.memory_plan(model, trained, args.gpus, *shape).values())
     where = f"{args.gpus} {args.gpu}"
     print(
-        f"{recipe_of(training.model)[0].name}, {parameters:,} parameters, on {where}: about "
+        f"{find_recipe(training.model)[0].name}, {parameters:,} parameters, on {where}: about "
         f"{memory / 2**30:,.1f} GiB each while it trains. Hours are for {UTILIZATION:.0%} of their peak in training, "
         f"{BANDWIDTH / 1e12:g} TB/s\nin answering: guesses. Answers count as {longest} tokens. Stage 3 is taken as "
         f"{STAGE_3[0]:.0%} of the rows and {STAGE_3[1]:.0%} of the tokens, as in the paper's data."
@@ -197,7 +197,7 @@ def print_power(prompts: int, comparisons: int, dollars: float | None) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """A line for each arm that we or the paper have: win rate - 50 %, by test set and over all questions."""
-    found = recipe_of(args.model)[0]
+    found = find_recipe(args.model)[0]
     ours = {(r["model"], r["dataset"], r["total"]): r for r in json.loads(args.report.read_text(encoding="utf-8"))}
     sets = list(dict.fromkeys(dataset for _, dataset, total in ours if not total))
     totals = {model: r for (model, _, total), r in ours.items() if total}
@@ -213,7 +213,7 @@ def table(args: argparse.Namespace) -> None:
     judge = ", ".join(dict.fromkeys(r["judge"] for r in ours.values()))
     print(f"{found.name}: win rate against one-off - 50 %, by {judge}; the paper's by gpt-4-0613")
     print_table(("", *sets, "all", "n", "95 %", "paper"), lines)
-    for line in describe_questions(list(ours.values())):
+    for line in describe_question_mismatches(list(ours.values())):
         print(line)
 
 

@@ -16,8 +16,8 @@ from test_judge import compare, write_answers
 from test_served import answers, arguments, many, write_prompts
 
 import generate
-from parts.api.questions import reason_of, state_of
-from parts.api.replies import message_of, parse_scores, rejected_parameter, without_thoughts
+from parts.api.questions import failure_reason, question_state
+from parts.api.replies import extract_message, parse_scores, rejected_parameter, strip_thoughts
 from parts.files import atomic_write
 
 PRICE = ["--price-in", "100", "--price-out", "100"]
@@ -279,7 +279,7 @@ def test_thoughts_are_no_part_of_an_answer(api, tmp_path):
         ("b <think>a</think>", "b <think>a</think>"),
         ("a" + "</think>" * 10_000 + "b", "b"),
     ):
-        assert without_thoughts(reply) == rest
+        assert strip_thoughts(reply) == rest
     write_prompts(tmp_path, many(2))
     run(generate, api(reply="1, no: 2.\n</think>\n\nThree."), *arguments(tmp_path))
     assert [r["output"] for r in answers(tmp_path)] == ["Three.", "Three."]
@@ -290,9 +290,9 @@ def test_content_in_parts_is_joined_and_an_error_is_no_answer():
     thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "7 or 8?"}]}
     parts = [thinking, {"type": "text", "text": "8"}, {"type": "text", "text": " 7"}]
     said = {"choices": [{"message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}]}
-    assert message_of(said)["content"] == "8 7"
-    assert message_of({"choices": [{"message": {"content": [4]}}]}) is None
-    assert message_of({"choices": [{"message": {"content": "4"}, "finish_reason": "error"}]}) is None
+    assert extract_message(said)["content"] == "8 7"
+    assert extract_message({"choices": [{"message": {"content": [4]}}]}) is None
+    assert extract_message({"choices": [{"message": {"content": "4"}, "finish_reason": "error"}]}) is None
 
 
 def test_what_cannot_be_read_is_shown_at_the_end_with_advice(api, tmp_path):
@@ -309,10 +309,18 @@ def test_what_cannot_be_read_is_shown_at_the_end_with_advice(api, tmp_path):
 
 def test_states_of_records():
     reply, lost = {"reply": "x", "value": None, "dollars": 0.1}, {"lost": "HTTP 200: {}", "dollars": 0.1}
-    assert [state_of([reply] * n) for n in range(4)] == ["open", "open", "open", "unparsed"]
-    assert state_of([lost] * 2) == "open" and state_of([lost] * 3) == "failed" and "{}" in reason_of([lost] * 3)
-    assert state_of([lost, reply, lost]) == "unparsed" and state_of([lost, reply | {"value": 0}]) == "parsed"
-    assert state_of([{"failed": "HTTP 500"}]) == "failed" and reason_of([{"failed": "no"}]) == "failed: no"
+    for records, state in (
+        ([], "open"),
+        ([reply] * 2, "open"),
+        ([reply] * 3, "unparsed"),
+        ([lost] * 2, "open"),
+        ([lost] * 3, "failed"),
+        ([lost, reply, lost], "unparsed"),
+        ([lost, reply | {"value": 0}], "parsed"),
+        ([{"failed": "HTTP 500"}], "failed"),
+    ):
+        assert question_state(records) == state, records
+    assert "{}" in failure_reason([lost] * 3) and failure_reason([{"failed": "no"}]) == "failed: no"
 
 
 # ---------------------------------------------------------------- files and secrets

@@ -13,7 +13,7 @@ from api_helpers import KEY, kill_after, lines, paid, run
 from conftest import ROOT, go
 
 import generate
-from parts.api.server_answers import LOOKS_SPECIAL, Pieces
+from parts.api.server_answers import SPECIAL_TOKEN_TEXT, TextTokenizer
 from parts.text import templates
 from parts.text.tokenizers import copy_tokenizer, load_tokenizer
 
@@ -101,7 +101,7 @@ def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, 
     theirs = AutoTokenizer.from_pretrained(exported(bench / "m", tmp_path, template))
     for prompt, tokens in zip(prompts[:3], wanted):
         for adds_bos in (True, False):
-            pieces = Pieces(tokenizer, adds_bos)
+            pieces = TextTokenizer(tokenizer, adds_bos)
             text = pieces.text(templates.render(prompt.turns, templates.TEMPLATES[template], pieces)[0])
             assert text.startswith("<s>") != adds_bos and (not adds_bos or text in sent)
             assert theirs(text, add_special_tokens=adds_bos)["input_ids"] == tokens
@@ -200,8 +200,8 @@ def test_text_that_a_chat_server_may_take_for_a_special_token_is_named(api, tmp_
     done = run(generate, api(), *arguments(tmp_path))
     assert "p.jsonl:3: <|eot_id|>" in done.stdout and "p.jsonl:1" not in done.stdout
     for text in ("</s>", "<s>", "[INST]", "<|im_end|>", "<<SYS>>", "<unk>"):
-        assert LOOKS_SPECIAL.search(f"a {text}b")
-    assert not LOOKS_SPECIAL.search("a < s > b <html> [1] </style> <|a b|>")
+        assert SPECIAL_TOKEN_TEXT.search(f"a {text}b")
+    assert not SPECIAL_TOKEN_TEXT.search("a < s > b <html> [1] </style> <|a b|>")
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ FIGURES = {  # of a report: their names and titles
     "losses": "Training loss",
     "forgetting": "Held-out loss after each stage",
 }
-MANY = 8  # models: more are not named in a title, nor drawn by dataset
-SETTINGS = {
+MAX_NAMED_MODELS = 8  # models: more are not named in a title, nor drawn by dataset
+RC_PARAMS = {
     "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",
     "svg.hashsalt": "",  # the same figure, the same bytes
@@ -59,7 +59,7 @@ def settings():
         import matplotlib
     except ImportError:
         raise InputError("--plots needs matplotlib: pip install matplotlib") from None
-    return matplotlib.rc_context(SETTINGS)
+    return matplotlib.rc_context(RC_PARAMS)
 
 
 def subplots(xlabel: str | None, ylabel: str, width: float = 5.5, height: float = 3.6):
@@ -112,8 +112,8 @@ def report_figures(
     with settings():
         drawn = {
             "stages": draw_stages(rated, dotted),
-            "datasets": draw_datasets(rated) if 0 < models <= MANY else None,
-            "models": draw_models(rated) if models > MANY else None,
+            "datasets": draw_datasets(rated) if 0 < models <= MAX_NAMED_MODELS else None,
+            "models": draw_models(rated) if models > MAX_NAMED_MODELS else None,
             "difficulty": draw_difficulty(np.array(difficulty)) if difficulty else None,
             "losses": draw_losses(losses) if losses else None,
             "forgetting": draw_eval_matrix(held_out) if any(stages for _, stages, _ in held_out) else None,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from parts.cli import strip_control_chars
 from parts.files import read_text
-from parts.report.figures import FIGURES, MANY
-from parts.report.win_rates import describe_canaries, describe_questions, judge_name, without_canaries
+from parts.report.figures import FIGURES, MAX_NAMED_MODELS
+from parts.report.win_rates import describe_canaries, describe_question_mismatches, judge_name, without_canaries
 
 PAGE_DATA_MARKER = '<script type="application/json" id="data">'  # the one element of it that is filled
 
@@ -41,11 +41,11 @@ def page_data(rows: list[dict], summary: list[dict], drawn: dict[str, dict[str, 
     asked = len({(r["dataset"], r["id"]) for r in rows})
     judges = " and ".join(dict.fromkeys(map(judge_name, rows)))
     models, baselines = (list(dict.fromkeys(r[key] for r in rows)) for key in ("model", "baseline"))
-    named = ", ".join(models) if len(models) <= MANY else f"{len(models)} models"
+    named = ", ".join(models) if len(models) <= MAX_NAMED_MODELS else f"{len(models)} models"
     about = f"{asked:,} questions, {len(rows):,} comparisons{describe_orders(rows)}. Judge: {judges}."
     return {
         "title": f"{named} against {' and '.join(baselines)}",
-        "about": "\n".join([*canaries, *describe_questions(summary), about]),
+        "about": "\n".join([*canaries, *describe_question_mismatches(summary), about]),
         "summary": summary,
         "figures": [{"title": FIGURES[k], "svg": base64.b64encode(v["svg"]).decode()} for k, v in drawn.items()],
         "rows": pairs,

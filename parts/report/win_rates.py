@@ -49,7 +49,7 @@ def identical(row: dict) -> bool:
     return "answer" in row and row["answer"] == row.get("against")
 
 
-def check_repeated(rows: list[dict]) -> None:
+def check_duplicates(rows: list[dict]) -> None:
     """Raise InputError where a question stands twice for the same model, baseline and judge: it would count twice."""
     seen, twice = set(), {}
     for r in rows:
@@ -78,7 +78,7 @@ def bootstrap(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def percentile_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def central_95_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The bounds of the middle 95 % along the first dimension, NaN left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a column that is all NaN
@@ -169,7 +169,7 @@ def summarize(rows: list[dict]) -> list[dict]:
             mean, (low, high) = float(values.mean()), rate_interval(values)
             row |= {
                 "common": len(shared),
-                "common_rate": mean_of(np.array([by_question[q] for q in by_question if q in shared])),
+                "common_rate": mean_or_none(np.array([by_question[q] for q in by_question if q in shared])),
                 "win_rate": mean,
                 "low": low,
                 "high": high,
@@ -177,13 +177,13 @@ def summarize(rows: list[dict]) -> list[dict]:
                 "standard_error": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
                 "p": sign_test(counts["win"], counts["loss"]),
                 **position_bias(of),
-                **by_length(of),
+                **length_bias(of),
             }
         out.append(row)
     return out
 
 
-def describe_questions(summary: list[dict]) -> list[str]:
+def describe_question_mismatches(summary: list[dict]) -> list[str]:
     """A warning where comparisons rest on different questions, over all or on one dataset."""
     lines, of = [], {}
     for r in summary:
@@ -210,26 +210,26 @@ def position_bias(rows: list[dict]) -> dict:
     }
 
 
-def length_lead(row: dict) -> int:
+def length_difference(row: dict) -> int:
     """Characters by which the model's answer is longer than the baseline's."""
     return len(str(row.get("answer", ""))) - len(str(row.get("against", "")))
 
 
-def by_length(rows: list[dict]) -> dict:
+def length_bias(rows: list[dict]) -> dict:
     """Win rate where the model's answer is the longer one and where it is the shorter, and what it would be at equal
     length; the mean length of its answers in characters."""
     of = [r for r in rows if r["verdict"] in POINTS]
     points = np.array([POINTS[r["verdict"]] for r in of])
-    lead = np.array([length_lead(r) for r in of], float)
+    lead = np.array([length_difference(r) for r in of], float)
     return {
-        "when_longer": mean_of(points[lead > 0]),
-        "when_shorter": mean_of(points[lead < 0]),
+        "when_longer": mean_or_none(points[lead > 0]),
+        "when_shorter": mean_or_none(points[lead < 0]),
         "length_controlled": length_controlled(points, lead),
-        "mean_length": mean_of(np.array([len(str(r.get("answer", ""))) for r in of])),
+        "mean_length": mean_or_none(np.array([len(str(r.get("answer", ""))) for r in of])),
     }
 
 
-def mean_of(values: np.ndarray) -> float | None:
+def mean_or_none(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
@@ -347,7 +347,7 @@ def agreement(pairs: list[tuple[tuple, str, str]], resamples: int, seed: int) ->
     total = tables.sum(0)
     raw, chance_corrected = float(np.trace(total) / total.sum()), float(cohen_kappa(total))
     low, high = share_interval(np.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))
-    kappa_low, kappa_high = percentile_interval(cohen_kappa(drawn))
+    kappa_low, kappa_high = central_95_interval(cohen_kappa(drawn))
     if raw in (0, 1):
         chance = float((total.sum(0) * total.sum(1)).sum() / total.sum() ** 2)
         if chance < 1:
@@ -358,13 +358,13 @@ def agreement(pairs: list[tuple[tuple, str, str]], resamples: int, seed: int) ->
         "agreement": raw,
         "agreement_low": float(low),
         "agreement_high": float(high),
-        "kappa": format_number(chance_corrected),
-        "kappa_low": format_number(float(kappa_low)),
-        "kappa_high": format_number(float(kappa_high)),
+        "kappa": none_if_nan(chance_corrected),
+        "kappa_low": none_if_nan(float(kappa_low)),
+        "kappa_high": none_if_nan(float(kappa_high)),
     }
 
 
-def format_number(x: float) -> float | None:
+def none_if_nan(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
@@ -374,7 +374,7 @@ def share_interval(hits: np.ndarray, of: np.ndarray) -> tuple[float, float]:
     return rate_interval(mean + (hits - mean * of) / of.mean(), mean)
 
 
-def format_share(hits: list[tuple[tuple, bool]], name: str) -> dict:
+def share_with_interval(hits: list[tuple[tuple, bool]], name: str) -> dict:
     """The share of hits, of (question, hit), with its 95 % interval over questions."""
     at = {q: i for i, q in enumerate(dict.fromkeys(q for q, _ in hits))}
     if not at:
@@ -396,13 +396,13 @@ def audit_judges(rows: list[dict]) -> list[dict]:
         both = [(q, lead) for q, lead in zip(questions, map(score_margins, of)) if lead]
         order = [(q, sign(a) != sign(b)) for q, (a, b) in both]
         longer = [
-            (q, (r["verdict"] == "win") == (length_lead(r) > 0))
+            (q, (r["verdict"] == "win") == (length_difference(r) > 0))
             for q, r in zip(questions, of)
-            if r["verdict"] in ("win", "loss") and length_lead(r)
+            if r["verdict"] in ("win", "loss") and length_difference(r)
         ]
         right, canaries = canaries_right(rows).get(judge, (0, 0))
         row = {"judge": strip_control_chars(judge), "n": len(both), "decided": len(longer), **position_bias(of)}
-        row |= format_share(order, "order") | format_share(longer, "longer")
+        row |= share_with_interval(order, "order") | share_with_interval(longer, "longer")
         out.append(row | {"canaries_right": right, "canaries": canaries})
     return out
 
