@@ -94,9 +94,9 @@ def test_the_verdict_is_the_papers_rule():
         ("w", "e"): "loss",
         ("e", "w"): "loss",
     }
-    lead = {"b": 2.0, "e": 0.0, "w": -0.5}
+    margins = {"b": 2.0, "e": 0.0, "w": -0.5}
     for orders in itertools.product("bew", repeat=2):
-        assert win_rates.verdict([lead[o] for o in orders]) == rule[orders]
+        assert win_rates.decide_verdict([margins[o] for o in orders]) == rule[orders]
 
 
 def test_replayed_judgements_give_exactly_their_win_rate(api, tmp_path):
@@ -111,7 +111,7 @@ def test_replayed_judgements_give_exactly_their_win_rate(api, tmp_path):
     rows = lines(tmp_path / "v.jsonl")
     for row, x, y in zip(rows, base, better):
         assert row["scores"] == [[y + 1, x], [y, x + 1]] and row["answer"].endswith(f"quality={y}")
-        assert row["verdict"] == win_rates.verdict([y + 1 - x, y - x - 1])
+        assert row["verdict"] == win_rates.decide_verdict([y + 1 - x, y - x - 1])
     wins, ties = (sum(r["verdict"] == v for r in rows) for v in ("win", "tie"))
     assert f"{100 * ((wins + ties / 2) / 60 - 0.5):+.1f}" in done.stdout
     assert set(paid(tmp_path).values()) == {1} and len(paid(tmp_path)) == 120  # each pair once in each order
