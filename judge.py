@@ -401,14 +401,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("verdicts", type=Path, nargs="+", metavar="F")
     p.add_argument("--html", type=Path, metavar="F", help="one self-contained page with table, figures and answers")
     p.add_argument("--plots", type=Path, metavar="DIR", help="the figures as PNG and SVG (needs matplotlib)")
-    p.add_argument(
-        "--scored",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="F",
-        help="for the histogram: score.py difficulty's output",
-    )
+    scored_help = "for the histogram: score.py difficulty's output"
+    p.add_argument("--scored", type=Path, nargs="+", default=[], metavar="F", help=scored_help)
     p.add_argument(
         "--metrics", type=Path, nargs="+", default=[], metavar="F", help="metrics.jsonl of train.py, for loss curves"
     )
