@@ -1,7 +1,7 @@
 """Answers from a checkpoint: `generate.py --model out/stage3 --prompts vicuna.jsonl --out answers.json`.
 
-Prompts are tokenized as in training, `decode` (parts/decoding.py) generates the answers, and each answer is written to
-disk when it ends. The same prompts can be sent to a server instead.
+Prompts are tokenized as in training, `decode` (parts/decoding.py) generates the answers, and each finished answer is
+saved. The same prompts can be sent to a server instead.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from data import check_vocabulary
 from model import Transformer, load_model
-from parts.api.questions import state_of
+from parts.api.questions import question_state
 from parts.api.store import Store
 from parts.checkpoints.config import read_config
 from parts.checkpoints.weights import checksum
@@ -85,6 +85,14 @@ def generate(
 # ---------------------------------------------------------------- files of answers
 
 
+def set_keys(prompts: list[Prompt], model: Transformer, options: Options, template: str) -> None:
+    """Set the key of each prompt: a hash of everything that its answer depends on."""
+    sampling, weights = asdict(replace(options, batch_size=0, compile=False)), checksum(dict(model.named_parameters()))
+    for p in prompts:
+        content = json.dumps([sampling, weights, template, str(activation_dtype(model)), p.tokens])
+        p.key = hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
 def answer_all(
     model: Transformer,
     tokenizer,
@@ -96,58 +104,58 @@ def answer_all(
     world_size: int,
 ) -> dict[str, dict]:
     """Answer this rank's share of the prompts: those that fit into the context and are not in OUT.partial.*.jsonl yet.
-    Each answer is written as it ends. Returns the answers of all ranks by key."""
-    done = read_partial(out)
-    dist.barrier()  # all have read before one writes
-    open_ones = {p.key: p for p in prompts if p.key not in done and len(p.tokens) < model.config.max_positions}
-    todo = list(open_ones.values())[rank::world_size]
+    Each answer is saved when it ends. Returns the answers of all ranks by key."""
+    done = read_partial_answers(out)
+    dist.barrier()  # all ranks have read before one of them writes
+    unanswered = {p.key: p for p in prompts if p.key not in done and len(p.tokens) < model.config.max_positions}
+    todo = list(unanswered.values())[rank::world_size]
     rendered, limits = [p.tokens for p in todo], [options.max_new_tokens] * len(todo)
     groups = plan_slots(model, rendered, limits, options)
     if rank == 0 and todo:
         print(describe_groups(groups, rendered, model.config, activation_dtype(model)), flush=True)
     store = Store(out.with_name(f"{out.name}.partial.{rank}.jsonl"))
     answers: list[list[int]] = [[] for _ in todo]
-    made, started = 0, time.monotonic()
+    new_tokens, started = 0, time.monotonic()
     with progress(len(todo), out.name, "answer", shown=rank == 0) as bar:
         for i, token, reason in raise_oom_with_advice(decode(model, rendered, stop, options, groups=groups), groups):
             if token is not None:
                 answers[i].append(token)
-                made += 1
+                new_tokens += 1
                 continue
-            text = tokenizer.decode(answers[i])
-            record = {"output": text, "output_tokens": len(answers[i]), "finish_reason": reason}
+            record = {"output": tokenizer.decode(answers[i]), "output_tokens": len(answers[i]), "finish_reason": reason}
             store.add({"key": todo[i].key, **record})
-            bar.set_postfix_str(f"{made / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{new_tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
             bar.update()
     store.close()
     dist.barrier()
     if rank == 0:
         seconds = time.monotonic() - started
-        print(f"{len(todo):,} answers made now on rank 0 in {seconds:.1f} s, {made / max(seconds, 1e-9):,.0f} tokens/s")
-    found = read_partial(out)
+        speed = new_tokens / max(seconds, 1e-9)
+        print(f"{len(todo):,} answers made now on rank 0 in {seconds:.1f} s, {speed:,.0f} tokens/s")
+    done = read_partial_answers(out)
     for p in prompts:
         if error := exceeds_context(len(p.tokens), model.config.max_positions):
-            found[p.key] = {"output_tokens": 0, "finish_reason": "error", "error": error}
-    return found
+            done[p.key] = {"output_tokens": 0, "finish_reason": "error", "error": error}
+    return done
 
 
 def partial_files(out: Path) -> list[Path]:
-    """The files with the ranks' answers until all are complete. (Answers from a server have a file of their own.)"""
+    """The files with the answers of the ranks until all are complete. Answers from a server have another file."""
     name = re.compile(re.escape(out.name) + r"\.partial\.\d+\.jsonl")
     return [path for path in sorted(out.parent.glob("*.jsonl")) if name.fullmatch(path.name)]
 
 
-def read_partial(out: Path) -> dict[str, dict]:
-    """Answers by key."""
-    found = {}
+def read_partial_answers(out: Path) -> dict[str, dict]:
+    """The answers in the partial files, by key."""
+    answers = {}
     for path in partial_files(out):
-        found |= {key: records[-1] for key, records in Store(path, read_only=True).by_key.items()}
-    return found
+        answers |= {key: records[-1] for key, records in Store(path, read_only=True).by_key.items()}
+    return answers
 
 
 def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, out: Path) -> None:
-    """Write AlpacaEval's format, in the order of the prompts, and print a table by dataset."""
-    rows, errors, by_dataset = [], [], {}
+    """Write the answers in AlpacaEval's format, in the order of the prompts, and print a table by dataset."""
+    rows, errors = [], []
     for prompt in prompts:
         row = {"id": prompt.id, "dataset": prompt.dataset, "instruction": prompt.instruction, "output": ""}
         row |= {"generator": generator, "prompt_tokens": len(prompt.tokens)}
@@ -155,34 +163,40 @@ def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, 
         if "error" in row:
             errors.append(f"{prompt.source}: {row['error']}")
         rows.append(row if prompt.expected is None else row | {"expected": prompt.expected})
-        by_dataset.setdefault(prompt.dataset, []).append(rows[-1])
     atomic_write(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     for path in partial_files(out):
         path.unlink()
     print_list("prompts could not be answered", errors)
-    table = []
-    for name, every in by_dataset.items():
-        of = [r for r in every if "error" not in r]
-        about = ("–", "–", "–")
-        if of:
-            sizes = [f"{np.mean([r[k] for r in of]):,.0f}" for k in ("prompt_tokens", "output_tokens")]
-            about = (*sizes, f"{np.mean([r['finish_reason'] == 'length' for r in of]):.0%}")
-        right = [has_exact_answer(r["output"], r["expected"]) for r in every if "expected" in r]
-        table.append((name, f"{len(of):,}", *about, f"{np.mean(right):.0%}" if right else "–"))
-    print_table(("dataset", "answers", "prompt tokens", "output tokens", "cut at the limit", "as expected"), table)
+    print_answers_table(rows)
     print(f"{out}: {len(rows):,} answers")
 
 
+def print_answers_table(rows: list[dict]) -> None:
+    """Print number and mean lengths of the answers by dataset, and the share that is as expected."""
+    by_dataset: dict[str, list[dict]] = {}
+    for row in rows:
+        by_dataset.setdefault(row["dataset"], []).append(row)
+    table = []
+    for name, of_dataset in by_dataset.items():
+        answered, numbers = [r for r in of_dataset if "error" not in r], ("–", "–", "–")
+        if answered:
+            sizes = [f"{np.mean([r[k] for r in answered]):,.0f}" for k in ("prompt_tokens", "output_tokens")]
+            numbers = (*sizes, f"{np.mean([r['finish_reason'] == 'length' for r in answered]):.0%}")
+        right = [has_exact_answer(r["output"], r["expected"]) for r in of_dataset if "expected" in r]
+        table.append((name, f"{len(answered):,}", *numbers, f"{np.mean(right):.0%}" if right else "–"))
+    print_table(("dataset", "answers", "prompt tokens", "output tokens", "cut at the limit", "as expected"), table)
+
+
 def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) -> Iterator[list[dict]]:
-    """Greedy answers to the prompts of a file, with a model that may be sharded: every rank must iterate in step.
-    Yields all rows after each finished answer; the answers to come are empty."""
-    asked = read_prompts(prompts)
-    render_prompts(asked, tokenizer, template)
-    rows = [{"id": p.id, "instruction": p.instruction, "output": ""} for p in asked]
-    fitting = [i for i, p in enumerate(asked) if len(p.tokens) < model.config.max_positions]
+    """Greedy answers to the prompts in a file, by a model that may be sharded: every rank must iterate in step. Yields
+    all rows after each finished answer; those not finished yet are empty."""
+    questions = read_prompts(prompts)
+    render_prompts(questions, tokenizer, template)
+    rows = [{"id": p.id, "instruction": p.instruction, "output": ""} for p in questions]
+    fitting = [i for i, p in enumerate(questions) if len(p.tokens) < model.config.max_positions]
     answers: list[list[int]] = [[] for _ in fitting]
     stop, options = set(stop_ids(TEMPLATES[template], tokenizer)), Options(max_new_tokens=256)
-    rendered, limits = [asked[k].tokens for k in fitting], [options.max_new_tokens] * len(fitting)
+    rendered, limits = [questions[k].tokens for k in fitting], [options.max_new_tokens] * len(fitting)
     free = torch.tensor(float(free_memory(model.embed.weight.device)), dtype=torch.float64)
     dist.all_reduce(free, dist.ReduceOp.MIN)  # all ranks must make the same plan
     try:
@@ -201,7 +215,7 @@ def answer_samples(model: Transformer, tokenizer, template: str, prompts: Path) 
 
 
 def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: str | None, tokenizer) -> None:
-    """Ask the model `--server` at OPENAI_BASE_URL; every reply is saved in OUT.partial.jsonl when it arrives."""
+    """Ask the model `--server` at OPENAI_BASE_URL; each reply is saved in OUT.partial.jsonl when it arrives."""
     from parts.api import ask, server_answers  # imported here: train.py imports this file and needs no httpx
     from parts.api import options as api
 
@@ -210,9 +224,9 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
     if args.completions:
         render_prompts(prompts, tokenizer, template)
         adds_bos = read_json_object(args.model / "tokenizer_config.json").get("add_bos_token") is not False
-        pieces, context = server_answers.Pieces(tokenizer, adds_bos), read_config(args.model).max_positions
-        texts = [pieces.text(render(p.turns, TEMPLATES[template], pieces)[0]) for p in prompts]
-        specials = list(pieces.specials)
+        as_text, context = server_answers.TextTokenizer(tokenizer, adds_bos), read_config(args.model).max_positions
+        texts = [as_text.text(render(p.turns, TEMPLATES[template], as_text)[0]) for p in prompts]
+        specials = list(as_text.specials)
         stop = stop_ids(TEMPLATES[template], tokenizer)
         if stop[0] not in tokenizer.eos_ids:  # servers stop at EOS by default; vLLM and SGLang accept this field too
             extra["stop_token_ids"] = stop
@@ -225,14 +239,14 @@ def answer_by_server(prompts: list[Prompt], args: argparse.Namespace, template: 
     store = ask.ask_questions(options, args.out, questions, len, "")  # every reply is usable, also an empty one
     if store is None:
         return
-    done |= {q.key: server_answers.answer_of(store.of(q.key)) for q in questions}
+    done |= {q.key: server_answers.build_answer(store.records(q.key)) for q in questions}
     write_answers(prompts, done, args.name, args.out)
     if args.completions:
-        guessed = {r["key"] for q in questions for r in store.of(q.key) if r.get("usage", {}).get("estimated")}
-        counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts if p.key not in guessed]
-        other = [f"{p.source}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
-        print_list("prompts have another number of tokens at the server: its BOS or its tokenizer differs", other)
-    states = [state_of(store.of(q.key)) for q in questions]
+        estimated = {r["key"] for q in questions for r in store.records(q.key) if r.get("usage", {}).get("estimated")}
+        counts = [(p, done[p.key].get("prompt_tokens", len(p.tokens))) for p in prompts if p.key not in estimated]
+        different = [f"{p.source}: {len(p.tokens)}, by the server {n}" for p, n in counts if n != len(p.tokens)]
+        print_list("prompts have another number of tokens at the server: its BOS or tokenizer differs", different)
+    states = [question_state(store.records(q.key)) for q in questions]
     failed = {kind: states.count(kind) for kind in ("refused", "failed", "unparsed")}
     print_summary(f"{len(questions):,} prompts asked", len(questions), failed)
 
@@ -341,8 +355,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     if args.out:
-        read = [*(args.prompts or []), *(args.model.glob("*") if args.model else [])]
-        check_output_paths([args.out], read)
+        check_output_paths([args.out], [*(args.prompts or []), *(args.model.glob("*") if args.model else [])])
     prompts = [p for path in args.prompts or [] for p in read_prompts(path)]
     if is_first_rank():
         print_later_turns(prompts)
@@ -354,16 +367,12 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(notes), file=sys.stderr if args.prompt is not None else sys.stdout)
     if args.server:
         return answer_by_server(prompts, args, template, tokenizer)
-    stop, dtype, options = (
-        set(stop_ids(TEMPLATES[template], tokenizer)),
-        compute_dtype(args.dtype),
-        dataclass_from_args(Options, args),
-    )
+    stop, options = set(stop_ids(TEMPLATES[template], tokenizer)), dataclass_from_args(Options, args)
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first matrix product
         os.environ.setdefault(name, "32")  # oneDNN compiles a kernel per number of tokens: 1000 would take 0.6 GiB
     with init_distributed() as ranks:
         try:
-            model = load_model(args.model, dtype, ranks.device).requires_grad_(False)
+            model = load_model(args.model, compute_dtype(args.dtype), ranks.device).requires_grad_(False)
             if args.chat:
                 chat(model, tokenizer, template, stop, options)
             elif args.prompt is not None:
@@ -372,17 +381,10 @@ def run(args: argparse.Namespace) -> None:
                     raise InputError(error)
                 print_answer(model, tokenizer, tokens, stop, options)
             else:
-                made_by = (
-                    asdict(replace(options, batch_size=0, compile=False)),
-                    checksum(dict(model.named_parameters())),
-                )
                 highest = max(render_prompts(prompts, tokenizer, template))
                 check_vocabulary(highest, model.config.vocab_size, args.model)
-                for p in prompts:
-                    about = json.dumps([*made_by, template, str(dtype), p.tokens])
-                    p.key = hashlib.sha256(about.encode()).hexdigest()[:32]
-                place = ranks.rank, ranks.world_size
-                done = answer_all(model, tokenizer, prompts, stop, options, args.out, *place)
+                set_keys(prompts, model, options, template)
+                done = answer_all(model, tokenizer, prompts, stop, options, args.out, ranks.rank, ranks.world_size)
                 if ranks.rank == 0:
                     write_answers(prompts, done, args.name, args.out)
         except (RuntimeError, MemoryError) as e:

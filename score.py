@@ -26,7 +26,7 @@ import data
 from data import Documents
 from model import Transformer, load_model
 from parts.api.prompts import DIFFICULTY_REMINDER, difficulty_prompt
-from parts.api.questions import fence, fill, make_question, reason_of, state_of, value_of
+from parts.api.questions import failure_reason, fence, fill, make_question, parsed_value, question_state
 from parts.api.store import Store
 from parts.checkpoints.weights import checksum
 from parts.cli import (
@@ -60,8 +60,14 @@ def format_conversation(row: Row) -> list[str]:
     return [f"{texts[0]}\n\n{texts[1]}", *texts[2:]] if row.turns[0].role == "system" else texts
 
 
+def fill_difficulty_prompt(prompt: str, row: Row) -> str:
+    """The prompt about a row: its user texts as the instruction, its assistant texts as the response."""
+    instruction, response = ("\n\n".join(format_conversation(row)[k::2]) for k in (0, 1))
+    return fill(prompt, {"{instruction}": fence(instruction, "instruction"), "{answer}": fence(response, "response")})
+
+
 def difficulty_command(args: argparse.Namespace) -> None:
-    from parts.api.ask import ask_questions  # here, because training imports this file and needs no httpx
+    from parts.api.ask import ask_questions  # imported here, so that training needs no httpx
     from parts.api.options import api_options
     from parts.api.replies import parse_difficulty
 
@@ -73,20 +79,19 @@ def difficulty_command(args: argparse.Namespace) -> None:
     prompt = difficulty_prompt(args.prompt_file, args.instruction_only)
     if args.votes > 1 and options.temperature == 0:
         options = replace(options, temperature=1.0)  # at temperature 0 all votes would be equal
-    questions = []  # a list of votes for each row
+    questions = []  # for each row, one per vote
     for row in rows:
-        asked, answered = ("\n\n".join(format_conversation(row)[k::2]) for k in (0, 1))
-        text = fill(prompt, {"{instruction}": fence(asked, "instruction"), "{answer}": fence(answered, "response")})
+        text = fill_difficulty_prompt(prompt, row)
         questions.append([make_question(options, text, row.id, vote) for vote in range(args.votes)])
-    every = [q for votes in questions for q in votes]
-    answers = ask_questions(options, args.out, every, parse_difficulty, DIFFICULTY_REMINDER)
-    if answers is None:
+    flat = [q for of_row in questions for q in of_row]
+    store = ask_questions(options, args.out, flat, parse_difficulty, DIFFICULTY_REMINDER)
+    if store is None:
         return
     as_pairs = all(turn.role != "system" and turn.trained for row in rows for turn in row.turns)  # the paper's format
-    lines, without, failed = [], [], {"refused": 0, "failed": 0, "unparsed": 0}
-    for i, (row, votes) in enumerate(zip(rows, questions)):
-        records = [answers.of(q.key) for q in votes]
-        scores = [value_of(r) for r in records if value_of(r) is not None]
+    lines, unscored, failed = [], [], {"refused": 0, "failed": 0, "unparsed": 0}
+    for i, (row, of_row) in enumerate(zip(rows, questions)):
+        records = [store.records(q.key) for q in of_row]
+        scores = [parsed_value(r) for r in records if parsed_value(r) is not None]
         line = {
             "id": row.raw.get("id", str(i)),
             "score": sum(scores) / len(scores) if scores else None,
@@ -96,12 +101,12 @@ def difficulty_command(args: argparse.Namespace) -> None:
         if args.votes > 1:
             line["votes"] = scores
         if not scores:
-            line["unscored"] = reason_of(records[0])
-            failed[state_of(records[0])] += 1
-            without.append(f"{row.source}: {line['unscored']}")
+            line["unscored"] = failure_reason(records[0])
+            failed[question_state(records[0])] += 1
+            unscored.append(f"{row.source}: {line['unscored']}")
         lines.append(line)
     write_lines(args.out, lines)
-    print_list("rows have no score", without)
+    print_list("rows have no score", unscored)
     print_summary(f"{args.out}: {len(lines):,} rows", len(lines), failed)
 
 
@@ -118,8 +123,8 @@ def read_score(row: dict, key: str, where: str) -> float | None:
 
 def choose_score_key(rows: list[Row], default: str) -> str:
     """`score` or SCORE.key if only one of them is in the file; `default` if both or neither are."""
-    there = [key for key in ("score", SCORE.key) if any(row.raw.get(key) is not None for row in rows)]
-    return there[0] if len(there) == 1 else default
+    present = [key for key in ("score", SCORE.key) if any(row.raw.get(key) is not None for row in rows)]
+    return present[0] if len(present) == 1 else default
 
 
 def split_equally(scores: np.ndarray, parts: int) -> list[np.ndarray]:
@@ -138,61 +143,61 @@ def split_equally(scores: np.ndarray, parts: int) -> list[np.ndarray]:
 
 def split_at_bounds(scores: np.ndarray, bounds: list[float]) -> list[np.ndarray]:
     """Row indices of the groups below the first bound, from the first to below the second, …"""
-    at = np.searchsorted(np.array(bounds), scores, side="right")
-    return [np.flatnonzero(at == k) for k in range(len(bounds) + 1)]
+    stages = np.searchsorted(np.array(bounds), scores, side="right")
+    return [np.flatnonzero(stages == k) for k in range(len(bounds) + 1)]
+
+
+def assign_stages(scores: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]:
+    """Row indices of each stage, as --equal, --bounds, --random and --reverse ask. Raises InputError."""
+    if len(scores) < (args.equal or 1):
+        raise InputError(f"{len(scores)} scored rows cannot make {args.equal or 'any'} stages")
+    groups = split_equally(scores, args.equal) if args.equal else split_at_bounds(scores, args.bounds)
+    empty = [str(k) for k, group in enumerate(groups, 1) if not len(group)]
+    if empty and not args.allow_empty:
+        raise InputError(
+            f"stage {', '.join(empty)} would be empty with --bounds {' '.join(map(str, args.bounds))}: the scores go "
+            f"from {scores.min():g} to {scores.max():g}. "
+            "Other --bounds, --equal K, or --allow-empty to write the others"
+        )
+    if args.random:
+        shuffled = np.random.default_rng(args.seed).permutation(len(scores))
+        groups = np.split(shuffled, np.cumsum([len(g) for g in groups])[:-1])
+    return groups[::-1] if args.reverse else groups
+
+
+def describe_stage(name: str, rows: list[Row], scores: np.ndarray) -> tuple[str, ...]:
+    """A row of the table of stages."""
+    tokens = sum(len(turn.text.encode()) for row in rows for turn in row.turns) // 4
+    answer_length = np.mean([len(answer_text(row)) for row in rows])
+    score_range = f"{scores.min():g} to {scores.max():g}"
+    return name, f"{len(rows):,}", f"{tokens:,}", score_range, f"{scores.mean():.2f}", f"{answer_length:,.0f}"
 
 
 def stages_command(args: argparse.Namespace) -> None:
     names = [f"s{k}.jsonl" for k in range(1, (args.equal or len(args.bounds) + 1) + 1)]
     check_output_paths([args.out_dir / name for name in (*names, *["scores.png"] * args.plots)], [args.scored])
-    rows = read_good_rows(args.scored, args.skip_bad_rows)
-    args.score_key = args.score_key or choose_score_key(rows, "score")
-    found = [read_score(row.raw, args.score_key, row.source) for row in rows]
-    without = [row.source for row, score in zip(rows, found) if score is None]
+    all_rows = read_good_rows(args.scored, args.skip_bad_rows)
+    key = args.score_key or choose_score_key(all_rows, "score")
+    all_scores = [read_score(row.raw, key, row.source) for row in all_rows]
+    unscored = [row.source for row, score in zip(all_rows, all_scores) if score is None]
     if not args.allow_unscored:
         advice = "Score them, or leave them out with --allow-unscored."
-        raise_if_any(without, f"of {len(rows):,} rows have no {args.score_key}", advice)
-    rows = [row for row, score in zip(rows, found) if score is not None]
-    scores = np.array([score for score in found if score is not None])
-    if len(rows) < (args.equal or 1):
-        raise InputError(f"{len(rows)} scored rows cannot make {args.equal or 'any'} stages")
-    groups = split_equally(scores, args.equal) if args.equal else split_at_bounds(scores, args.bounds)
-    empty = [str(k) for k, group in enumerate(groups, 1) if not len(group)]
-    if empty and not args.allow_empty:
-        raise InputError(
-            f"stage {', '.join(empty)} would be empty with --bounds {' '.join(map(str, args.bounds))}: the "
-            f"scores go from "
-            f"{scores.min():g} to {scores.max():g}. Other --bounds, --equal K, or --allow-empty to write the others"
-        )
-    if args.random:
-        shuffled = np.random.default_rng(args.seed).permutation(len(scores))
-        groups = np.split(shuffled, np.cumsum([len(g) for g in groups])[:-1])
-    if args.reverse:
-        groups = groups[::-1]
+        raise_if_any(unscored, f"of {len(all_rows):,} rows have no {key}", advice)
+    rows = [row for row, score in zip(all_rows, all_scores) if score is not None]
+    scores = np.array([score for score in all_scores if score is not None])
+    groups = assign_stages(scores, args)
     table = []
-    for k, group in enumerate(groups, 1):
+    for name, group in zip(names, groups):
         if len(group):
             chosen = [rows[i] for i in sorted(group)]
-            write_lines(args.out_dir / f"s{k}.jsonl", [row.raw for row in chosen])
-            low, high, mean = scores[group].min(), scores[group].max(), scores[group].mean()
-            tokens = sum(len(turn.text.encode()) for row in chosen for turn in row.turns) // 4
-            answers = np.mean([len(answer_text(row)) for row in chosen])
-            table.append(
-                (
-                    f"s{k}.jsonl",
-                    f"{len(chosen):,}",
-                    f"{tokens:,}",
-                    f"{low:g} to {high:g}",
-                    f"{mean:.2f}",
-                    f"{answers:,.0f}",
-                )
-            )
-    print_table(("stage", "rows", "tokens (est.)", args.score_key, "mean", "mean answer, characters"), table)
-    print_histogram(scores, args.score_key)
-    if without:
-        print(f"{len(without):,} rows without {args.score_key} are left out.")
+            write_lines(args.out_dir / name, [row.raw for row in chosen])
+            table.append(describe_stage(name, chosen, scores[group]))
+    print_table(("stage", "rows", "tokens (est.)", key, "mean", "mean answer, characters"), table)
+    print_histogram(scores, key)
+    if unscored:
+        print(f"{len(unscored):,} rows without {key} are left out.")
     if args.plots:
-        plot_histogram(scores, args.score_key, groups, args.out_dir / "scores.png")
+        plot_histogram(scores, key, groups, args.out_dir / "scores.png")
 
 
 def answer_text(row: Row) -> str:
@@ -227,19 +232,19 @@ def measure_ifd(
     has no IFD. The ranks share the work and all get the result; each must have the full model or a shard of it.
     """
     D, alone = len(documents), answers_alone(documents)
-    both, counts = data.concat([documents, alone]), documents.target_counts
+    documents_and_answers, counts = data.concat([documents, alone]), documents.target_counts
     device = next(model.parameters()).device
     scores = torch.zeros(D, dtype=torch.float64, device=device)
     lengths = documents.lengths + alone.lengths
     for part in data.micro_batches(np.arange(D), lengths, world_size, micro_batch_tokens)[rank]:
         pairs = np.concatenate([part, D + part])  # each document, then each answer alone
-        _, losses = model(*(torch.from_numpy(a).to(device) for a in both.pack(pairs)))
+        _, losses = model(*(torch.from_numpy(a).to(device) for a in documents_and_answers.pack(pairs)))
         if len(part):
             n = torch.from_numpy(np.tile(counts[part], 2)).to(device)
             owner = torch.arange(len(n), device=device).repeat_interleave(n)
             means = torch.zeros(len(n), dtype=torch.float64, device=device).index_add_(0, owner, losses.double()) / n
-            given, by_itself = means.split(len(part))
-            scores[torch.from_numpy(part).to(device)] = (given - by_itself).exp()
+            given_prompt, answer_alone = means.split(len(part))
+            scores[torch.from_numpy(part).to(device)] = (given_prompt - answer_alone).exp()
     reshard(model)
     if world_size > 1:
         dist.all_reduce(scores)
@@ -284,23 +289,23 @@ def ifd_command(args: argparse.Namespace) -> None:
         data.print_unencodable([documents])
     with init_distributed() as ranks:
         started = time.monotonic()
-        model = load_model(args.model, compute_dtype(args.dtype), ranks.device)
+        dtype = compute_dtype(args.dtype)
+        model = load_model(args.model, dtype, ranks.device)
         data.check_vocabulary(int(documents.tokens.max(initial=0)), model.config.vocab_size, args.model)
         store = Store(args.out.with_name(args.out.name + ".partial.jsonl")) if ranks.rank == 0 else None
-        dtype = compute_dtype(args.dtype)
-        about = f"{checksum(dict(model.named_parameters()))} {args.template} {dtype} {SCORE.key}".encode()
-        keys = [content_key(about, documents, d) for d in range(len(documents))]
+        context = f"{checksum(dict(model.named_parameters()))} {args.template} {dtype} {SCORE.key}".encode()
+        keys = [content_key(context, documents, d) for d in range(len(documents))]
         todo, tokens = measure_missing(model, documents, keys, store, args.micro_batch_tokens, ranks)
         if store is None:
             return
         store.close()
-    took = time.monotonic() - started
-    scores = {where: store.of(key)[-1][SCORE.key] for where, key in zip(documents.source, keys)}
+    seconds = time.monotonic() - started
+    scores = {where: store.records(key)[-1][SCORE.key] for where, key in zip(documents.source, keys)}
     lines = [add_score(where, raw, problem, scores, args.max_len) for where, raw, _, problem in rows]
     reason = f"{SCORE.key}_reason"
-    without = [f"{where}: {line[reason]}" for (where, *_), line in zip(rows, lines) if line[SCORE.key] is None]
+    unscored = [f"{where}: {line[reason]}" for (where, *_), line in zip(rows, lines) if line[SCORE.key] is None]
     values = np.array([s for s in scores.values() if s is not None])
-    print_list("rows have no score", without)
+    print_list("rows have no score", unscored)
     if not len(values):
         raise InputError(f"{args.input}: none of {len(lines):,} rows has an {SCORE.name}; {args.out} is not written")
     write_lines(args.out, lines)
@@ -309,8 +314,8 @@ def ifd_command(args: argparse.Namespace) -> None:
         + (f"; {np.mean(SCORE.worth(values) < 0):.1%} at {SCORE.worthless}" if SCORE.worthless else "")
     )
     print(
-        f"{args.out}: {len(lines):,} rows, {todo:,} scored now in {took:,.1f} s ({todo / took:,.1f} rows/s, "
-        f"{tokens / took:,.0f} tokens/s)"
+        f"{args.out}: {len(lines):,} rows, {todo:,} scored now in {seconds:,.1f} s ({todo / seconds:,.1f} rows/s, "
+        f"{tokens / seconds:,.0f} tokens/s)"
     )
 
 
@@ -330,9 +335,9 @@ def measure_missing(
         for a in range(0, len(todo), CHUNK * ranks.world_size):
             chosen = todo[a : a + CHUNK * ranks.world_size]
             chunk = data.subset(documents, chosen)
-            found = SCORE.measure(model, chunk, micro_batch_tokens, ranks.rank, ranks.world_size)
+            scores = SCORE.measure(model, chunk, micro_batch_tokens, ranks.rank, ranks.world_size)
             tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
-            for d, score in zip(chosen, found.tolist()):
+            for d, score in zip(chosen, scores.tolist()):
                 if store:
                     store.add({"key": keys[d], SCORE.key: None if math.isnan(score) else score})
             bar.update(len(chosen))
@@ -351,14 +356,14 @@ def add_score(where: str, raw: dict, problem: str | None, scores: dict[str, floa
     return line
 
 
-def content_key(about: bytes, documents: Documents, d: int) -> str:
-    """The key of a stored score: a hash of `about` (model, template and options) and the tokens of document `d`."""
+def content_key(context: bytes, documents: Documents, d: int) -> str:
+    """The key of a stored score: a hash of `context` (model, template and options) and the tokens of document `d`."""
     row = slice(documents.offsets[d], documents.offsets[d + 1])
     content = documents.tokens[row].tobytes() + documents.loss_mask[row].tobytes()
-    return hashlib.sha256(about + content).hexdigest()[:32]
+    return hashlib.sha256(context + content).hexdigest()[:32]
 
 
-# ---------------------------------------------------------------- IterIT: the best few per cent, before every epoch
+# ---------------------------------------------------------------- IterIT: selection before every epoch
 
 
 @dataclass(frozen=True)
@@ -381,7 +386,7 @@ class Selection:
     scores: list[float] = field(default_factory=list)  # (D,) the latest score of each document; NaN: none
     scoring: int = -1  # the epoch for which …
     candidates: list[int] = field(default_factory=list)  # … these are scored …
-    scored: int = 0  # … and the number of them done
+    scored: int = 0  # … and the number of them scored so far
 
     def candidate_scores(self) -> np.ndarray:
         return np.array(self.scores, np.float32)[self.candidates]
@@ -424,14 +429,14 @@ def choose_rows(worth: np.ndarray, answers: list[str] | None, count: int, decay:
     return np.concatenate([good[best], others[np.argsort(-worth[others], kind="stable")]])[:count].astype(np.int64)
 
 
-def plan_scoring(selection: Selection, usable: np.ndarray, epoch: int, most: int) -> None:
+def plan_scoring(selection: Selection, usable: np.ndarray, epoch: int, max_count: int) -> None:
     """Set the documents to score for `epoch`. Before the first epoch: all `usable` ones (none if scores are given).
-    Before a later one: at most `most`, first those chosen last, then the others by their latest score."""
+    Before a later one: at most `max_count`, first those chosen last, then the others by their latest score."""
     candidates, given = usable, epoch == 0 and bool(selection.scores)
     if epoch > 0:
         known = np.array(selection.scores, np.float32)
         ranked = choose_rows(SCORE.worth(known), None, len(known)).tolist()
-        candidates = np.array(list(dict.fromkeys([*selection.chosen, *ranked]))[:most])
+        candidates = np.array(list(dict.fromkeys([*selection.chosen, *ranked]))[:max_count])
     selection.scoring, selection.candidates = epoch, candidates.tolist()
     selection.scored = len(candidates) if given else 0
 
@@ -444,8 +449,8 @@ def score_candidates(
         selection.scores = [math.nan] * len(documents)
     while selection.scored < len(selection.candidates):
         chunk = np.array(selection.candidates[selection.scored :][: CHUNK * ranks.world_size])
-        found = SCORE.measure(model, data.subset(documents, chunk), micro_batch_tokens, ranks.rank, ranks.world_size)
-        for d, value in zip(chunk.tolist(), found.tolist()):
+        scores = SCORE.measure(model, data.subset(documents, chunk), micro_batch_tokens, ranks.rank, ranks.world_size)
+        for d, value in zip(chunk.tolist(), scores.tolist()):
             selection.scores[d] = value
         selection.scored += len(chunk)
         yield
@@ -484,7 +489,7 @@ def select_epoch_rows(
     """
     if selection.scoring != epoch:
         usable = np.flatnonzero(data.has_prompt_and_answer(documents))
-        plan_scoring(selection, usable, epoch, most=round(options.update_ratio * count))
+        plan_scoring(selection, usable, epoch, max_count=round(options.update_ratio * count))
     for _ in score_candidates(selection, model, documents, ranks, micro_batch_tokens):
         yield selection.scored, len(selection.candidates)
     choose_candidates(selection, options, documents, tokenizer, epoch, count)
@@ -493,8 +498,8 @@ def select_epoch_rows(
 def describe_selection(selection: Selection) -> str:
     """A summary line: how many of the candidates were chosen, and their range of scores."""
     values = np.array(selection.scores)[selection.chosen]
-    others = int((SCORE.worth(values) < 0).sum())
-    note = f"; {others:,} of them at {SCORE.worthless}, since no better rows were left" if others else ""
+    worthless = int((SCORE.worth(values) < 0).sum())
+    note = f"; {worthless:,} of them at {SCORE.worthless}, since no better rows were left" if worthless else ""
     chosen = f"{len(values):,} of {len(selection.candidates):,} chosen"
     return f"{chosen}, {SCORE.name} {values.min():.3f} to {values.max():.3f}{note}"
 
@@ -512,8 +517,8 @@ def write_selection(path: Path, documents: Documents, selection: Selection) -> N
     lines = []
     for rank, d in enumerate(dict.fromkeys([*selection.chosen, *ranked]), 1):
         value = selection.scores[d] if math.isfinite(selection.scores[d]) else None
-        about = {"id": documents.ids[d], "where": documents.source[d], SCORE.key: value}
-        lines.append(about | {"rank": rank, "chosen": d in chosen})
+        origin = {"id": documents.ids[d], "where": documents.source[d]}
+        lines.append(origin | {SCORE.key: value, "rank": rank, "chosen": d in chosen})
     write_lines(path, lines)
 
 
@@ -528,17 +533,17 @@ def select_command(args: argparse.Namespace) -> None:
         chosen = np.argsort([-len(a) for a in answers], kind="stable")[:count]
     else:
         args.score_key = args.score_key or choose_score_key(rows, SCORE.key)
-        found = [read_score(row.raw, args.score_key, row.source) for row in rows]
-        scores = np.array([math.nan if s is None else s for s in found])
+        values = [read_score(row.raw, args.score_key, row.source) for row in rows]
+        scores = np.array([math.nan if value is None else value for value in values])
         if (scores < 0).any():
             raise InputError(f"{rows[int(np.argmax(scores < 0))].source}: {args.score_key} is negative")
         note = f" {int(np.isnan(scores).sum()):,} without {args.score_key} left out;"
         if args.score_key == SCORE.key:
             worth = SCORE.worth(scores)
             chosen = choose_rows(worth, answers if args.by == "diversity" else None, count, args.diversity_decay)
-            others = int((worth[chosen] < 0).sum())
-            if others:
-                note += f" {others:,} chosen at {SCORE.name} {SCORE.worthless}, since no better rows were left;"
+            worthless = int((worth[chosen] < 0).sum())
+            if worthless:
+                note += f" {worthless:,} chosen at {SCORE.name} {SCORE.worthless}, since no better rows were left;"
         elif args.by == "score":
             chosen = choose_rows(scores, None, count)
         else:
@@ -548,8 +553,8 @@ def select_command(args: argparse.Namespace) -> None:
         advice = f"--score-key names the field with the score; the rows have {', '.join(keys)}"
         raise InputError(f"{args.scored}: nothing can be chosen: no row has a number as {args.score_key}. {advice}")
     write_lines(args.out, [rows[i].raw for i in chosen])
-    took = time.monotonic() - started
-    print(f"{args.out}: {len(chosen):,} of {len(rows):,} rows by {args.by}, best first;{note} {took:.1f} s")
+    seconds = time.monotonic() - started
+    print(f"{args.out}: {len(chosen):,} of {len(rows):,} rows by {args.by}, best first;{note} {seconds:.1f} s")
     if len(chosen) < count:
         print(f"{count - len(chosen):,} rows fewer than --ratio {args.ratio:g} asks for: no other rows can be chosen.")
 
@@ -582,26 +587,16 @@ def add_ifd_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--micro-batch-tokens", "--micro-tokens", type=positive_int, default=4096, help="tokens per forward pass"
     )
-    p.add_argument(
-        "--dtype",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="dtype of the computation; auto: bf16 if the device supports it. The losses are fp32",
-    )
+    dtype_help = "dtype of the computation; auto: bf16 if the device supports it. The losses are fp32"
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help=dtype_help)
     p.set_defaults(work=ifd_command)
 
 
 def add_stages_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("scored", type=Path, metavar="SCORED")
     p.add_argument("--out-dir", type=Path, required=True, metavar="D", help="output folder of s1.jsonl s2.jsonl …")
-    p.add_argument(
-        "--bounds",
-        type=float,
-        nargs="+",
-        default=[1.5, 3.5],
-        metavar="X",
-        help="upper bounds of the stages, exclusive (the defaults are Alpaca's)",
-    )
+    bounds_help = "upper bounds of the stages, exclusive (the defaults are Alpaca's)"
+    p.add_argument("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help=bounds_help)
     p.add_argument("--equal", type=positive_int, metavar="K", help="K stages of nearly equal size, instead of --bounds")
     p.add_argument("--random", action="store_true", help="same sizes, random rows (the paper's control)")
     p.add_argument("--reverse", action="store_true", help="hardest stage first")
@@ -618,15 +613,10 @@ def add_stages_arguments(p: argparse.ArgumentParser) -> None:
 def add_select_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("scored", type=Path, metavar="SCORED")
     p.add_argument("--out", type=Path, required=True, metavar="F", help="JSONL: the chosen rows, best first")
-    p.add_argument(
-        "--ratio", type=fraction_or_count, default=0.05, help="below 1 a fraction of the rows, from 1 on a number"
-    )
-    p.add_argument(
-        "--by",
-        choices=["diversity", "score", "length", "random"],
-        default="diversity",
-        help="score x diversity (IterIT), score alone (Superfiltering), longest answers, or random",
-    )
+    ratio_help = "below 1 a fraction of the rows, from 1 on a number"
+    p.add_argument("--ratio", type=fraction_or_count, default=0.05, help=ratio_help)
+    by_help = "score x diversity (IterIT), score alone (Superfiltering), longest answers, or random"
+    p.add_argument("--by", choices=["diversity", "score", "length", "random"], default="diversity", help=by_help)
     p.add_argument("--diversity-decay", type=float, default=0.1, help="of the weights of terms that are chosen already")
     key_help = "the field with the score (default: score or ifd, whichever the file has; ifd if it has both)"
     p.add_argument("--score-key", metavar="KEY", help=key_help)

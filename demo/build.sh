@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes demo/ anew: text and instructions, and a tiny Llama pre-trained on the text with train.py (an hour and a quarter
-# on two cores, which do nothing else).
+# Rebuild demo/: text and instructions, and a tiny Llama pre-trained on the text with train.py (an hour and a quarter on
+# two idle cores).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python demo/make.py --out demo/build

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # From instructions to a report, without a key or a GPU: IFD scores, stages of rising difficulty, phased and one-off
-# training with the same number of steps, answers, verdicts, out/demo/report.html. Killed, the same command goes on.
-#     demo/run.sh [FOLDER]      under two minutes on two cores
+# training with the same number of steps, answers, verdicts, out/demo/report.html. After a kill, run it again to resume.
+#     demo/run.sh [FOLDER]      (under two minutes on two cores)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${1:-out/demo}
 mkdir -p "$out"
 step() { echo "== $*" >&2; "$@"; }
 
-# 1,584 rows: three stages of 528 and all of them at once both take 99 steps of 16.
+# With 1,584 rows, phased (three stages of 528) and one-off training both take 99 steps of 16 rows.
 sed -n 1,1584p demo/scored.jsonl > "$out/instructions.jsonl"
 [ -e "$out/ifd.jsonl" ] || step $python score.py ifd "$out/instructions.jsonl" --model demo/model --out "$out/ifd.jsonl"
 step $python score.py stages "$out/ifd.jsonl" --score-key ifd --equal 3 --out-dir "$out"

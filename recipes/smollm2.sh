@@ -23,7 +23,8 @@ say "the first $count rows of $rows, and ten prompts"
 PYTHONPATH=$root "$python" - "$rows" "$count" "$out/rows.jsonl" "$prompts" "$out/prompts.jsonl" << 'PYTHON'
 import sys
 from pathlib import Path
-from parts.cli import InputError, write_lines
+from parts.cli import InputError
+from parts.files import write_lines
 from parts.text.rows import messages_of, read_rows
 from parts.text.testsets import read_prompts
 
@@ -57,10 +58,10 @@ done
 PYTHONPATH=$root "$python" - "$out/model.json" "$out/stage3.json" << 'PYTHON'
 import json
 import sys
-from parts.cli import printable
+from parts.cli import strip_control_chars
 
 before, after = (json.load(open(path, encoding="utf-8")) for path in sys.argv[1:])
 for a, b in zip(before, after):
-    print(f"\n{printable(a['instruction'])[:200]}\n  before: {printable(a['output'])[:300]}\n  after:  {printable(b['output'])[:300]}")
+    print(f"\n{strip_control_chars(a['instruction'])[:200]}\n  before: {strip_control_chars(a['output'])[:300]}\n  after:  {strip_control_chars(b['output'])[:300]}")
 PYTHON
 say "done: $out/run/stage3 is a Hugging Face folder. Talk to it: $python generate.py --model $out/run/stage3 --chat"

@@ -1,4 +1,4 @@
-"""What the tests of paid work share: rows, a program's main in this process, what the fake server was paid for."""
+"""Helpers of the API tests: rows, running a program in this process, stored records, requests that were billed."""
 
 import asyncio
 import collections
@@ -14,12 +14,14 @@ from unittest import mock
 
 from fake_api import Server
 
+from parts.files import write_lines
+
 KEY = "sk-THISKEYISSECRET0123456789"
 
 
 @functools.cache
 def server_loop():
-    """A thread in which all fake servers of this process live: one of them is there within a millisecond."""
+    """The event loop of a thread in which all fake servers of this process run: they start within a millisecond."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     return loop
@@ -38,7 +40,7 @@ def stop_server(server: Server) -> None:
 def make_rows(path, n=60):
     row = {"input": ""}
     rows = (row | {"id": f"r{i}", "instruction": f"Do thing number {i}.", "output": f"Done {i}."} for i in range(n))
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_lines(path, rows)
     return path
 
 
@@ -56,7 +58,7 @@ def run(program, env, *arguments, expect=0):
 
 
 def kill_after(process, path, lines_there: int):
-    """kill -9 as soon as `path` has so many lines."""
+    """kill -9 as soon as `path` has `lines_there` lines."""
     while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines_there):
         time.sleep(0.01)
     process.kill()
@@ -67,8 +69,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def stored_records(folder, out="o.jsonl"):
+    path = folder / f"{out}.partial.jsonl"
+    return lines(path) if path.exists() else []
+
+
 def paid(tmp_path):
-    """How often each prompt was really answered by the server."""
+    """How many times the server answered each prompt."""
     log = tmp_path / "server.log"
     if not log.exists():
         return {}

@@ -108,7 +108,7 @@ def measure(model_dir: Path, texts: list[tuple[str, str]], out: Path, dtype: tor
     about = f"{checksum(dict(model.named_parameters()))} {template} {dtype}"
     store = Store(out)
     keys = [hashlib.sha256(json.dumps([about, *text]).encode()).hexdigest()[:32] for text in texts]
-    todo = {key: text for key, text in zip(keys, texts) if not store.of(key)}
+    todo = {key: text for key, text in zip(keys, texts) if not store.records(key)}
     batch: dict[str, list] = {}
 
     def compute_batch() -> None:
@@ -128,7 +128,7 @@ def measure(model_dir: Path, texts: list[tuple[str, str]], out: Path, dtype: tor
                 compute_batch()
         if batch:
             compute_batch()
-    records = [store.of(key)[-1] for key in keys]
+    records = [store.records(key)[-1] for key in keys]
     store.close()
     return np.array([[r["tokens"], r["given"], r["alone"]] for r in records], np.float64)
 

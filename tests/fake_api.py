@@ -1,8 +1,8 @@
-"""A real HTTP server on loopback that behaves like an OpenAI-compatible API, and misbehaves on request.
+"""An HTTP server on loopback that behaves like an OpenAI-compatible API and injects faults on request.
 
-    python tests/fake_api.py '{"latency": 0.2, "faults": 0.2}'   prints its port, serves until it is killed
+    python tests/fake_api.py '{"latency": 0.2, "faults": 0.2}'   prints its port and serves until it is killed
 
-Every completion that was really sent is a line of `log`: the body of the request and the reply.
+Every completion that it sends is a line of `log`: the body of the request and the reply.
 """
 
 import asyncio
@@ -67,9 +67,13 @@ REJECTIONS = {
 }
 
 
-def said(reply: dict) -> str:
+def reply_text(reply: dict) -> str:
     choice = reply["choices"][0]
     return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+def hash_number(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
 class Server:
@@ -84,7 +88,7 @@ class Server:
         self.tokens, self.filled, self.count = self.o["rate"], time.monotonic(), 0
 
     async def listen(self) -> int:
-        """Start to serve; the port."""
+        """Start the server; returns its port."""
         self.server = await asyncio.start_server(self.client, "127.0.0.1", 0, backlog=1000)
         return self.server.sockets[0].getsockname()[1]
 
@@ -164,11 +168,11 @@ class Server:
         if status == 200 and o["strange"]:
             return await self.strange(writer, reply, headers.get("authorization", ""))
         if status == 200 and self.log:
-            self.log.write(json.dumps({"request": request, "reply": said(reply)}) + "\n")
+            self.log.write(json.dumps({"request": request, "reply": reply_text(reply)}) + "\n")
         return await self.send(writer, status, reply, extra)
 
     async def poisoned(self, writer, kind):
-        """What is no answer. Three kinds of it have been paid for; of `truncated` the server alone knows."""
+        """Send a reply without a usable answer. All kinds but 500 and hang are billed."""
         usage = {"prompt_tokens": 100, "completion_tokens": 7}
         if kind == "500":
             return await self.send(writer, 500, {"error": {"message": "it hurts"}})
@@ -184,7 +188,7 @@ class Server:
         return await self.send(writer, 200, {"choices": [choice] if kind == "error" else [], "usage": usage})
 
     async def strange(self, writer, reply, authorization):
-        """A good completion, sent as no good server would; once only for some, then as it should be."""
+        """Send a completion in a malformed way; some kinds only for the first request."""
         kind, first = self.o["strange"], self.count == 1
         head = b"HTTP/1.1 200 X\r\ncontent-type: application/json\r\n"
         if kind == "key everywhere":
@@ -219,7 +223,7 @@ class Server:
         return await self.send(writer, 200, reply)
 
     def qualities(self, text):
-        """Of the two answers; 1 for one that has none, or that is to another question."""
+        """The qualities of the two answers; 1 for an answer without one, or to another question."""
         question, *answers = re.findall(r"<<<(?:question|answer \d) \w+>>>\n(.*?)\n<<<end of", text, re.DOTALL)
         for answer in answers:
             found, to = re.search(r"quality=(\d+)", answer), re.match(r"answer (\d+) by", answer)
@@ -243,17 +247,12 @@ class Server:
                 return status, json.loads(json.dumps(body).replace("NAME", name))
         if o["refuse"] and o["refuse"] in text:
             return o["refuse_status"], {"error": {"message": "flagged by the content filter", "code": "content_filter"}}
-        reply = (
-            o["reply"]
-            if o["reply"] is not None
-            else str(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 9 / 2)
-        )
+        reply = o["reply"]
+        if reply is None:
+            reply = str(1 + hash_number(text) % 9 / 2)
         if o["judge"] is not None:
             one, two = self.qualities(text)
-            if (
-                o["moody"]
-                and int(hashlib.sha256(f"{text} {request['seed']}".encode()).hexdigest(), 16) % o["moody"] == 0
-            ):
+            if o["moody"] and hash_number(f"{text} {request['seed']}") % o["moody"] == 0:
                 one, two = two, one
             reply = f"{one + o['judge']} {two}\nBecause."
         if o["odd"] and o["odd"] in text and len(request["messages"]) == 1:
@@ -294,25 +293,15 @@ class Server:
             name, output, errors = f"batch-{len(self.batches)}", [], []
             requests = [json.loads(line) for line in self.files[json.loads(body)["input_file_id"]].splitlines()]
             for r in requests:
-                if self.random.random() < self.o["batch_fail"]:
-                    errors.append(
-                        {
-                            "custom_id": r["custom_id"],
-                            "response": {"status_code": 500, "body": {"error": {"message": "oops"}}},
-                        }
-                    )
-                    continue
-                status, reply = self.respond(r["body"])
-                if self.o["batch_lines"] == "null":
-                    output.append({"custom_id": r["custom_id"], "response": None})
-                    continue
+                failed = self.random.random() < self.o["batch_fail"]
+                status, reply = (500, {"error": {"message": "oops"}}) if failed else self.respond(r["body"])
                 if self.o["batch_lines"] == "list":
                     reply["choices"][0]["message"]["content"] = [4]
-                (output if status == 200 else errors).append(
-                    {"custom_id": r["custom_id"], "response": {"status_code": status, "body": reply}}
-                )
-                if status == 200 and self.log:
-                    self.log.write(json.dumps({"request": r["body"], "reply": said(reply)}) + "\n")
+                response = {"status_code": status, "body": reply} if self.o["batch_lines"] != "null" else None
+                line = {"custom_id": r["custom_id"], "response": response}
+                (output if status == 200 else errors).append(line)
+                if response and status == 200 and self.log:
+                    self.log.write(json.dumps({"request": r["body"], "reply": reply_text(reply)}) + "\n")
             for kind, lines in (("out", output), ("err", errors)):
                 self.files[f"{name}-{kind}"] = "".join(json.dumps(x) + "\n" for x in lines).encode()
             self.batches[name] = {

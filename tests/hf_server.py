@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server around transformers' generate, one request at a time, fp32: for tests, and no engine.
+"""An OpenAI-compatible server around transformers' generate, one request at a time, fp32. For tests only.
 
     PORT=8000 python tests/hf_server.py FOLDER   serves until it is killed
 

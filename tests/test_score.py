@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import data
 import score
 from parts import diversity
+from parts.files import write_lines
 from parts.text import templates
 from parts.text.rows import read_rows
 from parts.text.tokenizers import load_tokenizer
@@ -25,12 +26,7 @@ from parts.text.tokenizers import load_tokenizer
 
 
 def scored(path, scores, key="score"):
-    path.write_text(
-        "".join(
-            json.dumps({"id": str(i), key: s, "data": [f"q{i}", f"a{i}"], "extra": i}) + "\n"
-            for i, s in enumerate(scores)
-        )
-    )
+    write_lines(path, [{"id": str(i), key: s, "data": [f"q{i}", f"a{i}"], "extra": i} for i, s in enumerate(scores)])
     return path
 
 
@@ -89,21 +85,11 @@ def test_bad_scores_and_empty_stages_are_clear_errors(tmp_path, capsys):
     assert code == 2 and "x.jsonl:2: ifd 'very'" in err
 
 
-def test_the_published_file_reads_as_it_is(shared, tmp_path, capsys):
-    code = score.main(
-        [
-            "stages",
-            str(shared / "alpaca_scored_stage3.jsonl"),
-            "--out-dir",
-            str(tmp_path),
-            "--bounds",
-            "4",
-            "4.5",
-            "--skip-bad-rows",
-        ]
-    )
+def test_the_published_file_reads_as_it_is(shared, tmp_path):
+    source, split = shared / "alpaca_scored_stage3.jsonl", ["--bounds", "4", "4.5", "--skip-bad-rows"]
+    run(score, os.environ, "stages", source, "--out-dir", tmp_path, *split)
     rows = [lines(tmp_path / f"s{k}.jsonl") for k in (1, 2, 3)]
-    assert code == 0 and sum(map(len, rows)) == 3995
+    assert sum(map(len, rows)) == 3995
     assert all(float(r["score"]) < 4 for r in rows[0]) and all(float(r["score"]) >= 4.5 for r in rows[2])
 
 
@@ -128,12 +114,8 @@ def reference_choice(scores, texts, budget, decay):
     return chosen
 
 
-words = st.lists(
-    st.sampled_from(
-        ["The", "cat", "sat", "on", "a", "mat", "Ünïcode", "naïve", "42", "x_y", "don't", "日本語", "über-all", "I"]
-    ),
-    max_size=12,
-)
+WORDS = ["The", "cat", "sat", "on", "a", "mat", "Ünïcode", "naïve", "42", "x_y", "don't", "日本語", "über-all", "I"]
+words = st.lists(st.sampled_from(WORDS), max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -200,7 +182,7 @@ def test_select_takes_what_is_too_hard_last_leaves_out_what_is_unscored_and_says
 
     def pick(*more):
         score.main(["select", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "o.jsonl"), *more])
-        return [r["id"] for r in lines(tmp_path / "o.jsonl")], capsys.readouterr().out
+        return [r.get("id") for r in lines(tmp_path / "o.jsonl")], capsys.readouterr().out
 
     for by in ("score", "diversity"):
         ids, out = pick("--ratio", "6", "--by", by)
@@ -209,12 +191,8 @@ def test_select_takes_what_is_too_hard_last_leaves_out_what_is_unscored_and_says
     ids, out = pick("--ratio", "0.34")
     assert set(ids) == {"2", "5"} and len(lines(tmp_path / "o.jsonl")[0]) == 4 and "chosen at IFD" not in out
     assert set(pick("--ratio", "3", "--by", "random")[0]) <= set("012345")
-    (tmp_path / "x.jsonl").write_text(
-        "".join(json.dumps({"instruction": "q", "output": "a" * n}) + "\n" for n in (3, 9, 5))
-    )
-    score.main(
-        ["select", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "o.jsonl"), "--by", "length", "--ratio", "2"]
-    )
+    write_lines(tmp_path / "x.jsonl", [{"instruction": "q", "output": "a" * n} for n in (3, 9, 5)])
+    pick("--by", "length", "--ratio", "2")
     assert [len(r["output"]) for r in lines(tmp_path / "o.jsonl")] == [9, 5]
 
 
@@ -258,7 +236,7 @@ def folder(tmp_path_factory):
     shutil.copyfile(SHARED / "tokenizers" / "llama2.model", path / "m" / "tokenizer.model")
     rows = [json.loads(line) for line in (SHARED / "alpaca_scored_stage3.jsonl").read_text().splitlines()[:60]]
     rows[5]["data"][1] = "  "
-    (path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_lines(path / "x.jsonl", rows)
     return path
 
 
@@ -285,20 +263,8 @@ def reference_ifd(folder, rows, max_len=2048):
 
 
 def test_ifd_is_that_of_transformers_on_real_rows(folder, tmp_path):
-    done = run(
-        score,
-        os.environ,
-        "ifd",
-        folder / "x.jsonl",
-        "--model",
-        folder / "m",
-        "--out",
-        tmp_path / "o.jsonl",
-        "--max-len",
-        "300",
-        "--dtype",
-        "fp32",
-    )
+    files = [folder / "x.jsonl", "--model", folder / "m", "--out", tmp_path / "o.jsonl"]
+    done = run(score, os.environ, "ifd", *files, "--max-len", "300", "--dtype", "fp32")
     rows, expected = lines(tmp_path / "o.jsonl"), reference_ifd(folder, read_rows(folder / "x.jsonl")[0], 300)
     assert len(rows) == 60 and len(expected) == 59
     for i, row in enumerate(rows):
@@ -332,7 +298,7 @@ def test_ifd_does_not_depend_on_ranks_or_budget_and_goes_on_after_a_kill(folder,
 
 
 def test_ifd_of_rows_that_cannot_have_one_is_an_error_that_says_why(folder, tmp_path):
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"plain {i}"}) + "\n" for i in range(3)))
+    write_lines(tmp_path / "x.jsonl", [{"text": f"plain {i}"} for i in range(3)])
     more = ["--model", folder / "m", "--out", tmp_path / "o.jsonl", "--dtype", "fp32"]
     done = run(score, os.environ, "ifd", tmp_path / "x.jsonl", *more, expect=2)
     assert "none of 3 rows has an IFD" in done.stderr and "there is no prompt" in done.stdout + done.stderr
@@ -343,18 +309,8 @@ def test_documents_without_prompt_or_prediction_have_no_ifd():
     from model import Transformer, init_weights
     from parts.checkpoints.config import parse_config
 
-    model = Transformer(
-        parse_config(
-            dict(
-                model_type="llama",
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                vocab_size=50,
-            )
-        )
-    )
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    model = Transformer(parse_config(dict(model_type="llama", **sizes)))
     init_weights(model, 0)
     tokens = np.array([1, 5, 6, 2] + [1, 7, 8, 9, 2] + [3, 4], np.int32)
     supervised = np.array([0, 1, 1, 1] + [0, 0, 0, 1, 1] + [1, 0], bool)  # no prompt; ordinary; nothing to predict

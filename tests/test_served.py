@@ -1,4 +1,4 @@
-"""generate.py --server: the same prompts, answered by an OpenAI-compatible server, in the same answers file."""
+"""generate.py --server: an OpenAI-compatible server answers the prompts, with the same answers file."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from api_helpers import KEY, kill_after, lines, paid, run
 from conftest import ROOT, go
 
 import generate
-from parts.api.server_answers import LOOKS_SPECIAL, Pieces
+from parts.api.server_answers import SPECIAL_TOKEN_TEXT, TextTokenizer
+from parts.files import write_lines
 from parts.text import templates
 from parts.text.tokenizers import copy_tokenizer, load_tokenizer
 
@@ -21,9 +22,8 @@ DEMO = ROOT / "demo" / "model"
 
 
 def write_prompts(folder, rows) -> Path:
-    path = folder / "p.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+    write_lines(folder / "p.jsonl", rows)
+    return folder / "p.jsonl"
 
 
 def many(n):
@@ -42,7 +42,7 @@ def answers(folder):
     return json.loads((folder / "a.json").read_text())
 
 
-def test_chat_messages_are_asked_and_the_answers_file_is_the_same(api, tmp_path):
+def test_chat_messages_give_the_same_answers_file_as_local_generation(api, tmp_path):
     turns = [("system", "Be brief."), ("user", "1?"), ("assistant", "2"), ("user", "3?")]
     chat = {"id": "c", "messages": [{"role": r, "content": t} for r, t in turns]}
     write_prompts(tmp_path, [{"id": 7, "instruction": "Sum.", "input": "1 2", "expected": "3"}, chat])
@@ -50,17 +50,9 @@ def test_chat_messages_are_asked_and_the_answers_file_is_the_same(api, tmp_path)
     more = ["--temperature", "0.7", "--top-p", "0.9", "--top-k", "40", "--max-new-tokens", "9", "--seed", "3"]
     done = run(generate, env, *arguments(tmp_path, *more))
     first, second = answers(tmp_path)
-    assert first == {
-        "id": "7",
-        "dataset": "p",
-        "instruction": "Sum.\n1 2",
-        "output": "3",
-        "generator": "m",
-        "prompt_tokens": 21,
-        "output_tokens": 5,
-        "finish_reason": "length",
-        "expected": "3",
-    }
+    question = {"id": "7", "dataset": "p", "instruction": "Sum.\n1 2", "expected": "3"}
+    answer = {"output": "3", "generator": "m", "prompt_tokens": 21, "output_tokens": 5, "finish_reason": "length"}
+    assert first == question | answer
     assert second["instruction"] == "3?" and "100%" in done.stdout
     one, two = sorted(requests(tmp_path), key=lambda r: len(r["messages"]))
     assert one["messages"] == [{"role": "user", "content": "Sum.\n1 2"}] and two["messages"] == chat["messages"]
@@ -73,7 +65,7 @@ def test_chat_messages_are_asked_and_the_answers_file_is_the_same(api, tmp_path)
 
 
 @pytest.mark.parametrize("template", ["phased", "llama2", "mistral", "alpaca"])
-def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, bench, tmp_path):
+def test_completions_send_the_prompts_of_local_generation(template, api, bench, tmp_path):
     talk = {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]}
     trap = {"prompt": "Say </s> and <s>."}
     write_prompts(tmp_path, [*many(3), talk, trap])
@@ -101,7 +93,7 @@ def test_completions_are_asked_of_what_our_engine_would_be_given(template, api, 
     theirs = AutoTokenizer.from_pretrained(exported(bench / "m", tmp_path, template))
     for prompt, tokens in zip(prompts[:3], wanted):
         for adds_bos in (True, False):
-            pieces = Pieces(tokenizer, adds_bos)
+            pieces = TextTokenizer(tokenizer, adds_bos)
             text = pieces.text(templates.render(prompt.turns, templates.TEMPLATES[template], pieces)[0])
             assert text.startswith("<s>") != adds_bos and (not adds_bos or text in sent)
             assert theirs(text, add_special_tokens=adds_bos)["input_ids"] == tokens
@@ -120,7 +112,7 @@ def exported(model, folder, template):
     return folder / "x"
 
 
-def test_an_end_of_turn_that_the_folder_does_not_name_is_sent_along(api, tmp_path):
+def test_a_stop_token_that_is_not_eos_is_sent_to_the_server(api, tmp_path):
     shutil.copytree(DEMO, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     added = {"1999": {"content": "<|im_start|>", "special": True}, "1998": {"content": "<|im_end|>", "special": True}}
@@ -130,7 +122,7 @@ def test_an_end_of_turn_that_the_folder_does_not_name_is_sent_along(api, tmp_pat
     assert requests(tmp_path)[0]["stop_token_ids"][0] == 1998
 
 
-def test_an_answer_ends_at_the_context_and_a_prompt_that_fills_it_is_not_asked(api, tmp_path):
+def test_answers_end_at_the_context_and_prompts_that_fill_it_are_not_sent(api, tmp_path):
     context = json.loads((DEMO / "config.json").read_text())["max_position_embeddings"]
     rows = [{"prompt": "a " * (context // 2 - 22)}, {"prompt": "a " * context}, *many(30)]
     write_prompts(tmp_path, rows)
@@ -141,7 +133,7 @@ def test_an_answer_ends_at_the_context_and_a_prompt_that_fills_it_is_not_asked(a
     assert "context is" in answers(tmp_path)[1]["error"]
 
 
-def test_killed_it_goes_on_and_pays_for_nothing_twice(api, tmp_path):
+def test_after_a_kill_nothing_is_paid_twice(api, tmp_path):
     write_prompts(tmp_path, many(120) + many(5))  # five of them twice
     env = api(latency=0.02)
     command = [sys.executable, ROOT / "generate.py", *arguments(tmp_path, "--concurrency", "4")]
@@ -158,7 +150,7 @@ def test_killed_it_goes_on_and_pays_for_nothing_twice(api, tmp_path):
     assert kept.exists()  # our engine does not throw away what was paid for
 
 
-def test_refusals_empty_answers_and_what_a_server_does_not_take(api, tmp_path):
+def test_refusals_empty_answers_and_rejected_parameters(api, tmp_path):
     write_prompts(tmp_path, [{"prompt": "flag this"}, *many(30)])
     env = api(refuse="flag", reply="", reject=["top_k", "seed", "max_tokens"])
     done = run(generate, env, *arguments(tmp_path, "--top-k", "5"))
@@ -183,7 +175,7 @@ def test_token_counts_are_compared_only_if_the_server_states_them(api, tmp_path)
     assert "another number" not in done.stdout and len(answers(tmp_path)) == 3
 
 
-def test_budget_batch_and_dry_run_are_the_clients(api, tmp_path):
+def test_budget_batch_and_dry_run_work_as_for_scoring(api, tmp_path):
     write_prompts(tmp_path, many(40))
     done = run(generate, api(), *arguments(tmp_path, "--dry-run", "--price-in", "1", "--price-out", "2"))
     assert "40 questions" in done.stdout and "$" in done.stdout and not (tmp_path / "a.json").exists()
@@ -195,13 +187,13 @@ def test_budget_batch_and_dry_run_are_the_clients(api, tmp_path):
         assert len(answers(tmp_path)) == 40
 
 
-def test_text_that_a_chat_server_may_take_for_a_special_token_is_named(api, tmp_path):
+def test_text_that_looks_like_a_special_token_is_reported(api, tmp_path):
     write_prompts(tmp_path, [*many(2), {"prompt": "What is <|eot_id|>?"}])
     done = run(generate, api(), *arguments(tmp_path))
     assert "p.jsonl:3: <|eot_id|>" in done.stdout and "p.jsonl:1" not in done.stdout
     for text in ("</s>", "<s>", "[INST]", "<|im_end|>", "<<SYS>>", "<unk>"):
-        assert LOOKS_SPECIAL.search(f"a {text}b")
-    assert not LOOKS_SPECIAL.search("a < s > b <html> [1] </style> <|a b|>")
+        assert SPECIAL_TOKEN_TEXT.search(f"a {text}b")
+    assert not SPECIAL_TOKEN_TEXT.search("a < s > b <html> [1] </style> <|a b|>")
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +205,7 @@ def trained(bench, tmp_path_factory):
 
 
 @pytest.mark.parametrize("template", ["phased", "mistral", "alpaca"])
-def test_transformers_answers_like_our_engine_token_for_token(template, trained, tmp_path):
+def test_answers_equal_those_of_transformers_token_for_token(template, trained, tmp_path):
     """Greedy, fp32, an exported folder: by token ids always; by chat messages and by text where special tokens, or
     nothing, stand between the pieces that we tokenize one by one; and in a conversation by token ids alone."""
     folder = exported(trained, tmp_path, template)
@@ -229,7 +221,7 @@ def test_transformers_answers_like_our_engine_token_for_token(template, trained,
     for name, way in {"chat": [], "ids": model, "text": [*model, "text"]}.items():
         done = run(generate, env, "--server", "x", *way, *more, "--out", tmp_path / f"{name}.json")
         served = json.loads((tmp_path / f"{name}.json").read_text())
-        alike = [told(a, 0) == told(b, b["finish_reason"] == "stop") for a, b in zip(own, served)]
+        alike = [answer_fields(a, 0) == answer_fields(b, b["finish_reason"] == "stop") for a, b in zip(own, served)]
         assert all(alike), name
         assert "another number of tokens" not in done.stdout
     server.shutdown()
@@ -237,8 +229,8 @@ def test_transformers_answers_like_our_engine_token_for_token(template, trained,
     assert len({a["output"] for a in own}) >= 3
 
 
-def told(row, ending):
-    """What was answered, without the token that ended it, which servers count."""
+def answer_fields(row, ending):
+    """The fields to compare; the number of tokens without the end token, which servers count."""
     return row["output"], row["output_tokens"] - ending, row["prompt_tokens"], row["finish_reason"]
 
 
@@ -256,7 +248,7 @@ def told(row, ending):
         [],
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(more, tmp_path, capsys):
+def test_incompatible_flags_are_usage_errors(more, tmp_path, capsys):
     write_prompts(tmp_path, many(1))
     given = [] if "--prompt" in more else ["--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "a.json")]
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Asks the questions of a program: prints the plan, sends what is not answered yet, prints what came of it."""
+"""Ask a program's questions: print the plan, send the unanswered questions, print the outcome."""
 
 import asyncio
 import sys
@@ -11,7 +11,7 @@ from parts.api.batch import BatchRunner
 from parts.api.client import Client
 from parts.api.options import ApiOptions
 from parts.api.pricing import PRICES_DATE
-from parts.api.questions import Question, describe_unparsed, state_of, tokens_in, value_of
+from parts.api.questions import Question, describe_unparsed, estimate_tokens, parsed_value, question_state
 from parts.api.scheduler import Scheduler
 from parts.api.store import Store
 from parts.cli import InputError, Interrupted, WorkError
@@ -21,26 +21,27 @@ from parts.files import read_json_object
 def ask_questions(
     options: ApiOptions, out: Path, questions: list[Question], parse: Callable[[str], object], reminder: str
 ) -> Store | None:
-    """Ask the questions that have no answer in OUT.partial.jsonl yet; the store of all answers, None after a dry run.
+    """Ask the questions that have no answer in OUT.partial.jsonl yet. Returns the store with all answers, or None after
+    a dry run.
 
-    `parse` and `reminder` are those of Client. Raises InputError for unusable settings and for a batch under way that
-    this run does not collect, WorkError when rows are left without an answer, Interrupted after a signal. Every reply
-    is in the store before the next request is sent.
+    `parse` and `reminder` are passed to Client. Raises InputError for unusable settings and for a pending batch that
+    this run does not collect, WorkError if rows remain without an answer, Interrupted after a signal. Every reply is
+    stored before the next request is sent.
     """
     store = Store(out.with_name(out.name + ".partial.jsonl"), read_only=options.dry_run)
     try:
         client = Client(options, store, parse, reminder)
-        parse_again(store, parse, options.ask_refused)
+        reparse_records(store, parse, options.ask_refused)
         unique = {question.key: question for question in questions}
-        todo = [question for question in unique.values() if client.is_open(question)]
+        todo = [question for question in unique.values() if client.needs_answer(question)]
         print_plan(client, len(questions), len(unique), todo)
         batch_path = out.with_name(out.name + ".batch.json")
         pending = read_json_object(batch_path)
         if pending:
-            about = f"{batch_path}: a batch of {len(pending['rows']):,} rows is under way, and paid for"
+            status = f"{batch_path}: a batch of {len(pending['rows']):,} rows is pending and paid for"
             if not (options.batch or options.dry_run):
-                raise InputError(f"{about}: the same command with --batch collects it. To do without, delete this file")
-            print(f"{about}: --batch collects it first", flush=True)
+                raise InputError(f"{status}: the same command with --batch collects it. To discard it, delete the file")
+            print(f"{status}: --batch collects it first", flush=True)
         if options.dry_run:
             return None
         if (todo or pending) and not client.credentials.key and "api.openai.com" in client.credentials.base_url:
@@ -49,39 +50,39 @@ def ask_questions(
         send_all(client, runner, todo, list(unique))
     finally:
         store.close()
-    still_open = [question.row for question in unique.values() if client.is_open(question)]
-    if reason := client.shutdown.reason or still_open:
-        kind = Interrupted if isinstance(reason, Interrupted) else WorkError
-        problem = client.shutdown.reason or f"{len(still_open)} rows got no answer ({', '.join(still_open[:5])} …)"
+    unanswered = [question.row for question in unique.values() if client.needs_answer(question)]
+    if client.shutdown.reason or unanswered:
+        error = Interrupted if isinstance(client.shutdown.reason, Interrupted) else WorkError
+        problem = client.shutdown.reason or f"{len(unanswered)} rows got no answer ({', '.join(unanswered[:5])} …)"
         lost = f" except for {len(store.unwritten):,} records that could not be written" if store.unwritten else ""
-        raise kind(f"{problem}; the replies are in {store.path}{lost}, the same command continues from there")
-    unparsed = [store.of(key) for key in unique if state_of(store.of(key)) == "unparsed"]
+        raise error(f"{problem}; the replies are in {store.path}{lost}, the same command continues from there")
+    unparsed = [store.records(key) for key in unique if question_state(store.records(key)) == "unparsed"]
     if len(unparsed) > 0.05 * len(unique):
-        problem = f"{len(unparsed):,} of {len(unique):,} replies cannot be read, {describe_unparsed(unparsed)}"
-        print(problem, file=sys.stderr)
+        examples = describe_unparsed(unparsed)
+        print(f"{len(unparsed):,} of {len(unique):,} replies cannot be read, {examples}", file=sys.stderr)
     return store
 
 
-def parse_again(store: Store, parse: Callable[[str], object], ask_refused: bool) -> None:
-    """Parse what is stored; with `ask_refused`, forget the records of questions without a value for this run."""
+def reparse_records(store: Store, parse: Callable[[str], object], ask_refused: bool) -> None:
+    """Parse the stored replies again; with `ask_refused`, drop the records of questions without a value from memory."""
     for records in store.by_key.values():
         for record in records:
             record["value"] = parse(record["reply"]) if "reply" in record and "refused" not in record else None
-        if ask_refused and value_of(records) is None:
+        if ask_refused and parsed_value(records) is None:
             records.clear()
 
 
 def send_all(client: Client, runner: BatchRunner | Scheduler, todo: list[Question], keys: list[str]) -> None:
-    """Run to the end and print the state of all `keys`, tokens, dollars and speed."""
+    """Send the questions; then print the states of all `keys`, tokens, dollars and speed."""
     started = time.monotonic()
     try:
         asyncio.run(runner.run(todo))
     except WorkError as e:
         client.shutdown.request(e)
     finally:
-        with suppress(OSError):  # the run has ended with this error already
+        with suppress(OSError):  # this error has ended the run already
             client.store.flush()
-        states = [state_of(client.store.of(key)) for key in keys]
+        states = [question_state(client.store.records(key)) for key in keys]
         counts = [f"{states.count(s):,} {s}" for s in ("parsed", "refused", "unparsed", "failed", "open")]
         budget, retries = client.budget, client.transport.retries
         tokens = f"{budget.tokens_in:,} tokens in, {budget.tokens_out:,} out, ${budget.spent:,.2f} in all"
@@ -92,14 +93,15 @@ def send_all(client: Client, runner: BatchRunner | Scheduler, todo: list[Questio
 
 def print_plan(client: Client, questions: int, unique: int, todo: list[Question]) -> None:
     options, budget = client.options, client.budget
-    tokens = sum(tokens_in(q.messages if q.prompt is None else q.prompt) for q in todo), len(todo) * options.max_tokens
+    tokens_in = sum(estimate_tokens(q.messages if q.prompt is None else q.prompt) for q in todo)
+    tokens_out = len(todo) * options.max_tokens
     price = "price unknown: --price-in, --price-out"
     if None not in budget.prices:
         per_token = f"${budget.prices[0]:g} and ${budget.prices[1]:g} per million tokens"
         listed = f" (a list of {PRICES_DATE})" if None in (options.price_in, options.price_out) else ""
-        price = f"${budget.dollars(*tokens):,.2f} at {per_token}{listed}"
+        price = f"${budget.dollars(tokens_in, tokens_out):,.2f} at {per_token}{listed}"
     print(
         f"{questions:,} questions, {unique - len(todo):,} answered before, {len(todo):,} to ask {options.model}; "
-        f"about {tokens[0]:,} tokens in and at most {tokens[1]:,} out: {price}",
+        f"about {tokens_in:,} tokens in and at most {tokens_out:,} out: {price}",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Asks questions by the Batch API of an OpenAI-compatible server: half the price, within 24 hours."""
+"""Ask questions through the Batch API of an OpenAI-compatible server: half the price, within 24 hours."""
 
 import json
 import re
@@ -10,22 +10,22 @@ from pathlib import Path
 import httpx
 
 from parts.api.client import Client
-from parts.api.questions import Question, tokens_in
-from parts.api.replies import Reply, error_of, is_completion, is_paid
+from parts.api.questions import Question, estimate_tokens
+from parts.api.replies import Reply, extract_error, is_billed, is_completion
 from parts.api.transport import NoAnswer, Refused, Stopped
 from parts.cli import WorkError, progress
 from parts.files import atomic_write, read_json_object
 
 MAX_BATCH_ROWS, MAX_BATCH_BYTES = 50_000, 190 * 10**6  # limits of the API
-BATCH_TRIES = 5  # batches in which a row may get an error of the server, or nothing
-MAX_FILE_BYTES, FILE_TIMEOUTS = 2**30, 30  # of an upload or a download; in timeouts
+BATCH_TRIES = 5  # batches in which a row may get a server error or no result
+MAX_FILE_BYTES, FILE_TIMEOUTS = 2**30, 30  # of one file transfer: its size, and its duration in timeouts
 
 
 class BatchRunner:
-    """Uploads questions, waits for the batch and records its results; rows that got none go into the next batch.
+    """Uploads questions, waits for the batch and records its results; rows without a result go into the next batch.
 
-    The file `path` holds the upload and the batch under way, with their rows and prices: {"file", "batch", "rows":
-    {key: [row, tokens]}, "prices"}. A later run collects that batch first, whatever it asks itself; a batch that was
+    The file `path` describes the pending upload and batch, with rows and prices: {"file", "batch", "rows": {key: [row,
+    tokens]}, "prices"}. A later run collects that batch first, whichever questions it has itself; a batch that was
     created just before a kill is found by its upload.
     """
 
@@ -34,7 +34,7 @@ class BatchRunner:
         self.failures: Counter[str] = Counter()  # by key
         self.recorded = {(r.get("batch"), r["key"]) for records in client.store.by_key.values() for r in records}
         self.http = client.transport.connect()
-        self.questions: dict[str, Question] = {}  # by key: those of this run
+        self.questions: dict[str, Question] = {}  # of this run, by key
 
     async def run(self, questions: list[Question]) -> None:
         self.client.shutdown.on_signals()
@@ -44,7 +44,7 @@ class BatchRunner:
                 if state := read_json_object(self.path):
                     await self.collect(state)
                 while not self.client.shutdown.reason:
-                    todo = [question for question in questions if self.client.is_open(question)]
+                    todo = [question for question in questions if self.client.needs_answer(question)]
                     lines = self.request_lines(todo)
                     if not lines:
                         return
@@ -61,7 +61,7 @@ class BatchRunner:
             raise
 
     def request_lines(self, todo: list[Question]) -> list[bytes]:
-        """The lines of a batch's upload: as many questions as the API accepts and the budget allows."""
+        """The lines to upload for a batch: as many questions as the API accepts and the budget allows."""
         lines, size, dollars = [], 0, 0.0
         for question in todo:
             body = self.client.request_body(question)
@@ -77,20 +77,20 @@ class BatchRunner:
             lines.append(line)
         return lines
 
-    async def create(self, lines: list[bytes], asked: list[Question]) -> dict:
-        """Upload the lines and create a batch of them; the state is saved before and after."""
+    async def create(self, lines: list[bytes], questions: list[Question]) -> dict:
+        """Upload the lines and create a batch of them. The state is saved after the upload and after the creation."""
         file = ("questions.jsonl", b"".join(lines))
         uploaded = await self.call("POST", "/files", data={"purpose": "batch"}, files={"file": file})
-        rows = {question.key: [question.row, tokens_in(self.client.content(question))] for question in asked}
-        state = {"file": self.checked_id(uploaded.body.get("id")), "rows": rows, "prices": self.client.budget.prices}
+        rows = {question.key: [question.row, estimate_tokens(self.client.content(question))] for question in questions}
+        state = {"file": self.validate_id(uploaded.body.get("id")), "rows": rows, "prices": self.client.budget.prices}
         atomic_write(self.path, json.dumps(state))
-        batch = {"input_file_id": state["file"], "endpoint": f"/v1{asked[0].endpoint}", "completion_window": "24h"}
-        state["batch"] = self.checked_id((await self.call("POST", "/batches", json=batch)).body.get("id"))
+        batch = {"input_file_id": state["file"], "endpoint": f"/v1{questions[0].endpoint}", "completion_window": "24h"}
+        state["batch"] = self.validate_id((await self.call("POST", "/batches", json=batch)).body.get("id"))
         atomic_write(self.path, json.dumps(state))
         return state
 
-    def checked_id(self, name) -> str:
-        """The id of a file or a batch, which becomes part of a path. Raises WorkError for anything else."""
+    def validate_id(self, name) -> str:
+        """Return the id of a file or a batch, which becomes part of a path. Raises WorkError for anything else."""
         redact, sanitize = self.client.credentials.redact, self.client.credentials.sanitize
         if not isinstance(name, str) or redact(name) != name or not re.fullmatch(r"[\w.-]{1,200}", name):
             raise WorkError(f"the server gave no id of a file or batch, but {sanitize(str(name))!r}")
@@ -100,10 +100,10 @@ class BatchRunner:
         """The id of the batch that was created from an uploaded file, if one of the latest 100 was."""
         batches = (await self.call("GET", "/batches?limit=100")).body.get("data") or []
         ids = [batch["id"] for batch in batches if batch.get("input_file_id") == file]
-        return self.checked_id(ids[0]) if ids else None
+        return self.validate_id(ids[0]) if ids else None
 
     async def collect(self, state: dict) -> None:
-        """Wait for a batch and record all its results, also those of rows that are not asked for now."""
+        """Wait for a batch and record all its results, including those of rows that this run does not ask."""
         if "batch" not in state:  # killed between the upload and the second save
             state["batch"] = await self.find_batch(state["file"])
         try:
@@ -112,15 +112,15 @@ class BatchRunner:
         except Refused as e:
             if e.status != 404:
                 raise
-            problem = (
-                f"the server does not know batch {state['batch']} ({len(state['rows'])} rows) or its files: HTTP 404"
-            )
-            advice = "set OPENAI_BASE_URL and OPENAI_API_KEY as they were when it was created"
-            raise WorkError(f"{problem}; {advice}, or delete {self.path} to ask its rows again") from None
+            raise WorkError(
+                f"the server does not know batch {state['batch']} ({len(state['rows'])} rows) or its files: HTTP 404; "
+                "set OPENAI_BASE_URL and OPENAI_API_KEY as they were when it was created, "
+                f"or delete {self.path} to ask its rows again"
+            ) from None
         self.path.unlink()
 
     async def wait_for_end(self, state: dict) -> dict:
-        """The batch when it has ended."""
+        """Poll the batch until it has ended; returns it."""
         with progress(len(state["rows"]), f"batch {state['batch']}", "row") as bar:
             while True:
                 batch = (await self.call("GET", f"/batches/{state['batch']}")).body
@@ -138,9 +138,9 @@ class BatchRunner:
             raise WorkError(f"the batch {batch.get('status')}: {reason}")
         missing = {key: Question(key, row, [], prompt=[0] * tokens) for key, (row, tokens) in state["rows"].items()}
         missing |= {key: question for key, question in self.questions.items() if key in missing}
-        sent = self.client.request_body(Question("", "", []))  # its parameters, before any of them is learnt here
+        sent = self.client.request_body(Question("", "", []))  # the parameters that were sent
         for name in files:
-            content = (await self.call("GET", f"/files/{self.checked_id(name)}/content")).content
+            content = (await self.call("GET", f"/files/{self.validate_id(name)}/content")).content
             for key, reply, problem in map(read_result, content.split(b"\n")):
                 question = missing.pop(key, None)
                 if question and (state["batch"], key) not in self.recorded:  # else recorded before a kill
@@ -150,15 +150,15 @@ class BatchRunner:
 
     def record_result(self, question: Question, reply: Reply, problem: str, sent: dict, state: dict) -> None:
         """Record a completion, a lost reply or a refusal, or count a failure: then the next batch asks again."""
-        client, about = self.client, {"prices": state["prices"], "batch": state["batch"]}
+        client, batch = self.client, {"prices": state["prices"], "batch": state["batch"]}
         if reply.status == 200 and is_completion(reply):
-            client.record_reply(question, reply.body, **about)
-        elif is_paid(reply):
-            client.record_lost_reply(question, reply, **about)
+            client.record_reply(question, reply.body, **batch)
+        elif is_billed(reply):
+            client.record_lost_reply(question, reply, **batch)
         elif not client.learn_unsupported(reply, sent):
-            problem = client.transport.problem_of(reply) if reply.status else client.credentials.sanitize(problem)
+            problem = client.transport.describe_problem(reply) if reply.status else client.credentials.sanitize(problem)
             try:
-                if question.key in self.questions and reply.status and client.transport.is_final(reply):
+                if question.key in self.questions and reply.status and not client.transport.should_retry(reply):
                     client.record_failure(question, "refused", problem)
                 else:
                     self.count_failure(question, problem)
@@ -167,19 +167,19 @@ class BatchRunner:
 
     def count_failure(self, question: Question, problem: str) -> None:
         self.failures[question.key] += 1
-        asked = question.key in self.questions and self.client.is_open(question)
-        if asked and self.failures[question.key] >= BATCH_TRIES:
+        wanted = question.key in self.questions and self.client.needs_answer(question)
+        if wanted and self.failures[question.key] >= BATCH_TRIES:
             self.client.record_failure(question, "failed", f"{problem} (in {BATCH_TRIES} batches)")
 
 
 def read_result(line: bytes) -> tuple[str, Reply, str]:
-    """A line of a batch's results: the question's key, the reply with status 0 where there is none, and why."""
+    """Parse a line of a batch's results: the question's key, its reply (status 0 if there is none), and the error."""
     try:
-        answer = json.loads(line)
-        key = str(answer["custom_id"]).partition("-")[0]
-        response = answer.get("response") or {}
+        result = json.loads(line)
+        key = str(result["custom_id"]).partition("-")[0]
+        response = result.get("response") or {}
         status, body = response.get("status_code"), response.get("body")
-        problem = str(error_of(answer).get("message") or "a line without a response")
+        problem = str(extract_error(result).get("message") or "a line without a response")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "", Reply(0, httpx.Headers(), b""), ""
     return key, Reply(status if isinstance(status, int) else 0, httpx.Headers(), json.dumps(body).encode()), problem

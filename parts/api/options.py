@@ -1,4 +1,4 @@
-"""The flags of the programs that ask an OpenAI-compatible server, and the dataclass that carries their values."""
+"""The flags of programs that use an OpenAI-compatible server, and the dataclass with their values."""
 
 import argparse
 import math
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from parts.api.pricing import PRICES_DATE, list_prices
 from parts.cli import positive_float, positive_int
 
-REPLY_TIMEOUTS = 5  # timeouts that a whole reply may take
+REPLY_TIMEOUTS = 5  # timeouts within which a reply must be complete
 
 
 @dataclass(frozen=True)
 class ApiOptions:
-    """How to ask; add_api_arguments describes the fields. Address and key are in OPENAI_BASE_URL and OPENAI_API_KEY."""
+    """Settings of requests; add_api_arguments describes the fields. OPENAI_BASE_URL and OPENAI_API_KEY are not here."""
 
     model: str = "gpt-4-0613"
     concurrency: int = 64
@@ -32,14 +32,14 @@ class ApiOptions:
     extra: dict = field(default_factory=dict)  # further parameters of every request: top_p …
 
     def prices(self) -> list[float | None]:
-        """Dollars per million tokens in and out, half of them in batches; None where they are unknown."""
+        """Dollars per million tokens in and out, halved for batches; None if unknown."""
         given = zip((self.price_in, self.price_out), list_prices(self.model))
         prices = [listed if own is None else own for own, listed in given]
         return [price / 2 if price and self.batch else price for price in prices]
 
 
 def add_api_arguments(parser: argparse.ArgumentParser, sampling: bool = True) -> None:
-    """Add a flag for each field of ApiOptions; without `sampling`, not those for the model and how it samples."""
+    """Add a flag for each field of ApiOptions; without `sampling`, no --api-model, --max-tokens and --temperature."""
     group, default = parser.add_argument_group("API (OPENAI_API_KEY and OPENAI_BASE_URL are honoured)"), ApiOptions()
 
     def add(flag: str, kind: type, metavar: str, text: str) -> None:
@@ -67,6 +67,6 @@ def add_api_arguments(parser: argparse.ArgumentParser, sampling: bool = True) ->
 
 
 def api_options(args: argparse.Namespace, **own) -> ApiOptions:
-    """The options of the flags that add_api_arguments added, and `own` values of the program."""
+    """ApiOptions from the flags of add_api_arguments, and `own` values of the program."""
     values = {f.name: getattr(args, f.name) for f in fields(ApiOptions) if hasattr(args, f.name)}
     return ApiOptions(**values | {"model": getattr(args, "api_model", "")} | own)

@@ -2,12 +2,12 @@
 
 import math
 
-from parts.api.questions import bytes_in
-from parts.api.replies import usage_of
+from parts.api.questions import max_token_count
+from parts.api.replies import extract_usage
 from parts.cli import InputError
 
 PRICES_DATE = "August 2025"
-PRICES = {  # dollars per million tokens, in and out; the longest key with which a model's name begins counts
+PRICES = {  # dollars per million tokens, in and out; by prefix of the model's name; the longest one counts
     "gpt-4": (30, 60),
     "gpt-4-32k": (60, 120),
     "gpt-4-turbo": (10, 30),
@@ -36,7 +36,7 @@ def list_prices(model: str) -> tuple[float | None, float | None]:
 class Budget:
     """Dollars spent, and reserved for requests in flight, within a limit.
 
-    `prices`: dollars per million tokens in and out, None where unknown. Raises InputError for a limit without prices.
+    `prices`: dollars per million tokens in and out, None if unknown. Raises InputError for a limit without prices.
     """
 
     def __init__(self, prices: list[float | None], limit: float = math.inf):
@@ -50,16 +50,16 @@ class Budget:
         return sum((price or 0) * n / 1e6 for price, n in zip(self.prices, (tokens_in, tokens_out)))
 
     def max_dollars(self, body: dict) -> float:
-        """The most that a request can cost: no tokenizer makes more tokens than there are bytes."""
+        """The maximum cost of a request: no tokenizer makes more tokens than there are bytes."""
         messages = body.get("messages", ())
-        sent = bytes_in(messages or body["prompt"]) + 16 * len(messages)
+        sent = max_token_count(messages or body["prompt"]) + 16 * len(messages)
         return self.dollars(sent, body.get("max_tokens") or body["max_completion_tokens"])
 
     def allows(self, dollars: float) -> bool:
         return self.spent + self.reserved + dollars <= self.limit
 
     def reserve(self, dollars: float) -> bool:
-        """Reserve the most that a request can cost; False where the limit does not allow that."""
+        """Reserve the maximum cost of a request; False if the limit does not allow it."""
         if not self.allows(dollars):
             return False
         self.reserved += dollars
@@ -71,13 +71,13 @@ class Budget:
         self.in_flight -= 1
 
     def settle(self, record: dict) -> None:
-        """Count the tokens and the cost of a record: its `dollars`, or what its usage costs at today's price if the
-        price was not known then, and the dollars of the incomplete replies before it (`broken`)."""
-        tokens, dollars, broken = usage_of(record), record.get("dollars"), record.get("broken")
+        """Count the tokens and the cost of a record: its `dollars`, or its usage at the current price if the price was
+        not known then, and the dollars of the incomplete replies before it (`broken`)."""
+        tokens, dollars, broken = extract_usage(record), record.get("dollars"), record.get("broken")
         self.tokens_in += tokens[0]
         self.tokens_out += tokens[1]
         self.spent += dollars if isinstance(dollars, float) else self.dollars(*tokens)
         self.spent += broken if isinstance(broken, float) else 0.0
 
-    def exceeded(self) -> str:
+    def describe_exceeded(self) -> str:
         return f"the budget of ${self.limit:g} could be exceeded (${self.spent:.2f} are spent)"

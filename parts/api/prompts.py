@@ -1,4 +1,4 @@
-"""The prompts for a score of difficulty and for a comparison of two answers."""
+"""The prompts that ask for a difficulty score and for a comparison of two answers."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ LEVELS = """\
 1 means trivial, 2 easy, 3 medium, 4 hard, 5 very hard, even for an expert; fractions such as 2.5 are welcome.
 Reply with one number from 1 to 5 and nothing else."""
 
-# As Phased IFT has it scored (section 3): the instruction with its input and the response, on two dimensions.
+# As in Phased IFT (section 3): the instruction, its input and its response are scored on two dimensions.
 DIFFICULTY_PROMPT = f"""\
 You rate how difficult an example is for a language model that is to learn from it: an instruction, with the input \
 that it works on if it has one, and a response.
@@ -52,14 +52,14 @@ DIFFICULTY_REMINDER = "Reply with one number from 1 to 5 and nothing else, for e
 
 
 def difficulty_prompt(path: Path | None, instruction_only: bool) -> str:
-    """The prompt of a file, or a built-in one, with {instruction} and perhaps {answer}. Raises InputError."""
+    """The prompt of a file, or a built-in one, with {instruction} and optionally {answer}. Raises InputError."""
     if path is None:
         return INSTRUCTION_PROMPT if instruction_only else DIFFICULTY_PROMPT
     prompt = read_text(path)
     if "{instruction}" not in prompt:
-        raise InputError(f"{path}: must hold {{instruction}} where the instruction goes")
+        raise InputError(f"{path}: must contain {{instruction}} where the instruction goes")
     if instruction_only and "{answer}" in prompt:
-        raise InputError(f"{path}: holds {{answer}}, which --instruction-only does not show")
+        raise InputError(f"{path}: contains {{answer}}, which --instruction-only does not show")
     return prompt
 
 
@@ -81,7 +81,6 @@ Judge how helpful, relevant, accurate and sufficiently detailed each answer is, 
 they stand here or to length as such.
 Reply with one line that holds two numbers from 1 to 10, the score of the first answer and the score of the second, \
 separated by a space{explain}."""
-ALONE, EXPLAIN = ", and nothing else", ". Then, from the second line on, give your reasons in a few sentences"
 PLACEHOLDERS = ("{question}", "{answer_1}", "{answer_2}")
 JUDGE_REMINDER = (
     "The first line of your reply must be two numbers from 1 to 10 separated by a space, for example: 7 8.5"
@@ -92,5 +91,6 @@ def judge_prompt(path: Path | None, explain: bool) -> str:
     """The prompt of a file, or the built-in one, with each of the PLACEHOLDERS once. Raises InputError."""
     prompt = JUDGE_PROMPT if path is None else read_text(path)
     if any(prompt.count(placeholder) != 1 for placeholder in PLACEHOLDERS):
-        raise InputError(f"{path}: must hold {', '.join(PLACEHOLDERS)} once each")
-    return prompt.replace("{explain}", EXPLAIN if explain else ALONE)
+        raise InputError(f"{path}: must contain {', '.join(PLACEHOLDERS)} once each")
+    explanation = ". Then, from the second line on, give your reasons in a few sentences"
+    return prompt.replace("{explain}", explanation if explain else ", and nothing else")

@@ -1,4 +1,4 @@
-"""When the next request may be sent: limits per minute, and what the server's headers say."""
+"""When the next request may be sent: limits per minute, and the rate-limit headers of the server."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-MAX_WAIT = 120  # seconds that a server may ask to wait
+MAX_WAIT = 120  # in seconds; a server that asks for a longer wait ends the run
 
 
 def parse_seconds(text: str) -> float:
@@ -21,7 +21,7 @@ def parse_seconds(text: str) -> float:
 
 
 def retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds that the server asks to wait, if it does."""
+    """The seconds that the server asks to wait, or None."""
     try:
         if "retry-after-ms" in headers:
             wait = float(headers["retry-after-ms"]) / 1000
@@ -35,8 +35,8 @@ def retry_after(headers: httpx.Headers) -> float | None:
 
 
 class RateLimiter:
-    """Spaces requests so that they keep to `rpm` and `tpm` (requests and tokens per minute) and to the limits that the
-    server states in its headers. `sleep(seconds)` may raise to end a wait."""
+    """Spaces requests to stay within `rpm` and `tpm` (requests and tokens per minute) and within the limits in the
+    server's headers. `sleep(seconds)` may raise to end a wait."""
 
     def __init__(self, rpm: float, tpm: float, concurrency: int, sleep: Callable[[float], Awaitable[None]]):
         self.concurrency, self.sleep = concurrency, sleep
@@ -46,7 +46,7 @@ class RateLimiter:
         self.paused_until = 0.0
 
     async def wait(self, tokens: int) -> None:
-        """Wait until a request of so many tokens may be sent."""
+        """Wait until a request of `tokens` tokens may be sent."""
         start = now = time.monotonic()
         for kind, need in (("requests", 1), ("tokens", tokens)):
             start = max(start, self.next_free[kind])
@@ -56,8 +56,8 @@ class RateLimiter:
             await self.sleep(min(wait, 60.0))
 
     def learn(self, headers: httpx.Headers, tokens: int) -> None:
-        """Learn the rate from x-ratelimit-*: what is missing from the limit is refilled within the reset time, or all
-        of it at its end. A reset later than MAX_WAIT, such as an epoch, is ignored."""
+        """Learn the rate from the x-ratelimit-* headers: the used part of the limit is refilled within the reset time,
+        or all of it at the end of that time. A reset later than MAX_WAIT, such as an epoch, is ignored."""
         for kind, need in (("requests", 1), ("tokens", tokens)):
             try:
                 limit, remaining = (float(headers[f"x-ratelimit-{k}-{kind}"]) for k in ("limit", "remaining"))

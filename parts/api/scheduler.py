@@ -1,4 +1,4 @@
-"""Asks questions one request each, many of them in flight at once."""
+"""Ask each question in a request of its own, with many requests in flight at once."""
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
@@ -7,37 +7,45 @@ from functools import partial
 import httpx
 
 from parts.api.client import Client
-from parts.api.questions import Question, describe_unparsed, reason_of, state_of, tokens_in, value_of
+from parts.api.questions import (
+    Question,
+    describe_unparsed,
+    estimate_tokens,
+    failure_reason,
+    parsed_value,
+    question_state,
+)
 from parts.api.rate_limit import RateLimiter
-from parts.api.replies import Reply, is_completion, is_paid
+from parts.api.replies import Reply, is_billed, is_completion
 from parts.api.transport import TRANSPORT_ERRORS, NoAnswer, Refused, Stopped
 from parts.cli import WorkError, progress
 
-PROBE_ROWS = 20  # rows that are asked before the others; if none of them gets a usable answer, the run stops
-MAX_UNANSWERED = 5  # rows that may use up their retries, without any answer to another, before the run stops
+PROBE_ROWS = 20  # rows asked before the others; if none of them gets a usable answer, the run stops
+MAX_UNANSWERED = 5  # rows in succession that may use up their retries before the run stops
 
 
 class Scheduler:
     """Keeps `concurrency` requests in flight, within the rate limit and the budget.
 
-    The first row is asked alone until the server has accepted the parameters of a request; then PROBE_ROWS are, until
+    Only the first row is asked until the server has accepted the parameters of a request; then only PROBE_ROWS, until
     one of them has a usable answer.
     """
 
     def __init__(self, client: Client):
         self.client, self.options, self.shutdown = client, client.options, client.shutdown
         self.limiter = RateLimiter(self.options.rpm, self.options.tpm, self.options.concurrency, self.shutdown.sleep)
-        self.connections: asyncio.Queue[httpx.AsyncClient] = asyncio.Queue()  # those that are free
+        self.connections: asyncio.Queue[httpx.AsyncClient] = asyncio.Queue()  # idle ones
         self.parameters_known = self.probe_passed = False
         self.probe: list[Question] = []
-        self.waiting = self.finished = 0  # rows not begun, and rows asked to the end
-        self.unanswered: list[tuple[Question, NoAnswer]] = []  # whose retries are used up, since the last answer
+        self.waiting = self.finished = 0  # numbers of rows not started, and of rows finished
+        self.unanswered: list[tuple[Question, NoAnswer]] = []  # since the last answer: rows whose retries are used up
 
     async def run(self, questions: list[Question]) -> None:
         self.shutdown.on_signals()
         self.probe, self.waiting, tasks = questions[:PROBE_ROWS], len(questions), []
         async with AsyncExitStack() as stack:
-            for _ in range(min(self.options.concurrency, len(questions))):  # a large pool would be slow: one for each
+            # One client for each request in flight: one large pool would be slow.
+            for _ in range(min(self.options.concurrency, len(questions))):
                 self.connections.put_nowait(await stack.enter_async_context(self.client.transport.connect()))
             bar = stack.enter_context(progress(len(questions), self.options.model, "row"))
             with suppress(Stopped):
@@ -75,12 +83,12 @@ class Scheduler:
         bar.update()
 
     async def ask(self, http: httpx.AsyncClient, question: Question) -> None:
-        """Ask until there is a value, a refusal or a failure. Raises WorkError for what would fail every row."""
+        """Ask until there is a value, a refusal or a failure. Raises WorkError for what would make every row fail."""
         client = self.client
-        while client.is_open(question) and not self.shutdown.reason:
-            send, wanted = partial(self.send, http, question), partial(client.is_open, question)
+        while client.needs_answer(question) and not self.shutdown.reason:
+            send, still_needed = partial(self.send, http, question), partial(client.needs_answer, question)
             try:
-                reply = await client.transport.retry(send, self.options.retries, is_completion, wanted)
+                reply = await client.transport.retry(send, self.options.retries, is_completion, still_needed)
             except Refused as e:
                 client.record_failure(question, "refused", str(e))
             except NoAnswer as e:
@@ -90,15 +98,15 @@ class Scheduler:
                 self.settle_unanswered()
 
     async def send(self, http: httpx.AsyncClient, question: Question) -> Reply:
-        """One try, when rate limit and budget allow it, without the parameters that the server rejects."""
-        tokens = tokens_in(self.client.content(question)) + self.options.max_tokens
+        """Send one request, when rate limit and budget allow it, without parameters that the server rejects."""
+        tokens = estimate_tokens(self.client.content(question)) + self.options.max_tokens
         while True:
             await self.limiter.wait(tokens)
             body, dollars = await self.reserve(question)
             try:
                 reply = await self.client.transport.fetch(http, "POST", question.endpoint, json=body)
             except TRANSPORT_ERRORS:
-                self.parameters_known = True  # nothing speaks against them, and the other rows need not wait
+                self.parameters_known = True  # no reason to assume a rejection: the other rows need not wait
                 raise
             finally:
                 self.client.budget.release(dollars)
@@ -106,13 +114,13 @@ class Scheduler:
             if self.client.learn_unsupported(reply, body):
                 continue
             self.parameters_known = True
-            if is_paid(reply) and not is_completion(reply):
+            if is_billed(reply) and not is_completion(reply):
                 self.client.record_lost_reply(question, reply)
             return reply
 
     async def reserve(self, question: Question) -> tuple[dict, float]:
-        """The body of the request, and the most that it can cost, reserved. Raises Stopped if that exceeds the budget
-        when no request is in flight: those cost less, in the end, than what is reserved for them."""
+        """Reserve the maximum cost of a request; returns its body and this cost. Waits while requests are in flight, as
+        they will cost less than reserved. Raises Stopped if the budget is exceeded and none is in flight."""
         budget = self.client.budget
         while True:
             body = self.client.request_body(question)
@@ -124,14 +132,14 @@ class Scheduler:
             await self.shutdown.sleep(0.02)
 
     def add_unanswered(self, question: Question, e: NoAnswer) -> None:
-        """Remember a row whose retries are used up. Raises WorkError where the server fails, and not this row."""
+        """Remember a row whose retries are used up. Raises WorkError if the server fails rather than this row."""
         self.unanswered.append((question, e))
         if len(self.unanswered) >= MAX_UNANSWERED and (self.waiting or not self.has_answered()):
             raise WorkError(f"no answer from the server: {e}")
 
     def settle_unanswered(self, at_end: bool = False) -> None:
-        """Record the unanswered rows as failed, since the server answers others; unreachable ones stay open. Raises
-        WorkError where it has never answered, and at the end where it could not be reached."""
+        """Record the unanswered rows as failed, since the server answers others; rows without a connection stay open.
+        Raises WorkError if the server has never answered, or if it could not be reached at the end."""
         unanswered, self.unanswered = self.unanswered, []
         for question, e in unanswered:
             if not self.has_answered() or (at_end and e.unreachable):
@@ -140,21 +148,21 @@ class Scheduler:
                 self.client.record_failure(question, "failed", str(e))
 
     def has_answered(self) -> bool:
-        """Whether the server gave any reply, now or in an earlier run."""
+        """Whether the server has ever replied, in this or an earlier run."""
         return any("reply" in r for records in self.client.store.by_key.values() for r in records)
 
     def check_probe(self) -> None:
-        """Let the other rows start once a row has a value; stop if all rows of the probe are finished without one."""
+        """Start the other rows when a probe row has a value; stop if all probe rows have finished without one."""
         if self.probe_passed:
             return
-        records = [self.client.store.of(question.key) for question in self.probe if not self.client.is_open(question)]
-        parsed = any(value_of(r) is not None for r in records)
+        records = [self.client.store.records(q.key) for q in self.probe if not self.client.needs_answer(q)]
+        parsed = any(parsed_value(r) is not None for r in records)
         self.probe_passed = parsed or self.finished == PROBE_ROWS
         if parsed or not self.probe_passed or not records:
             return
-        unparsed = [r for r in records if state_of(r) == "unparsed"]
+        unparsed = [r for r in records if question_state(r) == "unparsed"]
         problem = f"of the first {PROBE_ROWS} rows no reply can be read, {describe_unparsed(unparsed)}"
         if not unparsed:
             advice = "when that is corrected, --ask-refused asks these rows again"
-            problem = f"the first {PROBE_ROWS} rows are all {reason_of(records[-1])} ({advice})"
+            problem = f"the first {PROBE_ROWS} rows are all {failure_reason(records[-1])} ({advice})"
         self.shutdown.request(WorkError(problem))

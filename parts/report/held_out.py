@@ -1,4 +1,4 @@
-"""What a training run did to the held-out losses: a table, and in words what improved and what was forgotten."""
+"""The held-out losses of a training run: a table, and in words what improved and what was forgotten."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from parts.files import atomic_write, json_values, read_text
 
 
 def eval_matrix(metrics: Path) -> tuple[list[str], dict[str, list[float | None]]]:
-    """What a metrics.jsonl knows of held-out losses: the stages ("start" first), and by evaluation set the loss after
-    each of them."""
+    """The held-out losses in a metrics.jsonl: the stages ("start" first), and for each evaluation set the loss after
+    each stage."""
     rows = [row for _, row in json_values(read_text(metrics)) if isinstance(row, dict) and "eval_loss" in row]
     sets, stages = (list(dict.fromkeys(str(row.get(key)) for row in rows)) for key in ("eval", "stage"))
     last = {(str(row.get("eval")), str(row.get("stage"))): row["eval_loss"] for row in rows}
@@ -20,15 +20,15 @@ def eval_matrix(metrics: Path) -> tuple[list[str], dict[str, list[float | None]]
 
 
 def write_eval_matrix(out: Path) -> None:
-    """The matrix of held-out losses of a run: out/held_out.json, and a table on the screen."""
+    """Write the held-out losses of a run to out/held_out.json, and print them as a table."""
     stages, losses = eval_matrix(out / "metrics.jsonl")
     atomic_write(out / "held_out.json", json.dumps({"stages": stages, "losses": losses}, indent=1))
-    rows = [(name, *("–" if x is None else f"{x:.4f}" for x in of)) for name, of in losses.items()]
+    rows = [(name, *("–" if x is None else f"{x:.4f}" for x in by_stage)) for name, by_stage in losses.items()]
     print_table(("held-out loss after", *stages), rows)
     print("A lower loss is better. It is the mean over the tokens of the held-out answers.")
-    for name, of in losses.items():
-        if None not in of:
-            print(strip_control_chars(f"{name}: {describe_change(stages, of)}"))
+    for name, by_stage in losses.items():
+        if None not in by_stage:
+            print(strip_control_chars(f"{name}: {describe_change(stages, by_stage)}"))
 
 
 def describe_change(stages: list[str], losses: list[float]) -> str:
@@ -41,7 +41,7 @@ def describe_change(stages: list[str], losses: list[float]) -> str:
 
 
 def print_answers_command(out: Path, model: Path) -> None:
-    """How to see the answers of the demo's model and of every stage to its held-out prompts."""
+    """Print the command that shows the answers of the demo's model and of every stage to its held-out prompts."""
     measure = Path(__file__).parents[2] / "recipes" / "study" / "measure.py"
     folders = [out / stage for stage in eval_matrix(out / "metrics.jsonl")[0] if stage != "start"]
     command = [min(str(p), os.path.relpath(p), key=len) for p in (sys.executable, measure, model, *folders)]

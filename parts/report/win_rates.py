@@ -1,8 +1,10 @@
-"""What verdicts add up to: win rates with their uncertainty, length, agreement of judges. Statistics only, no files."""
+"""Statistics of verdicts: win rates with intervals, length control, position bias and agreement of judges."""
 
 import math
 import re
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, product
 
 import numpy as np
@@ -12,16 +14,16 @@ from parts.cli import raise_if_any, strip_control_chars
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 
-def verdict(difference: list[float]) -> str:
-    """win, tie or loss from the model's lead in each order: a win is better in both, or better once and equal once."""
-    signs = sum(map(sign, difference))
+def decide_verdict(margins: list[float]) -> str:
+    """win, tie or loss from the score margin in each order: a win is better in both, or better once and equal once."""
+    signs = sum(map(sign, margins))
     return "win" if signs > 0 else "loss" if signs < 0 else "tie"
 
 
 def exact_verdict(right: bool, baseline_right: bool) -> dict:
-    """Scores, replies and verdict of --judge exact: 10 for the expected answer, else 1; the order does not matter."""
+    """Scores, replies and verdict of --judge exact: 10 for the expected answer, else 1, the same in both orders."""
     scores = [10.0 if x else 1.0 for x in (right, baseline_right)]
-    return {"scores": [scores, scores], "replies": ["", ""], "verdict": verdict([scores[0] - scores[1]])}
+    return {"scores": [scores, scores], "replies": ["", ""], "verdict": decide_verdict([scores[0] - scores[1]])}
 
 
 def sign(x: float) -> int:
@@ -29,7 +31,7 @@ def sign(x: float) -> int:
 
 
 def score_margins(row: dict) -> list[float] | None:
-    """The model's lead in each order; None where one has no scores."""
+    """The model's score minus the baseline's in each order; None if an order has no scores."""
     try:
         (model_1, baseline_1), (model_2, baseline_2) = row["scores"]
         return [model_1 - baseline_1, model_2 - baseline_2] if row["verdict"] in POINTS else None
@@ -45,30 +47,23 @@ def judge_name(row: dict) -> str:
     return str(row.get("judge", "unknown"))
 
 
-def identical(row: dict) -> bool:
-    return "answer" in row and row["answer"] == row.get("against")
-
-
-def check_repeated(rows: list[dict]) -> None:
-    """Raise InputError where a question stands twice for the same model, baseline and judge: it would count twice."""
-    seen, twice = set(), {}
+def check_duplicates(rows: list[dict]) -> None:
+    """Raise InputError if a question occurs twice for the same model, baseline and judge: it would count twice."""
+    seen, duplicates = set(), {}
     for r in rows:
         key = (r["model"], r["baseline"], judge_name(r), r["dataset"], r["id"], r.get("canary"))
         if key in seen:
-            twice[key] = f"{r['dataset']} {r['id']}: {r['model']} against {r['baseline']} by {judge_name(r)}"
+            duplicates[key] = f"{r['dataset']} {r['id']}: {r['model']} against {r['baseline']} by {judge_name(r)}"
         seen.add(key)
-    raise_if_any(
-        [strip_control_chars(line) for line in twice.values()],
-        "questions come twice",
-        "Give each file of verdicts once.",
-    )
+    lines = [strip_control_chars(line) for line in duplicates.values()]
+    raise_if_any(lines, "questions occur twice", "Give each file of verdicts once.")
 
 
 # ---------------------------------------------------------------- intervals and tests
 
 
 def bootstrap(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums (resamples, K) of the columns of `counts` (n, K) over n rows drawn with replacement."""
+    """Column sums (resamples, K) of `counts` (n, K) over n rows drawn with replacement."""
     rng, n, sums = np.random.default_rng(seed), len(counts), []
     for a in range(0, resamples, 1000):
         size = min(1000, resamples - a)
@@ -78,10 +73,10 @@ def bootstrap(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def percentile_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds of the middle 95 % along the first dimension, NaN left out."""
+def central_95_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 2.5 % and 97.5 % quantiles along the first dimension, without NaN."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a column that is all NaN
+        warnings.simplefilter("ignore")  # about a column of NaN only
         low, high = np.nanquantile(values, [0.025, 0.975], axis=0)
     return low, high
 
@@ -89,10 +84,10 @@ def percentile_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def rate_interval(values: np.ndarray, mean: float | None = None) -> tuple[float, float]:
     """The 95 % interval of the mean of n independent values, each from 0 to 1: half a point for a tie, or a share.
 
-    Wilson's score interval with continuity correction (Newcombe, 1998, method 4), which holds near 0 and 1, too. Values
-    between 0 and 1 vary less than wins and losses alone: it takes as many of these as would vary as much (the effective
-    sample size of Korn and Graubard, 1998); a 0 and a 1 are added to the values to estimate that. `mean` may say
-    another mean for which the values are linearised.
+    Wilson's score interval with continuity correction (Newcombe, 1998, method 4), which is also valid near 0 and 1.
+    Values between 0 and 1 vary less than wins and losses alone: n is replaced by the number of wins and losses that
+    would vary as much (the effective sample size of Korn and Graubard, 1998), estimated with a 0 and a 1 added to the
+    values. `mean`: the mean for which the values are linearised, if it is not their own.
     """
     mean = float(values.mean()) if mean is None else mean
     padded = np.append(values, (0.0, 1.0))
@@ -100,16 +95,16 @@ def rate_interval(values: np.ndarray, mean: float | None = None) -> tuple[float,
     n = float(len(values) * centre * (1 - centre) / padded.var())
     z2 = 1.959964**2
 
-    def half(q: float, towards: int) -> float:
-        return math.sqrt(z2 * max(0.0, z2 + 2 * towards - 1 / n + 4 * q * (n * (1 - q) - towards)))
+    def half_width(side: int) -> float:
+        return math.sqrt(z2 * max(0.0, z2 + 2 * side - 1 / n + 4 * mean * (n * (1 - mean) - side)))
 
-    low = (2 * n * mean + z2 - 1 - half(mean, -1)) / (2 * (n + z2)) if mean > 0 else 0.0
-    high = (2 * n * mean + z2 + 1 + half(mean, 1)) / (2 * (n + z2)) if mean < 1 else 1.0
+    low = (2 * n * mean + z2 - 1 - half_width(-1)) / (2 * (n + z2)) if mean > 0 else 0.0
+    high = (2 * n * mean + z2 + 1 + half_width(1)) / (2 * (n + z2)) if mean < 1 else 1.0
     return max(0.0, min(low, mean)), min(1.0, max(high, mean))
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p value of as many wins and losses if both were equally likely; ties say nothing."""
+    """Two-sided p value of these wins and losses if both were equally likely; ties do not count."""
     n, k = wins + losses, min(wins, losses)
     if n == 0:
         return 1.0
@@ -121,75 +116,97 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def natural_order(names: list[str]) -> list[str]:
-    """Each name once, in the order of its first appearance; names that differ in a number only, by that number."""
+    """Each name once, in order of first appearance; names that differ only in a number are sorted by the number."""
     stems = {name: re.sub(r"[0-9]+", "0", name) for name in names}  # in the order of `names`
     order = list(stems.values())
     return sorted(stems, key=lambda name: (order.index(stems[name]), list(map(int, re.findall(r"[0-9]+", name)))))
 
 
-def summarize(rows: list[dict]) -> list[dict]:
-    """A row per dataset of each comparison (model, baseline, judge), and one over all its datasets (`total`).
+@dataclass
+class Group:
+    """The rows of one comparison on one dataset, or on all of its datasets (`total`)."""
 
-    `name` tells comparisons apart: the model, and its baseline and judge where there are several. `n` questions have a
-    verdict and count; `common` of them count in every comparison of that dataset that has any, and `common_rate` is
-    the win rate on these (None without any): rates on different questions cannot be compared.
-    """
+    model: str
+    baseline: str
+    judge: str
+    dataset: str
+    total: bool
+    rows: list[dict]
+
+    @cached_property
+    def points(self) -> dict[tuple, float]:
+        """(dataset, id) -> points, of the questions that have a verdict."""
+        return {(r["dataset"], r["id"]): POINTS[r["verdict"]] for r in self.rows if r["verdict"] in POINTS}
+
+
+def group_rows(rows: list[dict]) -> list[Group]:
+    """For each comparison (model, baseline, judge) a group per dataset, if there are several, and one for all."""
     comparisons: dict[tuple, list[dict]] = {}
     for r in rows:
         comparisons.setdefault((r["model"], r["baseline"], judge_name(r)), []).append(r)
-    groups = []  # (comparison, dataset, whether it is over all, rows)
-    for comparison, mine in comparisons.items():
-        names = natural_order([r["dataset"] for r in mine])
-        if len(names) > 1:
-            groups += [(comparison, name, False, [r for r in mine if r["dataset"] == name]) for name in names]
-        groups.append((comparison, "(all)" if "all" in names and len(names) > 1 else "all", True, mine))
-    judged = [[r for r in of if r["verdict"] in POINTS] for *_, of in groups]
-    points = [{(r["dataset"], r["id"]): POINTS[r["verdict"]] for r in of} for of in judged]
-    common: dict[tuple, set] = {}  # (dataset, whether it is over all) -> questions that count in every comparison
-    for (_, dataset, total, _), by_question in zip(groups, points):
-        if by_question:
-            common[dataset, total] = common.get((dataset, total), by_question.keys()) & by_question.keys()
-    several = [len({comparison[k] for comparison in comparisons}) > 1 for k in (1, 2)]
-    out = []
-    for (comparison, dataset, total, of), by_question in zip(groups, points):
-        model, baseline, judge = map(strip_control_chars, comparison)
-        counts = {v: sum(r["verdict"] == v for r in of) for v in (*POINTS, "unparsed", "refused", "failed")}
-        n = sum(counts[v] for v in POINTS)
-        name = model + f" against {baseline}" * several[0] + f" by {judge}" * several[1]
-        row = {
-            "name": name,
-            "model": model,
-            "baseline": baseline,
-            "judge": judge,
-            "dataset": strip_control_chars(dataset),
-        }
-        row |= {"total": total, "n": n, **counts, "identical": sum(map(identical, of))}
-        if n:
-            values, shared = np.array(list(by_question.values())), common[dataset, total]
-            mean, (low, high) = float(values.mean()), rate_interval(values)
-            row |= {
-                "common": len(shared),
-                "common_rate": mean_of(np.array([by_question[q] for q in by_question if q in shared])),
-                "win_rate": mean,
-                "low": low,
-                "high": high,
-                "paper": mean - 0.5,
-                "standard_error": float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
-                "p": sign_test(counts["win"], counts["loss"]),
-                **position_bias(of),
-                **by_length(of),
-            }
-        out.append(row)
-    return out
+    groups = []
+    for names, of_comparison in comparisons.items():
+        datasets = natural_order([r["dataset"] for r in of_comparison])
+        several = len(datasets) > 1
+        for dataset in datasets if several else []:
+            groups.append(Group(*names, dataset, False, [r for r in of_comparison if r["dataset"] == dataset]))
+        groups.append(Group(*names, "(all)" if several and "all" in datasets else "all", True, of_comparison))
+    return groups
 
 
-def describe_questions(summary: list[dict]) -> list[str]:
-    """A warning where comparisons rest on different questions, over all or on one dataset."""
-    lines, of = [], {}
+def summarize(rows: list[dict]) -> list[dict]:
+    """A row per dataset of each comparison (model, baseline, judge), and one for all its datasets (`total`).
+
+    `name` identifies the comparison: the model, with its baseline and judge if there are several. `n` questions have a
+    verdict; `common` of them have one in every comparison on that dataset, and `common_rate` is the win rate on these
+    (None if there are none): rates on different questions cannot be compared.
+    """
+    groups = group_rows(rows)
+    common: dict[tuple, set] = {}  # (dataset, total) -> questions with a verdict in every comparison that has any
+    for group in groups:
+        if group.points:
+            key = group.dataset, group.total
+            common[key] = common.get(key, group.points.keys()) & group.points.keys()
+    several_baselines, several_judges = (len({getattr(g, key) for g in groups}) > 1 for key in ("baseline", "judge"))
+    summary = []
+    for group in groups:
+        names = {key: strip_control_chars(getattr(group, key)) for key in ("model", "baseline", "judge", "dataset")}
+        name = names["model"]
+        name += f" against {names['baseline']}" * several_baselines + f" by {names['judge']}" * several_judges
+        counts = {v: sum(r["verdict"] == v for r in group.rows) for v in (*POINTS, "unparsed", "refused", "failed")}
+        row = {"name": name, **names, "total": group.total, "n": sum(counts[v] for v in POINTS), **counts}
+        row["identical"] = sum("answer" in r and r["answer"] == r.get("against") for r in group.rows)
+        if group.points:
+            row |= win_rate_statistics(group, common[group.dataset, group.total])
+        summary.append(row)
+    return summary
+
+
+def win_rate_statistics(group: Group, common: set) -> dict:
+    """The win rate of a group with its interval and p value, also on the `common` questions, and the judge's biases."""
+    points, verdicts = np.array(list(group.points.values())), [r["verdict"] for r in group.rows]
+    low, high = rate_interval(points)
+    return {
+        "common": len(common),
+        "common_rate": mean_or_none(np.array([group.points[q] for q in group.points if q in common])),
+        "win_rate": float(points.mean()),
+        "low": low,
+        "high": high,
+        "paper": float(points.mean()) - 0.5,
+        "standard_error": float(points.std(ddof=1) / math.sqrt(len(points))) if len(points) > 1 else None,
+        "p": sign_test(verdicts.count("win"), verdicts.count("loss")),
+        **position_bias(group.rows),
+        **length_bias(group.rows),
+    }
+
+
+def describe_question_mismatches(summary: list[dict]) -> list[str]:
+    """A warning for each dataset, and for all, on which comparisons have verdicts on different questions."""
+    lines, by_dataset = [], {}
     for r in summary:
         if r["n"]:
-            of.setdefault((r["dataset"], r["total"]), []).append(r)
-    for (dataset, total), rows in of.items():
+            by_dataset.setdefault((r["dataset"], r["total"]), []).append(r)
+    for (dataset, total), rows in by_dataset.items():
         if any(r["n"] > r["common"] for r in rows):
             on = "" if total else f" of {dataset}"
             counts = f"{min(r['n'] for r in rows):,} to {max(r['n'] for r in rows):,}"
@@ -201,53 +218,53 @@ def describe_questions(summary: list[dict]) -> list[str]:
 
 
 def position_bias(rows: list[dict]) -> dict:
-    """How often the two orders disagree, and the share of orders in which the answer in front was preferred."""
-    both = [lead for lead in map(score_margins, rows) if lead]
-    front = [f for a, b in both for f in (sign(a), -sign(b)) if f]
+    """How often the two orders disagree, and how often the first answer won in the orders that one answer won."""
+    margins = [m for m in map(score_margins, rows) if m]
+    winners = [s for a, b in margins for s in (sign(a), -sign(b)) if s]  # 1: the first answer of the order
     return {
-        "disagree": float(np.mean([a * b < 0 for a, b in both])) if both else None,
-        "front": float(np.mean([f > 0 for f in front])) if front else None,
+        "disagree": mean_or_none(np.array([a * b < 0 for a, b in margins])),
+        "front": mean_or_none(np.array(winners) > 0),
     }
 
 
-def length_lead(row: dict) -> int:
-    """Characters by which the model's answer is longer than the baseline's."""
+def length_difference(row: dict) -> int:
+    """The length of the model's answer minus that of the baseline's, in characters."""
     return len(str(row.get("answer", ""))) - len(str(row.get("against", "")))
 
 
-def by_length(rows: list[dict]) -> dict:
-    """Win rate where the model's answer is the longer one and where it is the shorter, and what it would be at equal
-    length; the mean length of its answers in characters."""
-    of = [r for r in rows if r["verdict"] in POINTS]
-    points = np.array([POINTS[r["verdict"]] for r in of])
-    lead = np.array([length_lead(r) for r in of], float)
+def length_bias(rows: list[dict]) -> dict:
+    """The win rate where the model's answer is longer, where it is shorter, and estimated for equal length; the mean
+    length of its answers in characters."""
+    judged = [r for r in rows if r["verdict"] in POINTS]
+    points = np.array([POINTS[r["verdict"]] for r in judged])
+    difference = np.array([length_difference(r) for r in judged], float)
     return {
-        "when_longer": mean_of(points[lead > 0]),
-        "when_shorter": mean_of(points[lead < 0]),
-        "length_controlled": length_controlled(points, lead),
-        "mean_length": mean_of(np.array([len(str(r.get("answer", ""))) for r in of])),
+        "when_longer": mean_or_none(points[difference > 0]),
+        "when_shorter": mean_or_none(points[difference < 0]),
+        "length_controlled": length_controlled(points, difference),
+        "mean_length": mean_or_none(np.array([len(str(r.get("answer", ""))) for r in judged])),
     }
 
 
-def mean_of(values: np.ndarray) -> float | None:
+def mean_or_none(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
 # ---------------------------------------------------------------- length
 
 
-def length_controlled(points: np.ndarray, lead: np.ndarray) -> float:
-    """The win rate that a logistic regression on the lead in length (characters) gives at equal length.
+def length_controlled(points: np.ndarray, difference: np.ndarray) -> float:
+    """The win rate at equal length by a logistic regression on the difference of lengths (characters).
 
-    It is the model which AlpacaEval 2 calls length_controlled_minimal: a term for tanh(lead / its standard deviation)
-    and one for the model, a tie half a win, both under an L1 penalty whose strength, of ten from 1e-4 to 1e4, does best
-    in five-fold cross-validation. Their leaderboard's length_controlled_v1 adds two things that exist only for their
-    805 instructions against their baseline: a difficulty of each instruction, fitted over all models of the
-    leaderboard, and verdicts on that baseline told to be brief or verbose.
+    The model is AlpacaEval 2's length_controlled_minimal: a term for tanh(difference / its standard deviation) and one
+    for the model, a tie half a win, both under an L1 penalty. Its strength, one of ten from 1e-4 to 1e4, is chosen by
+    five-fold cross-validation. Their leaderboard's length_controlled_v1 adds two things that exist only for their 805
+    instructions and their baseline: a difficulty of each instruction, fitted over all models of the leaderboard, and
+    verdicts on that baseline prompted to be brief or verbose.
     """
-    if len(points) < 5 or np.ptp(points) == 0 or lead.std() == 0:
+    if len(points) < 5 or np.ptp(points) == 0 or difference.std() == 0:
         return float(points.mean())
-    x = np.stack([np.tanh(lead / lead.std(ddof=1)), np.ones(len(lead))], 1)
+    x = np.stack([np.tanh(difference / difference.std(ddof=1)), np.ones(len(difference))], 1)
     strengths, losses = np.logspace(-4, 4, 10), np.zeros(10)
     folds = np.arange(len(points)) % 5
     for k in range(5):
@@ -264,8 +281,9 @@ def log_loss(z: np.ndarray, points: np.ndarray) -> float:
 
 
 def fit_logistic(x: np.ndarray, points: np.ndarray, strength: float, theta: np.ndarray) -> np.ndarray:
-    """The theta (K,) that minimises |theta|_1 + strength x log-loss: Newton steps, each of them exact and shortened
-    until it helps. For a K of two or so: it tries every choice of signs, since columns can be as good as the same."""
+    """The theta (K,) that minimises |theta|_1 + strength x log-loss, by Newton steps. Each step minimises the quadratic
+    model exactly, trying every choice of signs (so K must be small: columns may be nearly collinear), and is then
+    shortened until the cost falls."""
     choices = sorted(product((-1, 0, 1), repeat=len(theta)), key=lambda signs: signs.count(0))
 
     def cost(t: np.ndarray) -> float:
@@ -273,19 +291,19 @@ def fit_logistic(x: np.ndarray, points: np.ndarray, strength: float, theta: np.n
 
     for _ in range(200):
         p = 1 / (1 + np.exp(-np.clip(x @ theta, -500, 500)))
-        slope = strength * x.T @ (p - points)
-        curve = strength * (x * (p * (1 - p))[:, None]).T @ x
-        curve += 1e-10 * (1 + np.trace(curve)) * np.eye(len(theta))  # columns that are the same leave it singular
+        gradient = strength * x.T @ (p - points)
+        hessian = strength * (x * (p * (1 - p))[:, None]).T @ x
+        hessian += 1e-10 * (1 + np.trace(hessian)) * np.eye(len(theta))  # equal columns would make it singular
         new, best = theta, math.inf
         for signs in choices:
-            on, t = np.flatnonzero(signs), np.zeros(len(theta))
-            t[on] = np.linalg.solve(curve[np.ix_(on, on)], (curve @ theta - slope - signs)[on])
-            away = t - theta
-            value = np.abs(t).sum() + slope @ away + away @ curve @ away / 2
+            active, t = np.flatnonzero(signs), np.zeros(len(theta))
+            t[active] = np.linalg.solve(hessian[np.ix_(active, active)], (hessian @ theta - gradient - signs)[active])
+            delta = t - theta
+            value = np.abs(t).sum() + gradient @ delta + delta @ hessian @ delta / 2
             if (np.sign(t) == signs).all() and value < best:
                 new, best = t, value
                 if all(signs):
-                    break  # no other choice can be right
+                    break  # the other choices cannot be better
         step, before = 1.0, cost(theta)
         while step > 1e-8 and cost(theta + step * (new - theta)) > before:
             step /= 2
@@ -295,136 +313,134 @@ def fit_logistic(x: np.ndarray, points: np.ndarray, strength: float, theta: np.n
     return theta
 
 
-# ---------------------------------------------------------------- may one trust the judge?
+# ---------------------------------------------------------------- reliability of the judge
 
-# What `compare --canaries` adds: answers of which every judge must say that they lose.
+# The answers that `compare --canaries` adds; they must lose.
 CANARIES = ("an empty answer", "the answer to another question", "an answer that asks for a 10")
-TRUSTED = 0.9  # the share of canaries that a judge must get right
+MIN_CANARIES_RIGHT = 0.9  # share of canaries that a reliable judge gets right
 
 
 def canaries_right(rows: list[dict]) -> dict[str, tuple[int, int]]:
-    """judge -> how many canaries it got right, and how many it judged."""
-    found: dict[str, tuple[int, int]] = {}
+    """judge -> the number of canaries it got right, and the number it judged."""
+    counts: dict[str, tuple[int, int]] = {}
     for r in rows:
         if r.get("canary") and r["verdict"] in POINTS:
-            right, n = found.get(judge_name(r), (0, 0))
-            found[judge_name(r)] = (right + (r["verdict"] == "loss"), n + 1)
-    return found
+            right, n = counts.get(judge_name(r), (0, 0))
+            counts[judge_name(r)] = (right + (r["verdict"] == "loss"), n + 1)
+    return counts
 
 
 def describe_canaries(rows: list[dict]) -> list[str]:
-    """A line a judge: how many canaries it got right; a warning where that is too few."""
+    """A line per judge: how many canaries it got right, with a warning if too few."""
     lines = []
     for judge, (right, n) in canaries_right(rows).items():
-        warning = "" if right >= TRUSTED * n else "WARNING: what this judge says cannot be trusted. "
+        warning = "" if right >= MIN_CANARIES_RIGHT * n else "WARNING: the verdicts of this judge are not reliable. "
         lines.append(strip_control_chars(f"{warning}{judge} got {right} of {n} pairs with a known verdict right."))
     return lines
 
 
 def cohen_kappa(table: np.ndarray) -> np.ndarray:
-    """Cohen's kappa (…) of counts (…, 3, 3); NaN where both always say the same one thing: chance explains all."""
+    """Cohen's kappa (…) of counts (…, 3, 3); NaN if both judges give only one and the same verdict."""
     total = table.sum((-2, -1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        seen = np.trace(table, axis1=-2, axis2=-1) / total
+        observed = np.trace(table, axis1=-2, axis2=-1) / total
         chance = (table.sum(-1) * table.sum(-2)).sum(-1) / total**2
-        return np.where(chance < 1 - 1e-9, (seen - chance) / (1 - chance), np.nan)
+        return np.where(chance < 1 - 1e-9, (observed - chance) / (1 - chance), np.nan)
 
 
 def agreement(pairs: list[tuple[tuple, str, str]], resamples: int, seed: int) -> dict:
-    """How often two verdicts on the same answers are the same, and Cohen's kappa, with 95 % intervals over questions.
+    """How often two verdicts on the same answers agree, and Cohen's kappa, with 95 % intervals over questions.
 
-    `pairs` are (question, one verdict, the other); each of one question counts, and questions are resampled.
+    `pairs` are (question, verdict, other verdict). All pairs of a question count; the bootstrap resamples questions.
     """
     names = list(POINTS)
     pairs = [(q, a, b) for q, a, b in pairs if a in POINTS and b in POINTS]
-    at = {q: i for i, q in enumerate(dict.fromkeys(q for q, _, _ in pairs))}
-    if not at:
+    index = {q: i for i, q in enumerate(dict.fromkeys(q for q, _, _ in pairs))}
+    if not index:
         return {"n": 0}
-    tables = np.zeros((len(at), 3, 3))
+    tables = np.zeros((len(index), 3, 3))
     for q, a, b in pairs:
-        tables[at[q], names.index(a), names.index(b)] += 1
-    drawn = bootstrap(tables.reshape(len(at), 9), resamples, seed).reshape(-1, 3, 3)
+        tables[index[q], names.index(a), names.index(b)] += 1
+    resampled = bootstrap(tables.reshape(len(index), 9), resamples, seed).reshape(-1, 3, 3)
     total = tables.sum(0)
-    raw, chance_corrected = float(np.trace(total) / total.sum()), float(cohen_kappa(total))
+    share, kappa = float(np.trace(total) / total.sum()), float(cohen_kappa(total))
     low, high = share_interval(np.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))
-    kappa_low, kappa_high = percentile_interval(cohen_kappa(drawn))
-    if raw in (0, 1):
+    kappa_low, kappa_high = central_95_interval(cohen_kappa(resampled))
+    if share in (0, 1):  # every resample gives the same kappa: use the interval of the share
         chance = float((total.sum(0) * total.sum(1)).sum() / total.sum() ** 2)
         if chance < 1:
             kappa_low, kappa_high = ((bound - chance) / (1 - chance) for bound in (low, high))
     return {
         "n": len(pairs),
-        "questions": len(at),
-        "agreement": raw,
+        "questions": len(index),
+        "agreement": share,
         "agreement_low": float(low),
         "agreement_high": float(high),
-        "kappa": format_number(chance_corrected),
-        "kappa_low": format_number(float(kappa_low)),
-        "kappa_high": format_number(float(kappa_high)),
+        "kappa": none_if_nan(kappa),
+        "kappa_low": none_if_nan(float(kappa_low)),
+        "kappa_high": none_if_nan(float(kappa_high)),
     }
 
 
-def format_number(x: float) -> float | None:
+def none_if_nan(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
-def share_interval(hits: np.ndarray, of: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of sum(hits) / sum(of) over questions (Q,), each with so many hits of so many."""
-    mean = float(hits.sum() / of.sum())
-    return rate_interval(mean + (hits - mean * of) / of.mean(), mean)
+def share_interval(hits: np.ndarray, trials: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of sum(hits) / sum(trials), where hits and trials (Q,) are counts of each question."""
+    mean = float(hits.sum() / trials.sum())
+    return rate_interval(mean + (hits - mean * trials) / trials.mean(), mean)
 
 
-def format_share(hits: list[tuple[tuple, bool]], name: str) -> dict:
-    """The share of hits, of (question, hit), with its 95 % interval over questions."""
-    at = {q: i for i, q in enumerate(dict.fromkeys(q for q, _ in hits))}
-    if not at:
+def share_with_interval(hits: list[tuple[tuple, bool]], name: str) -> dict:
+    """The share of hits in pairs (question, hit), with its 95 % interval over questions."""
+    index = {q: i for i, q in enumerate(dict.fromkeys(q for q, _ in hits))}
+    if not index:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
-    counts = np.zeros((len(at), 2))
+    counts = np.zeros((len(index), 2))
     for q, hit in hits:
-        counts[at[q]] += (hit, 1)
+        counts[index[q]] += (hit, 1)
     low, high = share_interval(*counts.T)
     return {name: float(counts[:, 0].sum() / len(hits)), f"{name}_low": low, f"{name}_high": high}
 
 
 def audit_judges(rows: list[dict]) -> list[dict]:
-    """A row a judge: how often the order of the answers changed which was better (`order`), and turned it round
-    (`disagree`), how often the answer in front (`front`) and the longer one (`longer`) won where one did; canaries."""
-    out = []
+    """A row per judge: how often the order of the answers changed the verdict (`order`) and reversed it (`disagree`),
+    how often the first (`front`) and the longer answer (`longer`) won if one of the two won; canaries."""
+    audits = []
     for judge in dict.fromkeys(map(judge_name, rows)):
-        of = [r for r in rows if judge_name(r) == judge and not r.get("canary")]
-        questions = [(r["dataset"], r["id"]) for r in of]
-        both = [(q, lead) for q, lead in zip(questions, map(score_margins, of)) if lead]
-        order = [(q, sign(a) != sign(b)) for q, (a, b) in both]
-        longer = [
-            (q, (r["verdict"] == "win") == (length_lead(r) > 0))
-            for q, r in zip(questions, of)
-            if r["verdict"] in ("win", "loss") and length_lead(r)
-        ]
+        judged = [r for r in without_canaries(rows) if judge_name(r) == judge]
+        order, longer = [], []  # (question, whether it is so)
+        for r in judged:
+            question, margins = (r["dataset"], r["id"]), score_margins(r)
+            if margins:
+                order.append((question, sign(margins[0]) != sign(margins[1])))
+            if r["verdict"] in ("win", "loss") and length_difference(r):
+                longer.append((question, (r["verdict"] == "win") == (length_difference(r) > 0)))
         right, canaries = canaries_right(rows).get(judge, (0, 0))
-        row = {"judge": strip_control_chars(judge), "n": len(both), "decided": len(longer), **position_bias(of)}
-        row |= format_share(order, "order") | format_share(longer, "longer")
-        out.append(row | {"canaries_right": right, "canaries": canaries})
-    return out
+        row = {"judge": strip_control_chars(judge), "n": len(order), "decided": len(longer), **position_bias(judged)}
+        row |= share_with_interval(order, "order") | share_with_interval(longer, "longer")
+        audits.append(row | {"canaries_right": right, "canaries": canaries})
+    return audits
 
 
 def audit_agreement(rows: list[dict], resamples: int, seed: int) -> list[dict]:
-    """A row for each judge that judged more than once, with itself, and for each two judges of the same answers."""
-    said: dict[str, dict[tuple, list[str]]] = {}  # judge -> pair of answers -> its verdicts
-    for r in rows:
-        if not r.get("canary"):
-            names = tuple(str(r.get(key, "")) for key in ("model", "baseline", "answer", "against"))
-            again = r.get("repeats") if isinstance(r.get("repeats"), list) else []
-            verdicts = [r["verdict"], *(str(x.get("verdict")) for x in again if isinstance(x, dict))]
-            said.setdefault(judge_name(r), {})[(r["dataset"], r["id"]), names] = verdicts
-    out = []
-    for judge, by_pair in said.items():
-        pairs = [(q, a, b) for (q, _), verdicts in by_pair.items() for a, b in combinations(verdicts, 2)]
+    """A row for each judge with repeated verdicts, with itself, and for each two judges of the same answers."""
+    verdicts: dict[str, dict[tuple, list[str]]] = {}  # judge -> (question, answers) -> its verdicts
+    for r in without_canaries(rows):
+        answers = tuple(str(r.get(key, "")) for key in ("model", "baseline", "answer", "against"))
+        repeats = r.get("repeats") if isinstance(r.get("repeats"), list) else []
+        repeated = [str(x.get("verdict")) for x in repeats if isinstance(x, dict)]
+        verdicts.setdefault(judge_name(r), {})[(r["dataset"], r["id"]), answers] = [r["verdict"], *repeated]
+    compared = []  # (judge, the other one, pairs of verdicts)
+    for judge, by_answers in verdicts.items():
+        pairs = [(q, a, b) for (q, _), of_pair in by_answers.items() for a, b in combinations(of_pair, 2)]
         if pairs:
-            out.append({"first": strip_control_chars(judge), "second": "itself", **agreement(pairs, resamples, seed)})
-    for one, two in combinations(said, 2):
-        common = [key for key in said[one] if key in said[two]]
-        pairs = [(key[0], said[one][key][0], said[two][key][0]) for key in common]
-        out.append(
-            {"first": strip_control_chars(one), "second": strip_control_chars(two), **agreement(pairs, resamples, seed)}
-        )
-    return out
+            compared.append((judge, "itself", pairs))
+    for one, two in combinations(verdicts, 2):
+        common = [key for key in verdicts[one] if key in verdicts[two]]
+        compared.append((one, two, [(key[0], verdicts[one][key][0], verdicts[two][key][0]) for key in common]))
+    return [
+        {"first": strip_control_chars(one), "second": strip_control_chars(two), **agreement(pairs, resamples, seed)}
+        for one, two, pairs in compared
+    ]
