@@ -109,7 +109,7 @@ def print_power(prompts: int, comparisons: int, dollars: float) -> None:
 
 
 def table_command(args: argparse.Namespace) -> None:
-    """Print a line for each arm in our report or the paper: win rate - 50 %, by test set and over all questions."""
+    """Print a line for each arm in the report or the paper: points of win rate above 50 %, by test set and over all."""
     recipe, _ = find_recipe(args.model)
     summary = json.loads(args.report.read_text(encoding="utf-8"))
     by_dataset = {(r["model"], r["dataset"]): r for r in summary if not r["total"]}

@@ -200,7 +200,7 @@ def test_a_long_repetition_is_encoded_in_subquadratic_time(llama3, unit):
                 asked[0] += 1
                 return dict.get(self, *key)
 
-        counted = BPETokenizer(Counting(ours.vocab), None, ours.steps, {})
+        counted = BPETokenizer(Counting(ours.vocab), None, ours.pre_tokenizers, {})
         assert counted.encode(text[:size]) == theirs.encode_ordinary(text[:size])
         operations[size] = asked[0]
     assert operations[len(text)] < 4.5 * operations[len(text) // 4] + 100

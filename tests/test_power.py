@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parts.report.win_rates import rate_interval
 from recipes.phased_alpaca import print_power as print_plan_power
 from recipes.study import study
-from recipes.study.intervals import estimate, holm, quantile
+from recipes.study.intervals import estimate, holm, t_quantile
 from recipes.study.power import LEVEL, POWER, Spread, chi_density, detectable, needed, power, read_pilot, spread_of
 
 
@@ -115,7 +115,7 @@ def test_quantiles_are_those_of_scipy():
         for p in (0.025, 0.5, 0.975):
             assert np.interp(p, weights.cumsum() - weights / 2, x) == pytest.approx(stats.chi.ppf(p, df), rel=5e-3)
         for level in (LEVEL, LEVEL / 24):
-            assert quantile(df, level) == pytest.approx(stats.t.isf(level / 2, df), rel=2e-3)
+            assert t_quantile(df, level) == pytest.approx(stats.t.isf(level / 2, df), rel=2e-3)
     # Without any prompts' variance it is the power of Student's test.
     for seeds, difference in ((2, 3.0), (4, 1.2), (9, 0.7)):
         shift, critical = difference * math.sqrt(seeds), stats.t.isf(0.025, seeds - 1)

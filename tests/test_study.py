@@ -20,8 +20,9 @@ import judge
 import score
 import train
 from parts.cli import InputError, WorkError
-from recipes.study import analysis, intervals, measure, measures, prepare_alpaca, study
-from recipes.study.arms import StudyData, held_back, make_arms, whole_epochs
+from recipes.study import analysis, figure, intervals, measure, measures, prepare_alpaca, study
+from recipes.study import results as results_files
+from recipes.study.arms import StudyData, choose_subset_size, hold_back_rows, make_arms
 
 # ---------------------------------------------------------------- statistics
 
@@ -30,8 +31,8 @@ def test_tails_and_quantiles_are_students():
     stats = pytest.importorskip("scipy.stats")
     for df in (1.0, 2.3, 4.0, 11.7, 300.0):
         for t in (0.0, 0.4, 2.1, 5.0, 40.0):
-            assert intervals.tail(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-3, abs=1e-7)
-        assert intervals.quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-3)
+            assert intervals.t_tail_probability(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-3, abs=1e-7)
+        assert intervals.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-3)
 
 
 @pytest.mark.parametrize("of_seeds, of_prompts, noise", [(0.3, 1.0, 1.0), (1.0, 0.2, 0.5), (0.0, 0.0, 1.0)])
@@ -95,8 +96,8 @@ def test_arms_judged_on_different_prompts_are_told_apart_and_compared_on_the_com
     assert [rows[f"| {arm}"][-2] for arm in "ABC"] == ["8", "4", "0"] and rows["| C"][-3] == "–"
     assert rows["| A"][-1].startswith("+50.0") and rows["| B"][-1].startswith("+50.0")
     json.dumps(table, allow_nan=False)
-    if analysis.can_draw():
-        analysis.draw(table, results)
+    if results_files.can_draw():
+        figure.draw(table, results)
     alike = results | {"runs": [r for r in records if r["arm"] in ("one-off", "A")]}
     said = analysis.markdown(analysis.summarize(alike), alike)
     assert "different" not in said and "common" not in said
@@ -175,7 +176,7 @@ def test_published_scores_are_matched_by_instruction_and_input_and_no_row_is_use
     assert prepare_alpaca.main([*files, "--out", str(tmp_path / "out"), *sizes]) == 0
     used = []
     for name, counts in (("scored", (10, 8)), ("prompts", (6, 4)), ("validation", (4, 2))):
-        written = study.read_lines(tmp_path / "out" / f"{name}.jsonl")
+        written = study.read_jsonl(tmp_path / "out" / f"{name}.jsonl")
         marks = [row.get("hard", row.get("dataset") == "3.5 or above") for row in written]
         assert (marks.count(0), marks.count(1)) == counts
         for row, mark in zip(written, marks):
@@ -194,7 +195,7 @@ def test_published_scores_are_matched_by_instruction_and_input_and_no_row_is_use
 
 
 @pytest.fixture
-def ground():
+def study_data():
     rng = np.random.default_rng(0)
     order = rng.permutation(240)
     stages = [np.sort(order[:144]), np.sort(order[144:208]), np.sort(order[208:])]
@@ -202,15 +203,15 @@ def ground():
     return StudyData([{}] * 240, stages, {"IFD": stages}, lengths, 16, 2)
 
 
-def test_every_arm_takes_the_same_steps_and_sees_every_row_as_often_unless_that_is_its_point(ground):
-    arms = make_arms(ground)
+def test_every_arm_takes_the_same_steps_and_sees_every_row_as_often_unless_that_is_its_point(study_data):
+    arms = make_arms(study_data)
     assert {"one-off", "phased", "stages 3-2-1", "random stages", "stage 3 only", "phased, replay 0.01"} <= arms.keys()
     for name, arm in arms.items():
         for seed in (0, 1):
             stages = arm.stages(np.random.default_rng(seed))
             if "--select" not in arm.flags:
-                steps = sum(arm.epochs * -(-len(s) // ground.batch_size) for s in stages)
-                assert steps == ground.steps == (arm.steps or 30), name
+                steps = sum(arm.epochs * -(-len(s) // study_data.batch_size) for s in stages)
+                assert steps == study_data.steps == (arm.steps or 30), name
                 assert sum(map(len, stages)) * arm.epochs == 480, name
             if "only" not in name and "%" not in name:
                 assert sorted(np.concatenate(stages)) == list(range(240)), name
@@ -223,7 +224,7 @@ def test_replay_moves_a_share_of_every_stage_into_each_later_one(batches, batch_
     whole batches allow."""
     ends = np.cumsum([0, *batches]) * batch_size
     stages = [np.arange(a, b) for a, b in pairwise(ends)]
-    found = held_back(stages, share, batch_size, np.random.default_rng(seed))
+    found = hold_back_rows(stages, share, batch_size, np.random.default_rng(seed))
     assert sorted(np.concatenate(found)) == list(range(ends[-1]))
     assert all(len(rows) and len(rows) % batch_size == 0 for rows in found)
     of = np.searchsorted(ends, np.arange(ends[-1]), side="right") - 1
@@ -239,25 +240,25 @@ def test_replay_moves_a_share_of_every_stage_into_each_later_one(batches, batch_
 @given(st.integers(3, 1000), st.integers(1, 4), st.sampled_from([1, 4, 16, 128]))
 def test_few_rows_over_and_over_take_as_many_steps_as_all_rows(batches, epochs, batch_size):
     rows = np.arange(batches * batch_size)
-    ground = StudyData([], [rows], {}, rows, batch_size, epochs)
+    study_data = StudyData([], [rows], {}, rows, batch_size, epochs)
     for share in (0.05, 0.2):
-        count, passes = whole_epochs(ground, share)
+        count, passes = choose_subset_size(study_data, share)
         assert count % batch_size == 0 and 0 < count <= len(rows)
-        assert abs(count * passes // batch_size - ground.steps) <= max(2, 0.1 * ground.steps)
+        assert abs(count * passes // batch_size - study_data.steps) <= max(2, 0.1 * study_data.steps)
         if batches >= 40:
             assert 0.799 * share <= count / len(rows) <= 1.251 * share
-            assert abs(count * passes // batch_size - ground.steps) <= max(2, 0.025 * ground.steps)
+            assert abs(count * passes // batch_size - study_data.steps) <= max(2, 0.025 * study_data.steps)
 
 
-def test_seeds_draw_other_rows_and_the_same_seed_the_same(ground):
-    arms = make_arms(ground)
+def test_seeds_draw_other_rows_and_the_same_seed_the_same(study_data):
+    arms = make_arms(study_data)
     for name in ("random stages", "phased, replay 0.1", "random 20 %"):
         first, again, other = (
             [rows.tolist() for rows in arms[name].stages(np.random.default_rng(seed))] for seed in (0, 0, 1)
         )
         assert first == again != other, name
     longest = arms["longest 20 %"].stages(np.random.default_rng(0))[0]
-    assert ground.lengths[longest].min() >= np.sort(ground.lengths)[-len(longest)]
+    assert study_data.lengths[longest].min() >= np.sort(study_data.lengths)[-len(longest)]
 
 
 # ---------------------------------------------------------------- the whole tool
@@ -359,7 +360,7 @@ def test_a_study_of_another_model_chooses_rates_tests_fresh_seeds_and_says_how_s
     for arm in ("one-off", "phased", "stage 3 only"):
         tuned = {r["lr"]: np.mean(r["values"][-1]) for r in runs if r["arm"] == arm and r["seed"] == study.GRID_SEED}
         assert results["table"][arm]["lr"] == min(tuned, key=tuned.get)
-    ids = [{row["id"] for row in study.read_lines(out / "data" / f)} for f in ("prompts.jsonl", "validation.jsonl")]
+    ids = [{row["id"] for row in study.read_jsonl(out / "data" / f)} for f in ("prompts.jsonl", "validation.jsonl")]
     assert not ids[0] & ids[1] and len(ids[0]) + len(ids[1]) == 20
     # Table, intervals and correction, computed anew from the runs.
     last = {arm: np.array([r["values"][-1] for r in results["runs"] if r["arm"] == arm]) for arm in results["table"]}
@@ -434,7 +435,7 @@ def test_ifd_and_tasks_are_measured_after_the_last_stage_as_the_programs_measure
     assert study.main(asked) == 0, capsys.readouterr().err
     out = folder / "out"
     results = json.loads((out / "results.json").read_text())
-    prompts = study.read_lines(out / "data" / "prompts.jsonl")
+    prompts = study.read_jsonl(out / "data" / "prompts.jsonl")
     assert len(results["tokens"]) == len(results["base"]["ifd"]) == len(prompts) and len(results["base"]["tasks"]) == 2
     for r in results["runs"]:
         assert len(r["ifd"]) == len(prompts) and len(r["tasks"]) == 2 and r["matrix"] == {} and r["curve"] == {}
@@ -442,7 +443,7 @@ def test_ifd_and_tasks_are_measured_after_the_last_stage_as_the_programs_measure
     rows = [{"messages": [*p["messages"], {"role": "assistant", "content": p["expected"]}]} for p in prompts]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_forked(score.main, "ifd", "rows.jsonl", "--model", "m", "--out", "ifd.jsonl", cwd=folder)
-    ifd = [row["ifd"] for row in study.read_lines(folder / "ifd.jsonl")]
+    ifd = [row["ifd"] for row in study.read_jsonl(folder / "ifd.jsonl")]
     assert results["base"]["ifd"] == pytest.approx(ifd, rel=1e-4)
     said = (out / "table.md").read_text()
     assert "| difference from one-off | loss per row | loss per token | IFD | tasks right, % |" in said
@@ -498,10 +499,10 @@ def test_a_question_on_both_sides_is_found_in_whatever_form():
         return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)]
 
     def refused(trained, tested):
-        ground = StudyData([{"messages": trained}], [np.array([0])], {}, np.array([1]), 1, 1)
+        study_data = StudyData([{"messages": trained}], [np.array([0])], {}, np.array([1]), 1, 1)
         prompt = {"id": "7", "dataset": "d", "messages": tested}
         try:
-            study.refuse_leaks(ground, [prompt], [prompt | {"messages": said("another")}])
+            study.check_leaks(study_data, [prompt], [prompt | {"messages": said("another")}])
         except InputError as e:
             return "d 7" in str(e)
         return False
@@ -517,7 +518,7 @@ def test_answers_after_ten_stages_are_in_order(tmp_path):
     for k in range(12, 0, -1):
         (tmp_path / "answers" / f"phased-0.stage{k}.json").touch()
     (tmp_path / "answers" / "phased-by-ifd-0.stage1.json").touch()
-    found = analysis.answers_of(tmp_path, "phased", 0)
+    found = results_files.answer_files(tmp_path, "phased", 0)
     assert [path.name for path in found] == [f"phased-0.stage{k}.json" for k in range(1, 13)]
 
 

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 
 
-def tail(t: float, df: float) -> float:
+def t_tail_probability(t: float, df: float) -> float:
     """P(|T| > t) of Student's T with df degrees of freedom, at least 1: T = sqrt(df) tan(x), x of density
     ~ cos(x)^(df - 1)."""
     x = np.linspace(0.0, math.pi / 2, 4001)
@@ -16,12 +16,12 @@ def tail(t: float, df: float) -> float:
 
 
 @cache
-def quantile(df: float, p: float = 0.05) -> float:
-    """The t with P(|T| > t) = p."""
+def t_quantile(df: float, p: float = 0.05) -> float:
+    """The t with P(|T| > t) = p, for Student's T with df degrees of freedom."""
     low, high = 0.0, 1e4
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if tail(middle, df) > p else (low, middle)
+        low, high = (middle, high) if t_tail_probability(middle, df) > p else (low, middle)
     return high
 
 
@@ -56,16 +56,17 @@ def estimate(
         residual = (left**2).sum() / ((seeds - 1) * (n - 1)) / (seeds * n)
     error = math.sqrt(max(by_prompts + by_seeds - residual, by_prompts, by_seeds))
     df = max(1, min(seeds - 1 if seeds > 1 else n - 1, n - 1))
-    half = quantile(df) * error
+    half = t_quantile(df) * error
     low, high = (
         (mean - half, mean + half) if limits is None else (max(limits[0], mean - half), min(limits[1], mean + half))
     )
-    p = tail(mean / error, df) if seeds > 1 and error else None
+    p = t_tail_probability(mean / error, df) if seeds > 1 and error else None
     return {"n": n, "mean": mean, "low": float(low), "high": float(high), "p": p}
 
 
 def holm(p: list[float | None]) -> list[float | None]:
-    """p values corrected for being several (Holm, 1979). One that is not known (None) counts among them and stays."""
+    """p values corrected for multiple comparisons (Holm, 1979). None (unknown) counts as a comparison and stays
+    None."""
     out, worst = [None] * len(p), 0.0
     for rank, i in enumerate(sorted((i for i, x in enumerate(p) if x is not None), key=p.__getitem__)):
         worst = max(worst, (len(p) - rank) * p[i])

@@ -1,4 +1,4 @@
-"""What models make of prompts: exact answers, or the loss of the answers expected.
+"""Measure models on prompts: exact answers, or the loss of the expected answers.
 
     python recipes/study/measure.py demo/model out/stage1 out/stage2 out/stage3 --html out/report.html
 
@@ -39,7 +39,7 @@ DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 def answers(model: Transformer, tokenizer, prompts: list[list[int]], stop: set[int], most: int) -> list[str]:
-    """The greedy answer to each prompt; none where the prompt leaves no room for one."""
+    """The greedy answer to each prompt; empty where the prompt fills the context."""
     out: list[list[int]] = [[] for _ in prompts]
     fitting = [i for i, tokens in enumerate(prompts) if len(tokens) < model.config.max_positions]
     for i, token, _ in decode(model, [prompts[i] for i in fitting], stop, Options(max_new_tokens=most)):
@@ -68,9 +68,10 @@ def expected_documents(prompts: list[Prompt], template: str, tokenizer) -> Docum
 
 @dataclass
 class Measured:
-    """What a model makes of the prompts, each list in their order; empty where it was not asked for."""
+    """Measurements of one model, each a list in the order of the prompts (`tasks`: of the tasks); empty if not asked
+    for."""
 
-    values: list  # whether the answer is exact, or its loss
+    values: list  # bool: the answer is exact; or float: its loss
     answers: list[str]
     tokens: list[int] = field(default_factory=list)  # supervised ones of the expected answer
     ifd: list[float] = field(default_factory=list)  # of the expected answer
@@ -113,7 +114,7 @@ TITLES = {"exact": "exact answers, %", "loss": "loss of the answers", "told": "k
 
 
 def comparisons(models: list[Path], prompts: list[Prompt], measured: list[Measured]) -> list[dict]:
-    """Every model's answers and which of them are right, against those of the first, as rows of verdicts."""
+    """Rows of verdicts: every model's answers against those of the first model."""
     rows, (base, *others) = [], measured
     for folder, found in zip(models[1:], others):
         for k, p in enumerate(prompts):

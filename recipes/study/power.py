@@ -1,4 +1,4 @@
-"""What a study can detect, computed before it begins: the smallest difference, and the seeds and prompts needed.
+"""Power calculation for a study: the smallest detectable difference, and the seeds and prompts needed.
 
 The test is intervals.estimate's, of a mean over seeds and prompts that are both random. The variance of the difference
 between two arms has three components (seeds, prompts, residual), which a pilot of two or more seeds estimates.
@@ -14,17 +14,17 @@ import numpy as np
 
 from parts.cli import InputError, print_table
 from parts.files import read_json_object
-from recipes.study.analysis import MEASURED, wins_of
-from recipes.study.intervals import quantile
+from recipes.study.analysis import MEASURED, score_wins
+from recipes.study.intervals import t_quantile
 from recipes.study.measures import limits_of, other_measures
 
 POWER, LEVEL = 0.8, 0.05
-COUNTS = {"seeds": range(2, 10**4 + 1), "prompts": range(2, 10**7 + 1)}  # of which one may be enough
+COUNTS = {"seeds": range(2, 10**4 + 1), "prompts": range(2, 10**7 + 1)}  # searched for the smallest that is enough
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Components of the variance of the difference between two arms, as a pilot found them."""
+    """Variance components of the difference between two arms, estimated from a pilot."""
 
     seeds: float
     prompts: float
@@ -35,11 +35,11 @@ class Spread:
     limit: float = math.inf  # the largest difference that can be
 
     def sd(self) -> float:
-        """Over seeds, of the mean over the pilot's prompts: `residual` is in it because these are finite in number."""
+        """Standard deviation over seeds of the mean over the pilot's prompts. It includes `residual` / n_prompts."""
         return math.sqrt(self.seeds + self.residual / self.n_prompts)
 
     def interval(self) -> list["Spread"]:
-        """With both ends of the 95 % chi-square interval of `sd`."""
+        """The spread with the lower and the upper end of the 95 % chi-square interval of `sd`."""
         x, weights = chi_density(self.df)
         factors = self.df / np.interp((0.975, 0.025), weights.cumsum() - weights / 2, x) ** 2
         seeds = self.sd() ** 2 * factors - self.residual / self.n_prompts
@@ -47,8 +47,8 @@ class Spread:
 
 
 def spread_of(values: np.ndarray, limit: float = math.inf) -> Spread:
-    """Of (arms, seeds, prompts), pooled over arms: from mean squares of the interactions with the arm, twice for the
-    difference of two arms. A single prompt stands for a measure without values per prompt."""
+    """The spread of values (arms, seeds, prompts), pooled over arms: from the mean squares of the interactions with the
+    arm, doubled for the difference of two arms. One prompt means that the measure has no values per prompt."""
 
     def mean_square(x: np.ndarray) -> float:
         for axis in range(x.ndim):
@@ -63,7 +63,7 @@ def spread_of(values: np.ndarray, limit: float = math.inf) -> Spread:
 
 
 def chi_density(df: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values of the chi distribution and the probability near each."""
+    """A grid of values of the chi distribution, and their probabilities."""
     low, high = max(0.0, math.sqrt(df) - 8), math.sqrt(df) + 8
     x = low + (high - low) * (np.arange(2000) + 0.5) / 2000
     log = (df - 1) * np.log(x) - x**2 / 2
@@ -85,7 +85,7 @@ def power(spread: Spread, difference: float, seeds: int, prompts: float, level: 
     x, weights = chi_density(seeds - 1)
     estimated = by_seeds * x**2 / (seeds - 1)
     error = np.sqrt(np.maximum(np.maximum(estimated + by_prompts - residual, by_prompts), estimated))
-    critical = quantile(min(seeds, prompts) - 1, level) * error
+    critical = t_quantile(min(seeds, prompts) - 1, level) * error
     z = np.concatenate([critical - difference, critical + difference]) / sd / math.sqrt(2)
     return float(np.array([math.erfc(v) / 2 for v in z]) @ np.append(weights, weights))
 
@@ -126,7 +126,7 @@ def read_pilot(path: Path) -> dict[str, Spread]:
     if min(values.shape) < 2:
         found = "{} arms, {} seeds and {} prompts with values in every run".format(*values.shape)
         raise InputError(f"{path}: {found}; a pilot needs two of each: --seeds 2")
-    measures = {"win rate, %": spread_of(values if judge == "api" else wins_of(values, values[0], judge), 0.5)}
+    measures = {"win rate, %": spread_of(values if judge == "api" else score_wins(values, values[0], judge), 0.5)}
     if judge != "api":
         measures[MEASURED[judge]] = spread_of(values, 1.0 if judge == "exact" else math.inf)
     for name, arms in others.items():
@@ -139,15 +139,15 @@ def read_pilot(path: Path) -> dict[str, Spread]:
 
 def held_out_losses(runs: dict[str, list[dict]]) -> np.ndarray | None:
     """(arms, seeds, 1): the mean of all sets after the last stage. None where the study measured none."""
-    matrices = [[r["matrix"] for r in of] for of in runs.values()]
-    if not all(matrix for of in matrices for matrix in of):
+    held_out_table = [[r["matrix"] for r in of] for of in runs.values()]
+    if not all(matrix for of in held_out_table for matrix in of):
         return None
-    return np.array([[[np.mean([x[-1] for x in m["losses"].values()])] for m in of] for of in matrices])
+    return np.array([[[np.mean([x[-1] for x in m["losses"].values()])] for m in of] for of in held_out_table])
 
 
 def print_power(path: Path, differences: list[float], seeds: int, comparisons: int | None) -> None:
-    """For a study with so many seeds and comparisons with one-off (None: the pilot's), and the pilot's prompts.
-    `differences` are points, of losses hundredths."""
+    """Print the tables for a study with this number of seeds and of comparisons with one-off (None: as in the pilot),
+    and as many prompts as the pilot. `differences` are in points, for losses in hundredths."""
     pilot, limits, needs = read_pilot(path), [], []
     known = pilot["win rate, %"]
     comparisons, prompts = comparisons or known.df // (known.n_seeds - 1), f"{known.n_prompts:,} prompts"

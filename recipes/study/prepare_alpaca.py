@@ -25,7 +25,7 @@ NAMES = ("below 3.5", "3.5 or above")
 
 
 def prompt_text(row: Row) -> str:
-    """The prompt of a row, white space aside."""
+    """The text of a row before its answer, with white space normalized."""
     return " ".join(" ".join(turn.text for turn in row.turns if turn.role != "assistant").split())
 
 

@@ -1,4 +1,4 @@
-"""Does training in stages of rising difficulty help my model on my data? Every arm, its own best rate, fresh seeds.
+"""Does training in stages of rising difficulty help my model on my data? Compare arms over several seeds.
 
     python recipes/study/study.py                     on the demo; --quick is a small version
     python recipes/study/study.py --power PILOT       what a study can detect, before it begins
@@ -6,9 +6,10 @@
     python recipes/study/study.py --model DIR --scored scored.jsonl --prompts F --judge exact \\
         --lr-grid 5e-6 1e-5 2e-5 4e-5 --out out/mine -- --batch-size 128 --checkpoint-activations
 
-All arms start from the same model and, unless that is their point, take the same number of steps and see the same rows
-as often. The learning rate of each is the best of the grid on validation prompts; fresh seeds with it are tested on
-prompts that chose nothing. Whatever stands behind `--` goes to train.py. Killed, the same command goes on.
+All arms start from the same model. Unless their definition says otherwise, they take the same number of steps and train
+on every row equally often. The learning rate of each arm is the best of the grid on validation prompts. Further seeds
+at that rate are tested on other prompts. Flags after `--` go to train.py. A killed study continues with the same
+command.
 """
 
 import argparse
@@ -58,9 +59,19 @@ from parts.text.rows import messages_of
 from parts.text.templates import TEMPLATES, choose_template
 from parts.text.testsets import read_prompts
 from parts.text.tokenizers import load_tokenizer
-from recipes.study.analysis import COMPARISONS, answers_of, file_name, print_table_of, write_findings
-from recipes.study.arms import REPLAYED, Arm, StudyData, cut_scores, held_back, make_arms, read_ground, stages_by
+from recipes.study.arms import (
+    MEASURED_EVERY_STAGE,
+    REPLAY_SHARES,
+    Arm,
+    StudyData,
+    cut_scores,
+    hold_back_rows,
+    make_arms,
+    read_study_data,
+    restage_by,
+)
 from recipes.study.power import print_power
+from recipes.study.results import answer_files, file_name, print_saved_tables, write_results
 from recipes.study.tasks import read_tasks
 from score import read_score
 
@@ -68,21 +79,21 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEMO = ROOT / "demo"
 QUICK = ["one-off", "phased", "random stages", "stages 3-2-1", "stage 3 only", "phased, replay 0.1"]
-# Runs are forks of a process that has imported torch, which takes as long as ten steps of the demo.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "train", "recipes.study.measure"])
-# What of train.py the arms themselves decide.
-OURS = {"stages", "eval", "replay", "model", "out", "epochs", "lr", "batch_size", "optimizer_state", "seed", "select",
-        "ratio", "scores", "eval_every", "sample_prompts", "dry_run"}  # fmt: skip
-REAPING = threading.Lock()  # starting a process reads the exit code of any that has ended; it can be read once
-GRID_SEED = 1000  # of the runs that choose a rate; those that are tested have 0, 1, …
+# Runs are forks of a process that has imported torch: the import takes as long as ten steps of the demo.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch", "train", "recipes.study.measure"])
+# Flags of train.py that the study sets.
+STUDY_FLAGS = {"stages", "eval", "replay", "model", "out", "epochs", "lr", "batch_size", "optimizer_state", "seed",
+               "select", "ratio", "scores", "eval_every", "sample_prompts", "dry_run"}  # fmt: skip
+EXIT_CODE_LOCK = threading.Lock()  # starting a process reaps those that have ended, and an exit code can be read once
+GRID_SEED = 1000  # of runs that choose a rate; tested runs have seeds 0, 1, …
 
 # ---------------------------------------------------------------- the prompts
 
 
-def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
-    """Prompts that test, prompts that choose the rate, and of the latter a few as rows for the held-out loss, by name:
-    a set of them per stage where prompts have scores. Raises InputError."""
+def read_test_prompts(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
+    """The test prompts, the validation prompts (which choose the rate), and a few of the latter as rows for the
+    held-out loss, by name of the set: one set per stage if prompts have scores. Raises InputError."""
 
     def read(path: Path) -> list[dict]:
         prompts, rows = read_prompts(path), []
@@ -118,19 +129,19 @@ def read_tests(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict[s
     if all("score" in row for row in validation):
         groups = cut_scores(np.array([row["score"] for row in validation]), args)
         held_out = {f"held-out{k}": group for k, group in enumerate(groups, 1) if len(group)}
-    held_out = {name: [as_training_row(validation[i]) for i in group[:16]] for name, group in held_out.items()}
+    held_out = {name: [to_training_row(validation[i]) for i in group[:16]] for name, group in held_out.items()}
     return prompts, validation, held_out
 
 
-def refuse_leaks(ground: StudyData, prompts: list[dict], validation: list[dict]) -> None:
-    """Raises InputError where a prompt that tests, or chooses the rate, has trained, or one does both."""
+def check_leaks(study_data: StudyData, prompts: list[dict], validation: list[dict]) -> None:
+    """Raises InputError if a test or validation prompt is among the training rows, or is both."""
 
     def text(messages: list[dict]) -> str:
         return "\n".join(m["content"] for m in messages)
 
     test, chose = ({text(row["messages"]): f"{row['dataset']} {row['id']}" for row in x} for x in (prompts, validation))
     trained = set()
-    for row in (ground.rows[i].get("messages", []) for i in ground.everything):
+    for row in (study_data.rows[i].get("messages", []) for i in study_data.everything):
         trained |= {text(row[:k]) for k, m in enumerate(row) if m["role"] == "assistant"}
     advice = "Each question once, on one side."
     raise_if_any([test[x] for x in test if x in trained], "rows that train are prompts that test", advice)
@@ -138,7 +149,7 @@ def refuse_leaks(ground: StudyData, prompts: list[dict], validation: list[dict])
     raise_if_any([test[x] for x in test if x in chose], "prompts that test also choose the rate", advice)
 
 
-def as_training_row(row: dict) -> dict:
+def to_training_row(row: dict) -> dict:
     return {"messages": [*row["messages"], {"role": "assistant", "content": row["expected"]}]}
 
 
@@ -156,32 +167,33 @@ class Job:
         return f"{file_name(self.arm)}-{self.lr:g}-{self.seed}"
 
 
-def run_file(command: list[str], cwd: Path, device: str, said: Path) -> None:
-    """As `python *command > said 2>&1` would, in a process that has imported torch already."""
+def run_script(command: list[str], cwd: Path, device: str, said: Path) -> None:
+    """Run `python *command > said 2>&1` in this process, which has imported torch already."""
     set_parent_death_signal(signal.SIGKILL)
     with open(said, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update({"CUDA_VISIBLE_DEVICES": device} if device else {})
     os.chdir(cwd)
-    tqdm.set_lock(threading.RLock())  # its own would be a semaphore that nobody frees when a program ends
+    tqdm.set_lock(threading.RLock())  # the default is a semaphore that is not freed at exit
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
 
 def call(command: list, cwd: Path, device: str = "", ranks: int = 1) -> float:
-    """Run a file of Python, by torchrun if on several ranks; its seconds. Raises WorkError with what it said last."""
+    """Run a Python program, with torchrun on several ranks, and return its seconds. Raises WorkError with the end of
+    its output."""
     started, launched = time.monotonic(), [str(c) for c in command]
     if ranks > 1:
         launcher = importlib.util.find_spec("torch.distributed.run").origin
         launched = [launcher, "--standalone", "--nproc-per-node", str(ranks), *launched]
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said"
-        process = FORKS.Process(target=run_file, args=(launched, cwd, device, said))
-        with REAPING:
+        process = FORKSERVER.Process(target=run_script, args=(launched, cwd, device, said))
+        with EXIT_CODE_LOCK:
             process.start()
         wait([process.sentinel])
-        with REAPING:
+        with EXIT_CODE_LOCK:
             process.join()
         if process.exitcode:
             text = said.read_text(errors="replace")[-4000:]
@@ -190,7 +202,7 @@ def call(command: list, cwd: Path, device: str = "", ranks: int = 1) -> float:
 
 
 def device_of(args: argparse.Namespace, run: int) -> str:
-    """CUDA_VISIBLE_DEVICES of one of the runs side by side; where there are more runs than GPUs, they share."""
+    """CUDA_VISIBLE_DEVICES for the run-th of the concurrent runs. If there are more runs than GPUs, they share."""
     first = run % max(1, len(args.gpus) // args.nproc_per_node) * args.nproc_per_node
     return ",".join(args.gpus[first : first + args.nproc_per_node])
 
@@ -199,33 +211,33 @@ def held_out_files(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "data").glob("held-out*.jsonl"))
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict]:
     return [value for _, value in json_values(read_text(path))]
 
 
-def run_job(args: argparse.Namespace, ground: StudyData, arm: Arm, job: Job, device: str) -> None:
-    """Train and measure; the result is out/results/NAME.json. A run that was killed goes on."""
+def run_job(args: argparse.Namespace, study_data: StudyData, arm: Arm, job: Job, device: str) -> None:
+    """Train and measure a run and write out/results/NAME.json. A run that was killed continues."""
     out, tuning = args.out, job.seed == GRID_SEED
     folder, result = out / "runs" / job.name, out / "results" / f"{job.name}.json"
     names = []
     for k, rows in enumerate(arm.stages(np.random.default_rng(job.seed)), 1):
         names.append(f"{job.name}.s{k}.jsonl")
-        write_lines(out / "data" / names[-1], [ground.rows[i] for i in rows])
+        write_lines(out / "data" / names[-1], [study_data.rows[i] for i in rows])
     rates = [job.lr * arm.falling**k for k in range(len(names))]
-    command = [ROOT / "train.py", "--model", args.model, "--stages", *names, "--lr", *rates, "--out", folder,
-               "--epochs", arm.epochs, "--batch-size", ground.batch_size, "--seed", job.seed, *arm.flags]  # fmt: skip
+    command = [ROOT / "train.py", "--model", args.model, "--stages", *names, "--lr", *rates, "--out", folder]
+    command += ["--epochs", arm.epochs, "--batch-size", study_data.batch_size, "--seed", job.seed, *arm.flags]
     if not tuning and args.evaluations:
-        command += ["--eval", *held_out_files(out), "--eval-every", max(1, ground.steps // args.evaluations)]
+        command += ["--eval", *held_out_files(out), "--eval-every", max(1, study_data.steps // args.evaluations)]
     command += args.train
     seconds = call(command, out / "data", device, args.nproc_per_node)
-    measured = range(1 if job.arm in COMPARISONS and not tuning else len(names), len(names) + 1)
+    measured = range(1 if job.arm in MEASURED_EVERY_STAGE and not tuning else len(names), len(names) + 1)
     found = measure(
         args, [folder / f"stage{k}" for k in measured], "validation" if tuning else "prompts", job.name, device
     )
-    metrics = read_lines(folder / "metrics.jsonl")
+    metrics = read_jsonl(folder / "metrics.jsonl")
     steps = [row for row in metrics if "loss" in row]
-    if len(steps) != (arm.steps or ground.steps):
-        raise WorkError(f"{job.name} took {len(steps)} steps instead of {arm.steps or ground.steps}")
+    if len(steps) != (arm.steps or study_data.steps):
+        raise WorkError(f"{job.name} took {len(steps)} steps instead of {arm.steps or study_data.steps}")
     curve: dict[str, list] = {}
     for row in metrics:
         if "eval_loss" in row:
@@ -260,8 +272,8 @@ def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: st
 
 
 def write_answers(out: Path, job: Job, stage: int, texts: list[str]) -> None:
-    """As generate.py writes them."""
-    prompts = read_lines(out / "data" / "prompts.jsonl")
+    """Write the answers in the format of generate.py."""
+    prompts = read_jsonl(out / "data" / "prompts.jsonl")
     rows = [
         {"id": p["id"], "dataset": p["dataset"], "instruction": p["messages"][-1]["content"], "output": text,
          "generator": f"{job.arm}/stage{stage}"} | {k: p[k] for k in ("expected",) if k in p}
@@ -272,10 +284,10 @@ def write_answers(out: Path, job: Job, stage: int, texts: list[str]) -> None:
 
 
 def run_jobs(
-    args: argparse.Namespace, ground: StudyData, arms: dict[str, Arm], jobs: list[Job], what: str
+    args: argparse.Namespace, study_data: StudyData, arms: dict[str, Arm], jobs: list[Job], what: str
 ) -> list[dict]:
-    """The records of all jobs; those that are there already are not done again. Raises WorkError for the first that
-    fails, when the others that run have ended."""
+    """The records of all jobs; finished ones are read, not repeated. If one fails, raises its WorkError when the jobs
+    already started have ended."""
     devices: queue.Queue[str] = queue.Queue()
     for k in range(args.jobs):
         devices.put(device_of(args, k))
@@ -283,7 +295,7 @@ def run_jobs(
     def work(job: Job) -> None:
         device = devices.get()
         try:
-            run_job(args, ground, arms[job.arm], job, device)
+            run_job(args, study_data, arms[job.arm], job, device)
         finally:
             devices.put(device)
 
@@ -303,28 +315,30 @@ def run_jobs(
 # ---------------------------------------------------------------- the plan
 
 
-def time_a_step(args: argparse.Namespace, ground: StudyData, prompts: list[dict]) -> dict:
-    """Seconds of a start, a step and a measurement, and what the model makes of the prompts before any training; all
-    kept in timing.json."""
+def measure_times(args: argparse.Namespace, study_data: StudyData, prompts: list[dict]) -> dict:
+    """Seconds of a start, a step and a measurement, and the measurements of the model before any training. Written to
+    timing.json, and read from it if it exists."""
     path = args.out / "timing.json"
     if path.exists():
         return read_json_object(path)
-    few = np.concatenate([ground.everything] * 4)[: 8 * ground.batch_size]
-    write_lines(args.out / "data" / "timing.jsonl", [ground.rows[i] for i in few])
+    few = np.concatenate([study_data.everything] * 4)[: 8 * study_data.batch_size]
+    write_lines(args.out / "data" / "timing.jsonl", [study_data.rows[i] for i in few])
     timing = args.out / "runs" / "timing"
     shutil.rmtree(timing, ignore_errors=True)
     command = [ROOT / "train.py", "--model", args.model, "--stages", "timing.jsonl", "--lr", 0, "--out", timing,
-               "--batch-size", ground.batch_size, "--eval", *held_out_files(args.out), *args.train]  # fmt: skip
+               "--batch-size", study_data.batch_size, "--eval", *held_out_files(args.out), *args.train]  # fmt: skip
     device = device_of(args, 0)
     wall = call(command, args.out / "data", device, args.nproc_per_node)
-    times = [row["seconds"] for row in read_lines(timing / "metrics.jsonl") if "loss" in row]
+    times = [row["seconds"] for row in read_jsonl(timing / "metrics.jsonl") if "loss" in row]
     shutil.rmtree(timing)
     started = time.monotonic()
     (base,) = measure(args, [args.model], "prompts", "base", device)
     start, seconds = wall - sum(times), time.monotonic() - started
     asked = sum(len(m["content"]) for p in prompts for m in p["messages"])
     said, expected = (sum(map(len, texts)) for texts in (base["answers"], [p.get("expected", "") for p in prompts]))
-    if said and expected:  # trained, it will answer at the length that is expected; one token of it costs three asked
+    if (
+        said and expected
+    ):  # a trained model answers at the expected length; an answer token costs as much as three of the prompt
         seconds = start + max(0, seconds - start) * min(1, (asked + 3 * expected) / (asked + 3 * said))
     found = {"start": start, "step": float(np.median(times)), "measure": seconds, "base": base}
     atomic_write(path, json.dumps(found))
@@ -332,35 +346,38 @@ def time_a_step(args: argparse.Namespace, ground: StudyData, prompts: list[dict]
 
 
 def make_plan(
-    args: argparse.Namespace, ground: StudyData, arms: dict[str, Arm], prompts: list[dict], times: dict
+    args: argparse.Namespace, study_data: StudyData, arms: dict[str, Arm], prompts: list[dict], times: dict
 ) -> dict:
-    """Runs, steps, hours, dollars of judging; kept in plan.json."""
+    """Runs, steps, hours, dollars of judging. Written to plan.json."""
     tuned = len(arms) * len(args.lr_grid) if len(args.lr_grid) > 1 else 0
-    runs, later = len(arms) * args.seeds + tuned, len(ground.stages) - 1
-    seconds = runs * (times["start"] + ground.steps * times["step"] + times["measure"])
-    seconds += args.seeds * len(COMPARISONS & arms.keys()) * later * times["measure"]  # after every stage
+    runs, later = len(arms) * args.seeds + tuned, len(study_data.stages) - 1
+    seconds = runs * (times["start"] + study_data.steps * times["step"] + times["measure"])
+    seconds += args.seeds * len(MEASURED_EVERY_STAGE & arms.keys()) * later * times["measure"]  # after every stage
     if wants_ifd(arms):  # two forward passes over the rows, by one rank
-        seconds += args.jobs * args.nproc_per_node * ground.steps / ground.epochs * times["step"] * 2 / 3
-    plan = {"arms": list(arms), "rates": args.lr_grid, "seeds": args.seeds, "runs": runs, "steps": ground.steps}
-    plan |= {"rows": len(ground.everything), "stages": [len(s) for s in ground.stages], "prompts": len(prompts)}
+        seconds += args.jobs * args.nproc_per_node * study_data.steps / study_data.epochs * times["step"] * 2 / 3
+    plan = {"arms": list(arms), "rates": args.lr_grid, "seeds": args.seeds, "runs": runs, "steps": study_data.steps}
+    plan |= {"rows": len(study_data.everything), "stages": [len(s) for s in study_data.stages], "prompts": len(prompts)}
     plan |= {"seconds_per_step": round(times["step"], 4), "hours": round(seconds / args.jobs / 3600, 4)}
-    plan |= {"other_steps": {name: arm.steps for name, arm in arms.items() if arm.steps not in (None, ground.steps)}}
-    plan |= {"replayed": {f"phased, replay {share:g}": replayed(ground, share) for share in REPLAYED}}
-    plan |= {"dollars": judging_dollars(args, arms, prompts, later)}
+    other_steps = {name: arm.steps for name, arm in arms.items() if arm.steps not in (None, study_data.steps)}
+    plan |= {"other_steps": other_steps}
+    plan |= {"replayed": {f"phased, replay {share:g}": replayed_shares(study_data, share) for share in REPLAY_SHARES}}
+    plan |= {"dollars": estimate_judging_dollars(args, arms, prompts, later)}
     atomic_write(args.out / "plan.json", json.dumps(plan, indent=1))
     return plan
 
 
-def replayed(ground: StudyData, share: float) -> list[float]:
-    """The share of each stage but the last that really moves into each later one: whole batches stay."""
-    kept = held_back(ground.stages, share, ground.batch_size, np.random.default_rng(0))
+def replayed_shares(study_data: StudyData, share: float) -> list[float]:
+    """The share of each stage but the last that moves into each later one, after rounding to complete batches."""
+    kept = hold_back_rows(study_data.stages, share, study_data.batch_size, np.random.default_rng(0))
     later = range(len(kept) - 1, 0, -1)
-    return [(1 - np.isin(stage, rows).mean()) / n for stage, rows, n in zip(ground.stages, kept, later)]
+    return [(1 - np.isin(stage, rows).mean()) / n for stage, rows, n in zip(study_data.stages, kept, later)]
 
 
-def judging_dollars(args: argparse.Namespace, arms: dict[str, Arm], prompts: list[dict], later: int) -> float | None:
-    """Of the API, at most, but for what --judge-flags add: every answer of an arm in both orders, of some after the
-    `later` stages as well. None where no price is known."""
+def estimate_judging_dollars(
+    args: argparse.Namespace, arms: dict[str, Arm], prompts: list[dict], later: int
+) -> float | None:
+    """Upper estimate of the API's price without what --judge-flags add: every answer of an arm in both orders, for some
+    arms after each of the `later` stages too. None if the price is unknown."""
     if args.judge != "api":
         return 0.0
     options = ApiOptions(model=args.api_model) if args.api_model else ApiOptions()
@@ -369,9 +386,8 @@ def judging_dollars(args: argparse.Namespace, arms: dict[str, Arm], prompts: lis
         return None
     asked = np.mean([sum(len(m["content"]) for m in p["messages"]) for p in prompts]) + len(judge_prompt(None, False))
     each = prices[0] * (asked / 4 + 2 * args.max_new_tokens) + prices[1] * 16
-    return round(
-        2 * len(prompts) * (len(arms) + later * len(COMPARISONS & arms.keys()) - 1) * args.seeds * each / 1e6, 2
-    )
+    judged = len(arms) - 1 + later * len(MEASURED_EVERY_STAGE & arms.keys())
+    return round(2 * len(prompts) * judged * args.seeds * each / 1e6, 2)
 
 
 def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
@@ -395,7 +411,7 @@ def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
 
 
 def choose_rates(records: list[dict], judge: str) -> dict[str, dict[float, float]]:
-    """arm -> rate -> its mean on validation, the best first."""
+    """arm -> rate -> mean on the validation prompts, the best rate first."""
     found: dict[str, dict[float, float]] = {}
     for r in records:
         found.setdefault(r["arm"], {})[r["lr"]] = float(np.mean(r["values"][-1]))
@@ -403,11 +419,11 @@ def choose_rates(records: list[dict], judge: str) -> dict[str, dict[float, float
 
 
 def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
-    """Every arm's answers against one-off training with the same seed; judge.py itself asks nothing twice."""
+    """Judge every arm's answers against those of one-off training with the same seed. judge.py asks nothing twice."""
     for r in records:
         r["wins"] = []
         base = args.out / "answers" / f"one-off-{r['seed']}.stage1.json"
-        for path in answers_of(args.out, r["arm"], r["seed"]):
+        for path in answer_files(args.out, r["arm"], r["seed"]):
             if path == base:
                 r["wins"].append([0.5] * len(json.loads(read_text(base))))
                 continue
@@ -417,15 +433,15 @@ def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
             try:
                 call([ROOT / "judge.py", "compare", base, path, "--out", out, *model, *args.judge_flags], Path.cwd())
             except WorkError as e:
-                if not out.exists():  # it does where some answers were refused: the others count
+                if not out.exists():  # it exists if only some answers were refused
                     raise
                 print(e, file=sys.stderr)
             points = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-            r["wins"].append([points.get(row["verdict"]) for row in read_lines(out) if not row.get("canary")])
+            r["wins"].append([points.get(row["verdict"]) for row in read_jsonl(out) if not row.get("canary")])
 
 
-def settings_of(args: argparse.Namespace) -> dict:
-    """What must be the same to go on: settings and hashes of data, model and code."""
+def describe_settings(args: argparse.Namespace) -> dict:
+    """What must be equal to continue a study: settings and hashes of data, model and code."""
     keys = "score_key bounds equal rows epochs batch_size lr_grid judge most_prompts max_new_tokens trained api_model"
     keys += " ifd evaluations"
     files = {f"--scored {k}, {path.name}": path for k, path in enumerate(args.scored, 1)}
@@ -439,9 +455,10 @@ def settings_of(args: argparse.Namespace) -> dict:
     return {"settings": given, "hashes": hashes, "code": code.hexdigest()[:16]}
 
 
-def keep_settings(args: argparse.Namespace) -> dict:
-    """What the study is of, kept in study.json. Raises InputError where the folder holds another."""
-    about, kept = settings_of(args), args.out / "study.json"
+def check_settings(args: argparse.Namespace) -> dict:
+    """Write study.json with the settings and hashes, and return them. Raises InputError if the folder holds a study
+    with other ones."""
+    about, kept = describe_settings(args), args.out / "study.json"
     before = read_json_object(kept) if kept.exists() else about
     changed = [k for part in ("settings", "hashes") for k, v in about[part].items() if before[part].get(k) != v]
     if changed or before["hashes"].keys() != about["hashes"].keys():
@@ -453,7 +470,7 @@ def keep_settings(args: argparse.Namespace) -> dict:
 
 
 def write_data(out: Path, sets: dict[str, list[dict]]) -> None:
-    """The folders of a study, and the prompts and held-out rows that runs read in out/data."""
+    """Make the folders of a study, and write the prompts and held-out rows to out/data."""
     for folder in ("data", "runs", "results", "answers", "verdicts"):
         (out / folder).mkdir(exist_ok=True)
     for name, rows in sets.items():
@@ -464,19 +481,20 @@ def wants_ifd(arms: dict[str, Arm]) -> bool:
     return any(name == "phased by IFD" or "--scores" in arm.flags for name, arm in arms.items())
 
 
-def measure_ifd(args: argparse.Namespace, ground: StudyData) -> None:
-    """Of every row with the model before any training, once: out/data/ifd.jsonl, and the stages by it."""
+def measure_ifd(args: argparse.Namespace, study_data: StudyData) -> None:
+    """Measure the IFD of every row with the model before any training (out/data/ifd.jsonl), and make stages by it."""
     data = args.out / "data"
     if not (data / "ifd.jsonl").exists():
-        write_lines(data / "all.jsonl", [ground.rows[i] for i in ground.everything])
+        write_lines(data / "all.jsonl", [study_data.rows[i] for i in study_data.everything])
         how = ["--template", args.template, "--max-len", args.max_len]
         call([ROOT / "score.py", "ifd", "all.jsonl", "--model", args.model, "--out", "ifd.jsonl", *how], data)
-    found = {i: row["ifd"] for i, row in zip(ground.everything, read_lines(data / "ifd.jsonl"), strict=True)}
-    ground.by["IFD"] = stages_by([found.get(i) for i in range(len(ground.rows))], ground.stages)
+    found = {i: row["ifd"] for i, row in zip(study_data.everything, read_jsonl(data / "ifd.jsonl"), strict=True)}
+    study_data.by["IFD"] = restage_by([found.get(i) for i in range(len(study_data.rows))], study_data.stages)
 
 
 def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | None:
-    """Of each prompt, whether the model before any training knows it as text; None where that cannot be asked."""
+    """Per prompt, whether the model before any training completes it as plain text; None if prompts have no such
+    text."""
     if args.judge != "exact" or not all("told" in p for p in prompts):
         return None
     path = args.out / "ceiling.json"
@@ -486,49 +504,49 @@ def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | Non
     return json.loads(path.read_text())[0]["values"]
 
 
-def carry_out(
-    args: argparse.Namespace, ground: StudyData, arms: dict[str, Arm], prompts: list[dict], about: dict
+def run_study(
+    args: argparse.Namespace, study_data: StudyData, arms: dict[str, Arm], prompts: list[dict], about: dict
 ) -> None:
-    times = time_a_step(args, ground, prompts)
-    plan = make_plan(args, ground, arms, prompts, times)
+    times = measure_times(args, study_data, prompts)
+    plan = make_plan(args, study_data, arms, prompts, times)
     print_plan(plan, arms)
     if args.dry_run:
         return
     if wants_ifd(arms):
-        measure_ifd(args, ground)
+        measure_ifd(args, study_data)
     rates = {arm: {args.lr_grid[0]: None} for arm in arms}
     if len(args.lr_grid) > 1:
         grid = [Job(arm, lr, GRID_SEED) for arm in arms for lr in args.lr_grid]
-        rates = choose_rates(run_jobs(args, ground, arms, grid, "rates"), args.judge)
+        rates = choose_rates(run_jobs(args, study_data, arms, grid, "rates"), args.judge)
     jobs = [Job(arm, next(iter(rates[arm])), seed) for seed in range(args.seeds) for arm in arms]
-    records = run_jobs(args, ground, arms, jobs, "seeds")
+    records = run_jobs(args, study_data, arms, jobs, "seeds")
     if args.judge == "api":
         judge_by_api(args, records)
     ceiling = measure_ceiling(args, prompts)
     results = about | {"command": shlex.join(sys.argv), "plan": plan, "judge": args.judge, "rates": rates}
     results |= {"tokens": times["base"].pop("tokens"), "base": times["base"], "ceiling": ceiling}
-    write_findings(args.out, records, prompts, results)
+    write_results(args.out, records, prompts, results)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.table:
-        return print_table_of(args.table)
+        return print_saved_tables(args.table)
     if args.power:
         return print_power(args.power, args.difference, args.seeds, len({*(args.arms or ())} - {"one-off"}) or None)
     args.out, args.model = args.out.resolve(), args.model.resolve()
     args.tasks = args.tasks and args.tasks.resolve()
     args.template = choose_template(args.model, load_tokenizer(args.model), args.template)[0]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a run; --jobs of them side by side
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # per run; --jobs runs are concurrent
     inputs = [*args.scored, args.prompts, args.model, *(path for path in (args.validation, args.tasks) if path)]
     check_output_paths([args.out], inputs, folders=True)
     if (args.out / "data").exists() and not (args.out / "study.json").exists():
         raise InputError(f"{args.out} holds data that are not a study's: another --out")
-    ground = read_ground(args)
-    prompts, validation, held_out = read_tests(args)
-    refuse_leaks(ground, prompts, validation)
+    study_data = read_study_data(args)
+    prompts, validation, held_out = read_test_prompts(args)
+    check_leaks(study_data, prompts, validation)
     if args.tasks:
         read_tasks(args.tasks)  # raises InputError
-    known = make_arms(ground)
+    known = make_arms(study_data)
     shared = Counter(map(file_name, known))
     raise_if_any(
         [arm for arm in known if shared[file_name(arm)] > 1], "arms would share their files", "Other keys: --also."
@@ -537,16 +555,14 @@ def run(args: argparse.Namespace) -> None:
     raise_if_any([arm for arm in wanted if arm not in known], "arms are not known", f"There are: {', '.join(known)}.")
     beside = next(parent for parent in args.out.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(dir=beside) if args.dry_run else nullcontext(args.out) as folder:
-        args.out = Path(folder)  # a plan alone leaves nothing behind
+        args.out = Path(folder)  # --dry-run leaves no files
         with lock_folder(args.out):
-            about = keep_settings(args)
+            about = check_settings(args)
             write_data(args.out, {"prompts": prompts, "validation": validation, **held_out})
-            carry_out(args, ground, {arm: known[arm] for arm in dict.fromkeys(wanted)}, prompts, about)
+            run_study(args, study_data, {arm: known[arm] for arm in dict.fromkeys(wanted)}, prompts, about)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
+def make_study_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         formatter_class=HelpFormatter,
@@ -601,13 +617,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--difference", type=positive_float, nargs="+", default=[2.0, 5.0, 10.0], metavar="D", help=difference_help)
     add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv, parser = sys.argv[1:] if argv is None else argv, make_study_parser()
+    cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     args.train, is_demo = argv[cut + 1 :], args.model.resolve() == DEMO / "model"
     of_train = make_parser(list(TEMPLATES), DEMO)
     defaults = vars(of_train.parse_args([]))
     of_train.set_defaults(**dict.fromkeys(defaults))
     given = {k: v for k, v in vars(of_train.parse_args(args.train)).items() if v is not None}
-    for key in given.keys() & OURS:
+    for key in given.keys() & STUDY_FLAGS:
         parser.error(f"--{key.replace('_', '-')} belongs to the study, not behind --")
     args.trained = {key: value for key, value in sorted(given.items()) if key not in RESUMABLE_ARGS}
     args.template, args.max_len = given.get("template"), given.get("max_len", defaults["max_len"])
