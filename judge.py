@@ -76,7 +76,7 @@ def read_answers(path: Path) -> dict[tuple[str, str], dict]:
     rows = []
     for row in read_objects(path, ("instruction", "output"), "answers"):
         texts = {key: valid_unicode(value) for key, value in row.items() if isinstance(value, str)}
-        rows.append({"dataset": "", "generator": path.stem, **row, **texts})
+        rows.append({"dataset": "", "generator": valid_unicode(path.stem), **row, **texts})
     by_question = {(str(row["dataset"]), str(row.get("id", row["instruction"]))): row for row in rows}
     if len(by_question) < len(rows):
         raise InputError(f"{path}: {len(rows) - len(by_question)} duplicate questions (the same dataset and id)")

@@ -404,7 +404,7 @@ def finish_stage(run: Run, stage: Stage) -> None:
     the first."""
     run.saver.save()
     held_out, samples = evaluate(run, stage.name), answer_samples(run, stage)
-    run.saver.safe_point()  # a signal has ended them early
+    run.saver.stop_point()  # a signal ends them early
     folder = run.output.out / stage.name
     export(folder, run.model, run.output, run.ranks, samples)
     run.progress.stage, run.progress.step, run.progress.selection = run.progress.stage + 1, 0, Selection()
@@ -445,9 +445,8 @@ def finish_run(run: Run) -> None:
 
 def export(folder: Path, model: Transformer, output: Output, ranks: DistributedEnv, samples: list[dict] | None) -> None:
     """Write a stage's HF folder: weights, config, tokenizer, generation settings, template, samples."""
-    dtype = DTYPES.get(output.save_dtype) or weights_dtype(model, output.model)
     with atomic_folder(folder, ranks.rank) as new:
-        save_model(model, new, dtype, output.model)
+        save_model(model, new, DTYPES.get(output.save_dtype) or weights_dtype(model, output.model), output.model)
         if ranks.rank == 0:
             template, tokenizer = TEMPLATES[output.template], load_tokenizer(output.model)
             copy_tokenizer(output.model, new, chat_template(template, tokenizer), stop_ids(template, tokenizer))

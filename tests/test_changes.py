@@ -230,20 +230,21 @@ def test_an_average_of_the_weights_survives_a_kill(bench, tmp_path):
     assert "do not belong to" in done.stderr and name in done.stderr
 
 
+def swap_average(state):
+    for name, p in state.trained.items():
+        average = state.more[f"ema/{name}"]
+        weight = p.detach().clone()
+        p.data.copy_(average)
+        average.copy_(weight)
+
+
 def with_average(function):
     """train.evaluate or train.answer_samples, with the weights exchanged for their average."""
 
-    def exchange(state):
-        for name, p in state.trained.items():
-            average = state.more[f"ema/{name}"]
-            weight = p.detach().clone()
-            p.data.copy_(average)
-            average.copy_(weight)
-
     def exchanged(run, *rest):
-        exchange(run.state)
+        swap_average(run.state)
         result = function(run, *rest)
-        exchange(run.state)
+        swap_average(run.state)
         return result
 
     return exchanged
@@ -269,6 +270,37 @@ def test_weights_exchanged_for_a_measurement_are_not_saved(module, name, call, b
     interrupted = with_changes(*AVERAGED, *measurements, (module, name, with_signal))
     assert "state saved" in go(bench, tmp_path / "b", *flags, stages=stages, main=interrupted, code=130).stderr
     go(bench, tmp_path / "b", *flags, stages=stages, main=with_changes(*AVERAGED, *measurements))
+    assert same(weights(tmp_path / "b", "stage2"), weights(tmp_path / "a", "stage2"))
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
+
+
+@pytest.mark.parametrize("call", [3, 4])
+def test_weights_exchanged_for_all_of_a_stages_end_are_not_saved(call, bench, tmp_path):
+    """The exchange spans evaluation, samples and export; a signal in the evaluation stops the run without a save."""
+    runs, evaluate, export, held_out_loss, calls = [], train.evaluate, train.export, train.held_out_loss, []
+
+    def exchange_and_evaluate(run, label):
+        if label != "start":
+            swap_average(run.state)
+            runs.append(run)
+        return evaluate(run, label)
+
+    def export_and_exchange_back(*args):
+        export(*args)
+        swap_average(runs[-1].state)
+
+    def with_signal(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return held_out_loss(*args, **kwargs)
+
+    flags, stages = ["--eval", "s2", "s3"], ("s1", "s2")
+    ends = [(train, "evaluate", exchange_and_evaluate), (train, "export", export_and_exchange_back)]
+    go(bench, tmp_path / "a", *flags, stages=stages, main=with_changes(*AVERAGED, *ends))
+    interrupted = with_changes(*AVERAGED, *ends, (train, "held_out_loss", with_signal))
+    assert "state saved" in go(bench, tmp_path / "b", *flags, stages=stages, main=interrupted, code=130).stderr
+    go(bench, tmp_path / "b", *flags, stages=stages, main=with_changes(*AVERAGED, *ends))
     assert same(weights(tmp_path / "b", "stage2"), weights(tmp_path / "a", "stage2"))
     assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
 

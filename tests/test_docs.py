@@ -126,6 +126,15 @@ def test_marks_are_those_that_are_known():
                 assert (mark in ("main", "tests")) <= (name == "README.md"), name
 
 
+TABLES = re.findall(r"<!-- tables of (\S+) -->\n(.*?)\n?<!-- end of tables -->", TEXT["docs/study.md"], re.DOTALL)
+
+
+@pytest.mark.parametrize("results, tables", TABLES, ids=[results for results, _ in TABLES])
+def test_the_tables_of_a_study_are_computed_from_its_results(results, tables, capsys):
+    assert study.main(["--table", str(ROOT / results)]) == 0
+    assert capsys.readouterr().out.strip() == tables.strip()
+
+
 # ---------------------------------------------------------------- flags
 
 

@@ -47,6 +47,12 @@ class Saver:
         early then; the next safe point saves."""
         return bool(all_reduce([self.stop.asked])[0])
 
+    def stop_point(self) -> None:
+        """A point where the run may stop and nothing is saved: shortly after `save`, while the weights may be exchanged
+        for others. Raises Interrupted if any rank received a signal."""
+        if self.stop_requested():
+            raise Interrupted(self.interruption())
+
     def safe_point(self, after_step: bool = False) -> None:
         """A point where the state can be saved and the run may stop. Saves if the time (`after_step`: or the step) for
         it has come. If any rank received a signal, saves and raises Interrupted."""
@@ -55,4 +61,7 @@ class Saver:
         if stop or due or (after_step and self.every and self.state.progress.global_step % self.every == 0):
             self.save()
         if stop:
-            raise Interrupted(f"state saved in {self.folder}; run the same command again to resume")
+            raise Interrupted(self.interruption())
+
+    def interruption(self) -> str:
+        return f"state saved in {self.folder}; run the same command again to resume"

@@ -26,7 +26,7 @@ def group_prompts(prompts: list[dict]) -> tuple[list[str], np.ndarray]:
         place = np.empty(len(prompts), int)
         place[np.argsort([p["score"] for p in prompts], kind="stable")] = np.arange(len(prompts))
         return [f"fifth {k}" for k in range(1, 6)], 5 * place // len(prompts)
-    names = sorted({p["dataset"] for p in prompts})
+    names = list(dict.fromkeys(p["dataset"] for p in prompts))
     return names, np.array([names.index(p["dataset"]) for p in prompts])
 
 
@@ -53,6 +53,8 @@ def summarize(results: dict) -> dict[str, dict]:
     hard, by_arm = hard_weights(names, group), {}
     for r in sorted(results["runs"], key=lambda r: r["seed"]):
         by_arm.setdefault(r["arm"], []).append(r)
+    if len({tuple(r["seed"] for r in mine) for mine in by_arm.values()}) > 1:
+        raise ValueError("the arms have different seeds")
     key = "wins" if judge == "api" else "values"
     values = {
         arm: np.array([r[key] for r in mine], float).transpose(1, 0, 2) for arm, mine in by_arm.items()
@@ -145,7 +147,7 @@ def base_measures(results: dict) -> dict[str, dict[str, np.ndarray]]:
     """The other measures of the model before any training, as those of a run."""
     base = results["base"]
     run = {"arm": "base", "seed": 0, "values": [base["values"]]} | {k: base.get(k) for k in ("ifd", "tasks")}
-    return other_measures([run], results) if base["values"] else {}
+    return other_measures([run], results) if base["values"] or results["judge"] != "loss" else {}
 
 
 def arms_rows(table: dict[str, dict], results: dict, number: Callable) -> list[list[str]]:

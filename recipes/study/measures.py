@@ -19,6 +19,8 @@ def other_measures(runs: list[dict], results: dict) -> dict[str, dict[str, np.nd
     by_arm: dict[str, list[dict]] = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
         by_arm.setdefault(run["arm"], []).append(run)
+    if len({tuple(run["seed"] for run in mine) for mine in by_arm.values()}) > 1:
+        raise ValueError("the arms have different seeds")
     found: dict[str, dict[str, np.ndarray]] = {}
     for arm, mine in by_arm.items():
         if results["judge"] == "loss":

@@ -163,7 +163,7 @@ def print_power(path: Path, differences: list[float], seeds: int, comparisons: i
         n, finite = of.n_prompts, math.isfinite(of.n_prompts)
         share = f"{of.residual / n / of.sd() ** 2:.0%}" if finite and of.sd() else "–"
         found = [cell(of, detectable, seeds, n, level, **form) for level in levels]
-        limits.append((name, cell(of, Spread.sd, **form), share, *found))
+        limits.append((name, f"{n:,}" if finite else "–", cell(of, Spread.sd, **form), share, *found))
         for d in differences:
             few = [cell(of, needed, d / 100, level, prompts=n) for level in levels]
             few.append(cell(of, needed, d / 100, seeds=seeds) if finite else "–")
@@ -171,7 +171,7 @@ def print_power(path: Path, differences: list[float], seeds: int, comparisons: i
     print(f"Pilot: {known.n_seeds} seeds, {prompts}. In brackets: for the 95 % interval of the standard deviation (sd) "
           f"over seeds, which is\npooled over arms ({known.df} degrees of freedom). All for {POWER:.0%} power at "
           f"{LEVEL:.0%}, two-sided; by Holm: the worst case of {comparisons} comparisons.\n")  # fmt: skip
-    header = ("difference of two arms", "sd over seeds", "of its square by few prompts")
-    print_table((*header, f"detectable, {seeds} seeds, {prompts}", "by Holm"), limits)
+    header = ("difference of two arms", "prompts", "sd over seeds", "of its square by few prompts")
+    print_table((*header, f"detectable, {seeds} seeds", "by Holm"), limits)
     print()
-    print_table(("needed to detect", "difference", f"seeds, {prompts}", "by Holm", f"prompts, {seeds} seeds"), needs)
+    print_table(("needed to detect", "difference", "seeds, these prompts", "by Holm", f"prompts, {seeds} seeds"), needs)
