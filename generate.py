@@ -167,11 +167,11 @@ def write_answers(prompts: list[Prompt], done: dict[str, dict], generator: str, 
     for path in partial_files(out):
         path.unlink()
     print_list("prompts could not be answered", errors)
-    print_answers_table(rows)
+    print_answer_statistics(rows)
     print(f"{out}: {len(rows):,} answers")
 
 
-def print_answers_table(rows: list[dict]) -> None:
+def print_answer_statistics(rows: list[dict]) -> None:
     """Print number and mean lengths of the answers by dataset, and the share that is as expected."""
     by_dataset: dict[str, list[dict]] = {}
     for row in rows:
@@ -320,7 +320,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=default.temperature, help="0: greedy")
     add("--top-k", type=int, default=default.top_k, help="sample from the K most likely tokens (0: from all)")
     add("--top-p", type=float, default=default.top_p, help="sample from the fewest tokens with this total probability")
-    batch_help = "prompts per batch; changes speed and memory only (default: as free memory allows, at most 128)"
+    batch_help = "prompts per batch; it may change bf16 answers by rounding (default: as memory allows, at most 128)"
     add("--batch-size", type=positive_int, metavar="N", help=batch_help)
     add("--seed", type=int, default=default.seed, help="random seed of sampling")
     compile_help = "torch.compile the decode step (on CUDA as a CUDA graph); with --prompts"
@@ -353,7 +353,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def generate_command(args: argparse.Namespace) -> None:
     if args.out:
         check_output_paths([args.out], [*(args.prompts or []), *(args.model.glob("*") if args.model else [])])
     prompts = [p for path in args.prompts or [] for p in read_prompts(path)]
@@ -395,7 +395,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_program("generate.py", run, parse_args(argv))
+    return run_program("generate.py", generate_command, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def read_difficulty(path: Path) -> list[float]:
     return [row.score for row in read_rows(path)[0] if row.score is not None]
 
 
-def read_losses(path: Path) -> tuple[str, list[int], list[float]]:
+def read_training_curve(path: Path) -> tuple[str, list[int], list[float]]:
     """The name of the run, the steps and the losses in a metrics.jsonl of train.py. Raises InputError."""
     rows = [row for _, row in json_values(read_text(path)) if isinstance(row, dict)]
     rows = [row for row in rows if isinstance(row.get("loss"), float) and isinstance(row.get("global_step"), int)]
@@ -313,7 +313,7 @@ def report_command(args: argparse.Namespace) -> None:
     figures = {}
     if args.plots or (args.html and can_draw()):
         difficulty = [score for path in args.scored for score in read_difficulty(path)]
-        losses = [read_losses(path) for path in args.metrics]
+        losses = [read_training_curve(path) for path in args.metrics]
         held_out = [(path.resolve().parent.name, *eval_matrix(path)) for path in args.metrics]
         kinds = ("svg", "png") if args.plots else ("svg",)
         figures = report_figures(summary, difficulty, losses, held_out, args.dotted, kinds)
@@ -390,7 +390,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--prompt-file", type=Path, metavar="F", help="instead of the built-in prompt: {question} {answer_1} {answer_2}"
     )
     p.add_argument(
-        "--explain", action="store_true", help="ask for reasons after the scores (raise --max-tokens with it)"
+        "--explain", action="store_true", help="ask for reasons after the scores (--max-tokens is then 400 by default)"
     )
     p.add_argument("--repeat", type=positive_int, default=1, metavar="N", help="judge each pair N times, for the audit")
     p.add_argument("--canaries", action="store_true", help="add pairs with a known verdict, to test the judge")
@@ -406,7 +406,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--metrics", type=Path, nargs="+", default=[], metavar="F", help="metrics.jsonl of train.py, for loss curves"
     )
-    p.add_argument("--dotted", default="random", metavar="TEXT", help="runs with this text in their name are dotted")
+    p.add_argument("--dotted", default="random", metavar="TEXT", help="draw runs with this text in their name dotted")
     p.add_argument("--leaderboard", type=Path, metavar="F", help="rows as in AlpacaEval's leaderboard.csv")
     p.add_argument("--csv", type=Path, metavar="F", help="the table as CSV")
     p.add_argument("--json", type=Path, metavar="F", help="the table as JSON")

@@ -122,8 +122,8 @@ def read_score(row: dict, key: str, where: str) -> float | None:
 
 
 def choose_score_key(rows: list[Row], default: str) -> str:
-    """`score` or SCORE.key if only one of them is in the file; `default` if both or neither are."""
-    present = [key for key in ("score", SCORE.key) if any(row.raw.get(key) is not None for row in rows)]
+    """`score` or SELECTION_SCORE.key if only one of them is in the file; `default` if both or neither are."""
+    present = [key for key in ("score", SELECTION_SCORE.key) if any(row.raw.get(key) is not None for row in rows)]
     return present[0] if len(present) == 1 else default
 
 
@@ -150,7 +150,8 @@ def split_at_bounds(scores: np.ndarray, bounds: list[float]) -> list[np.ndarray]
 def assign_stages(scores: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]:
     """Row indices of each stage, as --equal, --bounds, --random and --reverse ask. Raises InputError."""
     if len(scores) < (args.equal or 1):
-        raise InputError(f"{len(scores)} scored rows cannot make {args.equal or 'any'} stages")
+        problem = f"{len(scores)} scored rows cannot make {args.equal} stages" if len(scores) else "no row has a score"
+        raise InputError(problem)
     groups = split_equally(scores, args.equal) if args.equal else split_at_bounds(scores, args.bounds)
     empty = [str(k) for k, group in enumerate(groups, 1) if not len(group)]
     if empty and not args.allow_empty:
@@ -271,7 +272,8 @@ def ifd_worth(ifd: np.ndarray) -> np.ndarray:
 
 
 IFD = Score("ifd", "IFD", measure_ifd, ifd_worth, "1 or above")
-SCORE = IFD  # of train.py --select and `score.py ifd`; `score.py select` applies its rule to the field SCORE.key
+# Of train.py --select and `score.py ifd`; `score.py select` applies its rule to the field SELECTION_SCORE.key.
+SELECTION_SCORE = IFD
 
 CHUNK = 64  # documents that a rank scores between two saves
 
@@ -293,26 +295,26 @@ def ifd_command(args: argparse.Namespace) -> None:
         model = load_model(args.model, dtype, ranks.device)
         data.check_vocabulary(int(documents.tokens.max(initial=0)), model.config.vocab_size, args.model)
         store = Store(args.out.with_name(args.out.name + ".partial.jsonl")) if ranks.rank == 0 else None
-        context = f"{checksum(dict(model.named_parameters()))} {args.template} {dtype} {SCORE.key}".encode()
+        context = f"{checksum(dict(model.named_parameters()))} {args.template} {dtype} {SELECTION_SCORE.key}".encode()
         keys = [content_key(context, documents, d) for d in range(len(documents))]
         todo, tokens = measure_missing(model, documents, keys, store, args.micro_batch_tokens, ranks)
         if store is None:
             return
         store.close()
     seconds = time.monotonic() - started
-    scores = {where: store.records(key)[-1][SCORE.key] for where, key in zip(documents.source, keys)}
+    score_key, name = SELECTION_SCORE.key, SELECTION_SCORE.name
+    scores = {where: store.records(key)[-1][score_key] for where, key in zip(documents.source, keys)}
     lines = [add_score(where, raw, problem, scores, args.max_len) for where, raw, _, problem in rows]
-    reason = f"{SCORE.key}_reason"
-    unscored = [f"{where}: {line[reason]}" for (where, *_), line in zip(rows, lines) if line[SCORE.key] is None]
+    reason = f"{score_key}_reason"
+    unscored = [f"{where}: {line[reason]}" for (where, *_), line in zip(rows, lines) if line[score_key] is None]
     values = np.array([s for s in scores.values() if s is not None])
     print_list("rows have no score", unscored)
     if not len(values):
-        raise InputError(f"{args.input}: none of {len(lines):,} rows has an {SCORE.name}; {args.out} is not written")
+        raise InputError(f"{args.input}: none of {len(lines):,} rows has an {name}; {args.out} is not written")
     write_lines(args.out, lines)
-    print(
-        f"{SCORE.name}: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}"
-        + (f"; {np.mean(SCORE.worth(values) < 0):.1%} at {SCORE.worthless}" if SCORE.worthless else "")
-    )
+    share = np.mean(SELECTION_SCORE.worth(values) < 0)
+    note = f"; {share:.1%} at {SELECTION_SCORE.worthless}" if SELECTION_SCORE.worthless else ""
+    print(f"{name}: median {np.median(values):.3f}, from {values.min():.3f} to {values.max():.3f}{note}")
     print(
         f"{args.out}: {len(lines):,} rows, {todo:,} scored now in {seconds:,.1f} s ({todo / seconds:,.1f} rows/s, "
         f"{tokens / seconds:,.0f} tokens/s)"
@@ -331,24 +333,24 @@ def measure_missing(
     the number of documents and tokens scored."""
     known = broadcast(set(store.by_key) if store else None)
     todo, tokens = np.array([d for d, key in enumerate(keys) if key not in known], np.int64), 0
-    with progress(len(todo), SCORE.key, "row", shown=ranks.rank == 0) as bar:
+    with progress(len(todo), SELECTION_SCORE.key, "row", shown=ranks.rank == 0) as bar:
         for a in range(0, len(todo), CHUNK * ranks.world_size):
             chosen = todo[a : a + CHUNK * ranks.world_size]
             chunk = data.subset(documents, chosen)
-            scores = SCORE.measure(model, chunk, micro_batch_tokens, ranks.rank, ranks.world_size)
+            scores = SELECTION_SCORE.measure(model, chunk, micro_batch_tokens, ranks.rank, ranks.world_size)
             tokens += int(chunk.lengths.sum() + chunk.target_counts.sum())
             for d, score in zip(chosen, scores.tolist()):
                 if store:
-                    store.add({"key": keys[d], SCORE.key: None if math.isnan(score) else score})
+                    store.add({"key": keys[d], SELECTION_SCORE.key: None if math.isnan(score) else score})
             bar.update(len(chosen))
     return len(todo), tokens
 
 
 def add_score(where: str, raw: dict, problem: str | None, scores: dict[str, float | None], max_len: int) -> dict:
     """The row with its score, or with the reason for a missing score."""
-    line = raw | {SCORE.key: scores.get(where)}
-    if line[SCORE.key] is None:
-        line[f"{SCORE.key}_reason"] = problem or (
+    line = raw | {SELECTION_SCORE.key: scores.get(where)}
+    if line[SELECTION_SCORE.key] is None:
+        line[f"{SELECTION_SCORE.key}_reason"] = problem or (
             "the answer has no predicted token, or there is no prompt"
             if where in scores
             else f"no answer is left within --max-len {max_len}"
@@ -373,7 +375,7 @@ class SelectionOptions:
     select: str  # none, iterit or static
     ratio: float  # of the stage's rows below 1, a count from 1 on
     update_ratio: float  # rows scored again before a later epoch, as a multiple of the rows per epoch
-    score_type: str  # both: by SCORE times diversity; ifd: by SCORE alone, whichever it is
+    score_type: str  # both: by SELECTION_SCORE times diversity; ifd: by SELECTION_SCORE alone, whichever it is
     diversity_decay: float  # decay of the weights of terms in rows chosen already
 
 
@@ -384,9 +386,9 @@ class Selection:
     epoch: int = -1  # the epoch of `chosen`
     chosen: list[int] = field(default_factory=list)  # best first
     scores: list[float] = field(default_factory=list)  # (D,) the latest score of each document; NaN: none
-    scoring: int = -1  # the epoch for which …
+    scoring_epoch: int = -1  # the epoch for which …
     candidates: list[int] = field(default_factory=list)  # … these are scored …
-    scored: int = 0  # … and the number of them scored so far
+    n_scored: int = 0  # … and the number of them scored so far
 
     def candidate_scores(self) -> np.ndarray:
         return np.array(self.scores, np.float32)[self.candidates]
@@ -395,7 +397,7 @@ class Selection:
 def read_precomputed_scores(scored: dict[Path, Documents]) -> dict[str, float]:
     """The scores in files of `score.py ifd`, keyed by the content of the tokenized rows; NaN for rows without a score.
     Raises InputError for a score that is negative or not finite."""
-    given, key = {}, SCORE.key
+    given, key = {}, SELECTION_SCORE.key
     for path, documents in scored.items():
         scores = {where: read_score(raw, key, where) for where, raw, row, _ in each_row(path) if row}
         negative = [f"{where}: {key} {value:g}" for where, value in scores.items() if value is not None and value < 0]
@@ -435,10 +437,10 @@ def plan_scoring(selection: Selection, usable: np.ndarray, epoch: int, max_count
     candidates, given = usable, epoch == 0 and bool(selection.scores)
     if epoch > 0:
         known = np.array(selection.scores, np.float32)
-        ranked = choose_rows(SCORE.worth(known), None, len(known)).tolist()
+        ranked = choose_rows(SELECTION_SCORE.worth(known), None, len(known)).tolist()
         candidates = np.array(list(dict.fromkeys([*selection.chosen, *ranked]))[:max_count])
-    selection.scoring, selection.candidates = epoch, candidates.tolist()
-    selection.scored = len(candidates) if given else 0
+    selection.scoring_epoch, selection.candidates = epoch, candidates.tolist()
+    selection.n_scored = len(candidates) if given else 0
 
 
 def score_candidates(
@@ -447,12 +449,13 @@ def score_candidates(
     """Score the remaining candidates, on all ranks; yields after every chunk."""
     if not selection.scores:
         selection.scores = [math.nan] * len(documents)
-    while selection.scored < len(selection.candidates):
-        chunk = np.array(selection.candidates[selection.scored :][: CHUNK * ranks.world_size])
-        scores = SCORE.measure(model, data.subset(documents, chunk), micro_batch_tokens, ranks.rank, ranks.world_size)
+    while selection.n_scored < len(selection.candidates):
+        chunk = np.array(selection.candidates[selection.n_scored :][: CHUNK * ranks.world_size])
+        rows = data.subset(documents, chunk)
+        scores = SELECTION_SCORE.measure(model, rows, micro_batch_tokens, ranks.rank, ranks.world_size)
         for d, value in zip(chunk.tolist(), scores.tolist()):
             selection.scores[d] = value
-        selection.scored += len(chunk)
+        selection.n_scored += len(chunk)
         yield
 
 
@@ -463,7 +466,7 @@ def choose_candidates(
     candidates, best = np.array(selection.candidates), None
     if is_first_rank():
         answers = [decode_answer(documents, d, tokenizer) for d in candidates] if options.score_type == "both" else None
-        worth = SCORE.worth(selection.candidate_scores())
+        worth = SELECTION_SCORE.worth(selection.candidate_scores())
         worth[np.isnan(worth)] = -math.inf  # scored as NaN: rank last
         best = choose_rows(worth, answers, count, options.diversity_decay)
     selection.chosen, selection.epoch = candidates[broadcast(best)].tolist(), epoch
@@ -482,26 +485,26 @@ def select_epoch_rows(
 ) -> Iterator[tuple[int, int]]:
     """Select the `count` documents that `epoch` trains on (IterIT, section 3): sets `selection.chosen`.
 
-    Before the first epoch every document is scored, unless `selection.scores` is given. Before a later epoch the best
-    `update_ratio * count` documents are scored again. The selection is among the documents just scored. Yields (number
-    scored, number to score) after every chunk; `selection` may be saved there, and a new call resumes from it. Every
-    rank must exhaust the generator.
+    Before the first epoch every document with a prompt and an answer is scored, unless `selection.scores` is given.
+    Before a later epoch the best `update_ratio * count` documents are scored again. The selection is among those just
+    scored. Yields (number scored, number to score) after every chunk; `selection` may be saved there, and a new call
+    resumes from it. Every rank must exhaust the generator.
     """
-    if selection.scoring != epoch:
+    if selection.scoring_epoch != epoch:
         usable = np.flatnonzero(data.has_prompt_and_answer(documents))
         plan_scoring(selection, usable, epoch, max_count=round(options.update_ratio * count))
     for _ in score_candidates(selection, model, documents, ranks, micro_batch_tokens):
-        yield selection.scored, len(selection.candidates)
+        yield selection.n_scored, len(selection.candidates)
     choose_candidates(selection, options, documents, tokenizer, epoch, count)
 
 
 def describe_selection(selection: Selection) -> str:
     """A summary line: how many of the candidates were chosen, and their range of scores."""
     values = np.array(selection.scores)[selection.chosen]
-    worthless = int((SCORE.worth(values) < 0).sum())
-    note = f"; {worthless:,} of them at {SCORE.worthless}, since no better rows were left" if worthless else ""
+    worthless = int((SELECTION_SCORE.worth(values) < 0).sum())
     chosen = f"{len(values):,} of {len(selection.candidates):,} chosen"
-    return f"{chosen}, {SCORE.name} {values.min():.3f} to {values.max():.3f}{note}"
+    note = f"; {worthless:,} of them at {SELECTION_SCORE.worthless}, since no better rows were left"
+    return f"{chosen}, {SELECTION_SCORE.name} {values.min():.3f} to {values.max():.3f}{note if worthless else ''}"
 
 
 def decode_answer(documents: Documents, d: int, tokenizer) -> str:
@@ -512,13 +515,14 @@ def decode_answer(documents: Documents, d: int, tokenizer) -> str:
 def write_selection(path: Path, documents: Documents, selection: Selection) -> None:
     """Write one line per scored document: the chosen ones, best first, then the others by score."""
     chosen, candidates = set(selection.chosen), np.array(selection.candidates)
-    worth = np.nan_to_num(SCORE.worth(selection.candidate_scores()), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    worth = SELECTION_SCORE.worth(selection.candidate_scores())
+    worth = np.nan_to_num(worth, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     ranked = candidates[choose_rows(worth, None, len(candidates))].tolist()
     lines = []
     for rank, d in enumerate(dict.fromkeys([*selection.chosen, *ranked]), 1):
         value = selection.scores[d] if math.isfinite(selection.scores[d]) else None
         origin = {"id": documents.ids[d], "where": documents.source[d]}
-        lines.append(origin | {SCORE.key: value, "rank": rank, "chosen": d in chosen})
+        lines.append(origin | {SELECTION_SCORE.key: value, "rank": rank, "chosen": d in chosen})
     write_lines(path, lines)
 
 
@@ -532,18 +536,19 @@ def select_command(args: argparse.Namespace) -> None:
     elif args.by == "length":
         chosen = np.argsort([-len(a) for a in answers], kind="stable")[:count]
     else:
-        args.score_key = args.score_key or choose_score_key(rows, SCORE.key)
+        args.score_key = args.score_key or choose_score_key(rows, SELECTION_SCORE.key)
         values = [read_score(row.raw, args.score_key, row.source) for row in rows]
         scores = np.array([math.nan if value is None else value for value in values])
         if (scores < 0).any():
             raise InputError(f"{rows[int(np.argmax(scores < 0))].source}: {args.score_key} is negative")
         note = f" {int(np.isnan(scores).sum()):,} without {args.score_key} left out;"
-        if args.score_key == SCORE.key:
-            worth = SCORE.worth(scores)
+        if args.score_key == SELECTION_SCORE.key:
+            worth = SELECTION_SCORE.worth(scores)
             chosen = choose_rows(worth, answers if args.by == "diversity" else None, count, args.diversity_decay)
             worthless = int((worth[chosen] < 0).sum())
             if worthless:
-                note += f" {worthless:,} chosen at {SCORE.name} {SCORE.worthless}, since no better rows were left;"
+                values = f"{SELECTION_SCORE.name} {SELECTION_SCORE.worthless}"
+                note += f" {worthless:,} chosen at {values}, since no better rows were left;"
         elif args.by == "score":
             chosen = choose_rows(scores, None, count)
         else:
@@ -617,7 +622,7 @@ def add_select_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ratio", type=fraction_or_count, default=0.05, help=ratio_help)
     by_help = "score x diversity (IterIT), score alone (Superfiltering), longest answers, or random"
     p.add_argument("--by", choices=["diversity", "score", "length", "random"], default="diversity", help=by_help)
-    p.add_argument("--diversity-decay", type=float, default=0.1, help="of the weights of terms that are chosen already")
+    p.add_argument("--diversity-decay", type=float, default=0.1, help="factor on the weights of terms already chosen")
     key_help = "the field with the score (default: score or ifd, whichever the file has; ifd if it has both)"
     p.add_argument("--score-key", metavar="KEY", help=key_help)
     p.add_argument("--seed", type=int, default=0, help="seed of --by random")

@@ -2,7 +2,7 @@
 
     torchrun train.py --stages s1 s2 s3
 
-Without arguments it trains the bundled demo. `phased_training` is the algorithm, `batch_gradients` its step;
+Without arguments it trains the bundled demo. `phased_training` is the algorithm, `train_step` its step;
 parts/checkpoints/saver.py saves.
 """
 
@@ -64,7 +64,7 @@ from parts.distributed import (
     broadcast,
     check_shared,
     compute_dtype,
-    first_rank_works,
+    first_rank_first,
     init_distributed,
     is_first_rank,
     rendezvous,
@@ -77,7 +77,7 @@ from parts.memory import memory_in_use, oom_advice
 from parts.optimizer import clip_gradients, learning_rate, make_optimizer
 from parts.options import Computation, Optimization, Output, Weights
 from parts.report.held_out import print_answers_command, write_eval_matrix
-from parts.run_plan import print_memory, print_plan
+from parts.run_plan import print_memory_plans, print_plan
 from parts.text.templates import TEMPLATES, chat_template, choose_template, stop_ids
 from parts.text.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
 from score import Selection, SelectionOptions
@@ -118,7 +118,7 @@ def check_gradients(
     for p in trained.values():
         p.grad = None
     if missing:
-        raise ValueError(f"trained, but of no effect on the loss: {', '.join(missing)}")
+        raise ValueError(f"these trained parameters do not affect the loss: {', '.join(missing)}")
 
 
 # ---------------------------------------------------------------- a step
@@ -184,17 +184,17 @@ def held_out_loss(
     documents: Documents,
     micro_batch_tokens: int,
     ranks: DistributedEnv,
-    stop_requested: Callable[[], bool],
+    any_rank_asked_to_stop: Callable[[], bool],
     name: str,
 ) -> float | None:
-    """Mean cross-entropy over all supervised tokens; None as soon as `stop_requested`, which is asked before every
-    micro-batch on every rank. `name` is shown with the progress."""
+    """Mean cross-entropy over all supervised tokens; None as soon as `any_rank_asked_to_stop()`, which every rank
+    calls before every micro-batch. `name` is shown with the progress."""
     total = torch.zeros((), device=ranks.device, dtype=torch.float64)
     everything = np.arange(len(documents))
     parts = data.micro_batches(everything, documents.lengths, ranks.world_size, micro_batch_tokens)[ranks.rank]
     with progress(len(parts), f"held-out loss, {name}", "micro-batch", shown=ranks.rank == 0) as bar:
         for part in parts:
-            if stop_requested():
+            if any_rank_asked_to_stop():
                 reshard(model)
                 return None
             _, losses = model(*(torch.from_numpy(a).to(ranks.device) for a in documents.pack(part)))
@@ -314,16 +314,17 @@ def epoch_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) ->
 def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -> None:
     """IterIT: select rows with the current model, and log the selection."""
     selection, started = run.progress.selection, time.perf_counter()
-    if selection.scoring < 0:
+    if selection.scoring_epoch < 0:
         selection.scores = list(stage.scores)
     has_scores, tokenizer = epoch == 0 and bool(stage.scores), load_tokenizer(run.output.model)
     count = stage.rows - stage.mixed_in
     scoring = score.select_epoch_rows(
         selection, options, run.model, stage.own, tokenizer, epoch, count, run.ranks, run.micro_batch_tokens
     )
-    with progress(0, f"{stage.name} {score.SCORE.name}", "row", shown=run.ranks.rank == 0) as bar:
-        for scored, bar.total in scoring:
-            bar.update(scored - bar.n)
+    with progress(0, f"{stage.name} {score.SELECTION_SCORE.name}", "row", shown=run.ranks.rank == 0) as bar:
+        for n_scored, n_candidates in scoring:
+            bar.total = n_candidates
+            bar.update(n_scored - bar.n)
             run.saver.safe_point()
     scored, seconds = 0 if has_scores else len(selection.candidates), time.perf_counter() - started
     row = {"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(selection.chosen)}
@@ -353,7 +354,7 @@ def evaluate(run: Run, label: str) -> str:
     losses = {}
     for name, documents in run.held_out.items():
         losses[name] = held_out_loss(
-            run.model, documents, run.micro_batch_tokens, run.ranks, run.saver.stop_requested, name
+            run.model, documents, run.micro_batch_tokens, run.ranks, run.saver.any_rank_asked_to_stop, name
         )
         if losses[name] is None:
             return ""
@@ -400,8 +401,8 @@ def log_step(
 
 
 def finish_stage(run: Run, stage: Stage) -> None:
-    """Save the state, evaluate, sample and export, then mark the stage as finished. A kill in between repeats all but
-    the first."""
+    """Save the state, evaluate, sample and export, then mark the stage as finished. The mark is in memory until the
+    state is saved again: a run that is killed before then continues from the state at the start of this function."""
     run.saver.save()
     held_out, samples = evaluate(run, stage.name), answer_samples(run, stage)
     run.saver.stop_point()  # a signal ends them early
@@ -416,7 +417,7 @@ def finish_stage(run: Run, stage: Stage) -> None:
 
 def answer_samples(run: Run, stage: Stage) -> list[dict] | None:
     """The answers to --sample-prompts; None without that flag. Saves no state, and a signal ends it, as `evaluate`."""
-    if not run.output.sample_prompts or run.saver.stop_requested():
+    if not run.output.sample_prompts or run.saver.any_rank_asked_to_stop():
         return None
     samples, tokenizer = [], load_tokenizer(run.output.model)
     answering = generate.answer_samples(run.model, tokenizer, run.output.template, run.output.sample_prompts)
@@ -424,7 +425,7 @@ def answer_samples(run: Run, stage: Stage) -> list[dict] | None:
         for samples in answering:
             bar.total = len(samples)
             bar.update()
-            if run.saver.stop_requested():
+            if run.saver.any_rank_asked_to_stop():
                 break
     reshard(run.model)
     return samples
@@ -544,7 +545,7 @@ def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict
     if args.dry_run:
         variants = options.memory_variants(weights)
         largest = partial(data.largest_micro_batch, stages, micro_batch_tokens=args.micro_batch_tokens)
-        print_memory(args, variants, partial(build_meta_model, config), trained_parameters, largest)
+        print_memory_plans(args, variants, partial(build_meta_model, config), trained_parameters, largest)
     else:
         atomic_write(args.out / "run.json", json.dumps(run | {"weights": before.get("weights")}, indent=1))
     return stages, held_out
@@ -618,7 +619,7 @@ def start(args: argparse.Namespace) -> None:
         torch.use_deterministic_algorithms(True)
     store = rendezvous()
     with ExitStack() as stack:
-        with first_rank_works(store) as is_first:
+        with first_rank_first(store) as is_first:
             if is_first:
                 lock = stack.enter_context(lock_folder(args.out))
                 stages, held_out = prepare(args, config)

@@ -15,7 +15,7 @@ MAX_FP32 = torch.finfo(torch.float32).max
 
 
 def stochastic_round_(x: Tensor, random_bits: Tensor) -> Tensor:
-    """Round fp32 numbers, in place, to one of the two neighbouring bf16 numbers: away from zero with a probability
+    """Round fp32 numbers, in place, to one of the two neighboring bf16 numbers: away from zero with a probability
     equal to the discarded part, in steps of 2^-16. `random_bits` (int32) are uniform in 0 to 65535. Numbers that bf16
     represents exactly, inf and NaN do not change."""
     nonfinite = x.clamp(-MAX_FP32, MAX_FP32)

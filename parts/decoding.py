@@ -40,7 +40,7 @@ class Options:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 0
-    batch_size: int | None = None  # slots; None: as many as free memory allows. Changes speed and memory only
+    batch_size: int | None = None  # slots; None: as many as free memory allows
     compile: bool = False  # torch.compile the step, with few shapes: always all slots, and a cache length that doubles
 
 

@@ -88,7 +88,7 @@ def wait_for_key(store: dist.Store, key: str, end: float = math.inf) -> bytes:
 
 
 @contextmanager
-def first_rank_works(store: dist.Store) -> Iterator[bool]:
+def first_rank_first(store: dist.Store) -> Iterator[bool]:
     """A context manager whose block runs on rank 0 first, then on the others; yields whether this is rank 0. If it
     fails on rank 0, which prints the error, the others raise InputError."""
     if not is_first_rank():

@@ -71,7 +71,7 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add("--max-grad-norm", "--clip", type=nonneg_float, default=1.0, help="clip the gradient norm to this value")
     state_help = "reset: new optimizer and schedule per stage (the paper); keep: one of each over all stages"
     add("--optimizer-state", choices=["reset", "keep"], default="reset", help=state_help)
-    add("--seed", type=nonneg_int, default=0, help="random seed of row order, adapters and rounding")
+    add("--seed", type=nonneg_int, default=0, help="random seed of row order, replayed rows, adapters and rounding")
 
     title = "weights: all in fp32 (16 bytes per parameter in training), all in bf16 (8), or only adapters (LoRA)"
     add = parser.add_argument_group(title).add_argument
@@ -101,10 +101,13 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     scores_help = "output of score.py ifd, used instead of scoring before the first epoch"
     add("--scores", nargs="+", default=[], metavar="F", help=scores_help)
 
-    title = "machine (changes speed and memory, not the result)"
-    add = parser.add_argument_group(title).add_argument
+    add = parser.add_argument_group("numerics (can change the result)").add_argument
     dtype_help = "dtype of the computation; auto: bf16 if the device supports it"
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=dtype_help)
+    add("--deterministic", action="store_true", help="bit-identical runs on CUDA too; slower")
+
+    title = "machine (changes speed and memory, and the result only by rounding)"
+    add = parser.add_argument_group(title).add_argument
     add(
         "--micro-batch-tokens",
         "--micro-tokens",
@@ -120,7 +123,6 @@ def make_parser(templates: list[str], demo: Path) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the blocks")
     replicas_help = "HSDP: shard within each of this many groups of ranks (such as nodes), replicate across them"
     add("--replicas", type=positive_int, default=1, help=replicas_help)
-    add("--deterministic", action="store_true", help="bit-identical runs on CUDA too; slower")
 
     add = parser.add_argument_group("running").add_argument
     save_help = "steps between saved states (default: 10 minutes); the end of a stage is always saved"
@@ -194,7 +196,7 @@ def world_sizes(args: argparse.Namespace) -> list[int]:
     return [n for n in dict.fromkeys([here, wanted]) if n % args.replicas == 0]
 
 
-# Arguments that do not change the result: a run may be resumed with other values.
+# Arguments that change the result only by rounding, or not at all: a run may be resumed with other values.
 RESUMABLE_ARGS = {
     "out",
     "save_every",
@@ -241,7 +243,7 @@ def memory_variants(chosen: Weights) -> dict[str, Weights]:
 
 @dataclass(frozen=True)
 class Computation:
-    """Options that change speed and memory, not the result."""
+    """How the computation is done: the dtype can change the result, the others only its rounding."""
 
     dtype: str  # auto, bf16 or fp32
     micro_batch_tokens: int

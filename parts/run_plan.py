@@ -34,7 +34,7 @@ def print_plan(
     print(f"{name}: {total:,} parameters{trained}, {model.compute_dtype} computation.")
 
 
-def print_memory(
+def print_memory_plans(
     args: argparse.Namespace,
     variants: dict[str, Weights],
     build_meta_model: Callable[[Weights, torch.dtype], torch.nn.Module],

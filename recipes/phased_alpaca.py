@@ -81,7 +81,7 @@ def plan_command(args: argparse.Namespace) -> None:
     inputs = phased_plan.read_inputs(args)
     steps = phased_plan.estimate_steps(inputs, args.arms, args.gpus, args.gpu)
     phased_plan.print_steps(steps)
-    phased_plan.print_assumptions(inputs, find_recipe(inputs.training.model)[0].name, args.gpus, args.gpu)
+    phased_plan.print_plan_notes(inputs, find_recipe(inputs.training.model)[0].name, args.gpus, args.gpu)
     print_power(len(inputs.prompts), len(args.arms) - 1, steps[-1].dollars)
 
 

@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # The paper's table, from raw Alpaca to the report: difficulty by an LLM, stages, four arms trained with the paper's
-# values, answers to the test sets, verdicts against one-off in both orders, the table beside the paper's numbers.
+# values, answers to the test sets, verdicts against one-off in both orders, and the table beside the paper's numbers.
 #
 #     MODEL=Llama-2-7b-hf ALPACA=alpaca_data.json PROMPTS=testsets OUT=out/paper NPROC=8 \
-#         recipes/phased_alpaca.sh [--dry-run] [flags of train.py, which win over those below]
+#         recipes/phased_alpaca.sh [--dry-run] [flags of train.py, which override those below]
 #
-# --dry-run prints rows, tokens, dollars, GPU hours and disk of the whole of it, and does nothing. Killed, out of money
-# or out of room: the same command goes on. A step that ended well is done again only if its command or data changed.
+# --dry-run prints rows, tokens, dollars, GPU hours and disk space of all steps, and runs none. If the script is killed,
+# or the budget or disk is used up, the same command continues. A finished step runs again only if its command or data
+# changed.
 #
-# MODEL    an HF folder; what is usual for the paper's six models and for others stands in phased_alpaca.py
-# PROMPTS  a folder with the test sets, a file each: vicuna koala self-instruct wizardlm oasst anthropic
-# NPROC    GPUs of this machine (1)
-# LAUNCH   instead of it, over several nodes: all that stands before train.py and generate.py, say "srun … torchrun …"
-# GPUS GPU how many these are and of which kind (H100), for the plan
+# MODEL    HF folder; phased_alpaca.py contains the settings for the paper's six models and for others
+# PROMPTS  folder with the test sets, one file each: vicuna koala self-instruct wizardlm oasst anthropic
+# NPROC    number of GPUs of this machine (1)
+# LAUNCH   instead of NPROC, for several nodes: the command before train.py and generate.py: "srun … torchrun …"
+# GPUS GPU number and type of the GPUs (H100), for the plan
 # ORDERS   further arms: other orders of the stages; the paper has "2-1-3 1-3-2 3-1-2 2-3-1 3-2-1"
 # API      flags of score.py difficulty and of judge.py compare: "--batch --budget 900" (dollars for each of the two)
 # ANSWERS  flags of generate.py: "--max-new-tokens 1024"
-# SERVE    for a model that one GPU cannot hold (70B): an engine that serves the HF folder named behind it, say
-#          "vllm serve --tensor-parallel-size 8"; SERVE_URL where it does (http://127.0.0.1:8000/v1)
+# SERVE    for a model that does not fit on one GPU (70B): the command of an engine, to which the HF folder is appended,
+#          for example "vllm serve --tensor-parallel-size 8"; SERVE_URL is its address (http://127.0.0.1:8000/v1)
 # API_MODEL (gpt-4-0613, the paper's), OUT (out/phased-alpaca), PYTHON
 set -euo pipefail
 for name in MODEL ALPACA PROMPTS; do [ -n "${!name:-}" ] || { echo "$0: set $name; see $0" >&2; exit 2; }; done
@@ -25,7 +26,7 @@ root=$(cd "$(dirname "$0")/.." && pwd) python=${PYTHON:-python} out=${OUT:-out/p
 read -ra api <<< "--api-model ${API_MODEL:-gpt-4-0613} ${API:-}"
 read -ra orders <<< "${ORDERS:-}"
 for order in ${orders[@]+"${orders[@]}"}; do
-    [[ $order =~ ^[123](-[123])+$ ]] || { echo "$0: ORDERS: $order is no order such as 2-1-3" >&2; exit 2; }
+    [[ $order =~ ^[123](-[123])+$ ]] || { echo "$0: ORDERS: $order is not an order such as 2-1-3" >&2; exit 2; }
 done
 launcher=$python
 [ "$nproc" = 1 ] || launcher="$python -m torch.distributed.run --nproc-per-node $nproc"
@@ -37,7 +38,7 @@ dry_run='' given=()
 for word in "$@"; do
     case $word in
         --dry-run) dry_run=1 ;;
-        --model* | --stages* | --out* | --select* | --replay*) echo "$0: $word is not to be changed here" >&2; exit 2 ;;
+        --model* | --stages* | --out* | --select* | --replay*) echo "$0: $word cannot be changed here" >&2; exit 2 ;;
         *) given+=("$word") ;;
     esac
 done
@@ -45,7 +46,7 @@ done
 helper() { PYTHONPATH=$root "$python" "$root/recipes/phased_alpaca.py" "$@"; }
 read -ra usual_training <<< "$(helper usual "$MODEL")"
 read -ra answers <<< "${ANSWERS:-}"
-# The paper's values (its section 4 and its scripts), then what only changes speed and memory.
+# The paper's values (its section 4 and its scripts), then flags that change only speed and memory.
 training=(--model "$MODEL" --epochs 2 --lr 5e-6 --batch-size 128 --max-len 2048 --schedule cosine --warmup-ratio 0.1
     --weight-decay 0.1 --betas 0.9 0.95 --max-grad-norm 1.0 --seed 3517 --dtype bf16 --skip-bad-rows
     ${usual_training[@]+"${usual_training[@]}"} ${given[@]+"${given[@]}"})
@@ -57,7 +58,7 @@ fi
 [ -z "$dry_run" ] || exit 0
 mkdir -p "$out/answers"
 
-# once RESULT FILE… -- COMMAND…: unless it already ended well with these words on files with this content
+# once RESULT FILE… -- COMMAND…: run the command, unless it succeeded before with the same words and contents
 once() {
     local result=$1 files=() words
     shift

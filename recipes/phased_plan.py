@@ -168,7 +168,7 @@ def print_steps(steps: list[Step]) -> None:
     print_table(("from the beginning, estimated", "rows", "tokens", "dollars", "GPU hours", "disk, GB"), table)
 
 
-def print_assumptions(inputs: Inputs, name: str, gpus: int, gpu: str) -> None:
+def print_plan_notes(inputs: Inputs, name: str, gpus: int, gpu: str) -> None:
     """Print the memory per GPU, the assumptions of the estimates, and the test sets beside the paper's."""
     tokens, checkpointing = inputs.training.micro_batch_tokens, inputs.training.checkpoint_activations
     trained = set(train.trained_parameters(inputs.model))

@@ -239,7 +239,7 @@ def test_forgetting_is_described_in_words():
     stages = ["start", "stage1", "stage2"]
     assert describe_change(stages, [3.0, 0.5, 0.25]) == "improved, 3.00 -> 0.25."
     assert describe_change(stages, [3.0, 0.5, 0.503]) == "improved, 3.00 -> 0.50."
-    forgotten = "improved, 3.00 -> 0.60; partly forgotten again, as it was 0.50 after stage1."
+    forgotten = "improved, 3.00 -> 0.60; partly forgotten: it was 0.50 after stage1."
     assert describe_change(stages, [3.0, 0.5, 0.6]) == forgotten
     assert describe_change(stages, [3.0, 3.5, 3.25]) == "not improved, 3.00 -> 3.25."
 

@@ -146,7 +146,7 @@ PERPLEXITY = score.Score("perplexity", "perplexity", measure_perplexity, worth=l
 
 def test_a_new_score_selects_the_rows_with_the_highest_perplexity(bench, tmp_path, monkeypatch):
     """In train.py and in score.py, where IFD's rule would choose the lowest values first."""
-    monkeypatch.setattr(score, "SCORE", PERPLEXITY)
+    monkeypatch.setattr(score, "SELECTION_SCORE", PERPLEXITY)
     llama = load_model(bench / "m")
     documents = tokenize_files([bench / "s1.jsonl"], bench / "m", "phased", 2048, shown=False)
     values = {}

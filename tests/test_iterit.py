@@ -203,7 +203,7 @@ def test_a_signal_inside_the_scoring_keeps_what_is_scored(bench, tmp_path):
     go(bench, tmp_path / "straight", *more, stages=stages)
 
     def told_to_stop_in_the_second_chunk(argv):
-        real, calls = score.SCORE.measure, []
+        real, calls = score.SELECTION_SCORE.measure, []
 
         def measured(*a):
             calls.append(1)
@@ -211,12 +211,12 @@ def test_a_signal_inside_the_scoring_keeps_what_is_scored(bench, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*a)
 
-        score.SCORE.measure = measured
+        score.SELECTION_SCORE.measure = measured
         return train.main(argv)
 
     go(bench, tmp_path / "o", *more, stages=stages, code=130, main=told_to_stop_in_the_second_chunk)
     state = read_manifest(tmp_path / "o" / "resume" / "000-00000000")["progress"]["progress"]
-    assert state["selection"]["scored"] == 2 * score.CHUNK and state["step"] == 0
+    assert state["selection"]["n_scored"] == 2 * score.CHUNK and state["step"] == 0
     assert "Resuming" in go(bench, tmp_path / "o", *more, stages=stages).stdout
     assert chosen(tmp_path / "o", 0) == chosen(tmp_path / "straight", 0)
     assert same(weights(tmp_path / "o", "stage1"), weights(tmp_path / "straight", "stage1"))

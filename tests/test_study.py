@@ -188,7 +188,7 @@ def test_published_scores_are_matched_by_instruction_and_input_and_no_row_is_use
             used.append(number)
     assert len(used) == len(set(used)) == 34
     assert prepare_alpaca.main([*files, "--out", str(tmp_path / "out"), "--train", "10", "9", *sizes[3:]]) == 2
-    assert "14 rows are 3.5 or above, 15 are asked for" in capsys.readouterr().err
+    assert "only 14 rows are 3.5 or above, but 15 are requested" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- arms

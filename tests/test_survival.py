@@ -573,7 +573,7 @@ def test_killed_ifd_scoring_resumes_to_the_same_scores_on_any_number_of_ranks(ra
         return ["ifd", "s1.jsonl", "--model", "m", "--out", tmp_path / out, "--dtype", "fp32"]
 
     def main(argv, at=0):
-        score.CHUNK, real, calls = 4, score.SCORE.measure, []
+        score.CHUNK, real, calls = 4, score.SELECTION_SCORE.measure, []
 
         def measured(*a):
             calls.append(1)
@@ -581,7 +581,7 @@ def test_killed_ifd_scoring_resumes_to_the_same_scores_on_any_number_of_ranks(ra
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*a)
 
-        score.SCORE.measure = measured
+        score.SELECTION_SCORE.measure = measured
         return score.main(argv)
 
     run_forked(score.main, *arguments("a"), cwd=bench)
@@ -618,7 +618,8 @@ def test_a_log_contains_only_complete_writes(tmp_path):
 def test_the_log_is_complete_after_a_signal_while_scoring_and_a_kill(bench, tmp_path):
     more = ("--select", "iterit", "--ratio", "8", "--epochs", "2", "--save-every", "1")
     go(bench, tmp_path / "a", *more, stages=("s1", "s2"))
-    go(bench, tmp_path / "b", *more, stages=("s1", "s2"), main=interrupted(score.SCORE, "measure", 2), code=130)
+    main = interrupted(score.SELECTION_SCORE, "measure", 2)
+    go(bench, tmp_path / "b", *more, stages=("s1", "s2"), main=main, code=130)
     killed = interrupted(train, "batch_gradients", 2, signal.SIGKILL)
     assert Forked(killed, training(tmp_path / "b", *more, stages=("s1", "s2")), bench).wait().returncode == -9
     go(bench, tmp_path / "b", *more, stages=("s1", "s2"))

@@ -719,7 +719,7 @@ def test_a_trained_parameter_without_effect_is_an_error(bench, tmp_path):
         return train.main(argv)
 
     done = Forked(main, training(tmp_path / "o", stages=("s1",)), bench).wait()
-    assert done.returncode and "of no effect on the loss: layers.0.adapter" in done.stderr
+    assert done.returncode and "do not affect the loss: layers.0.adapter" in done.stderr
 
 
 def test_numbers_in_the_groups_of_an_optimizer_are_restored(bench, tmp_path):

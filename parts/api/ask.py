@@ -25,8 +25,8 @@ def ask_questions(
     a dry run.
 
     `parse` and `reminder` are passed to Client. Raises InputError for unusable settings and for a pending batch that
-    this run does not collect, WorkError if rows remain without an answer, Interrupted after a signal. Every reply is
-    stored before the next request is sent.
+    this run does not collect, WorkError if rows remain without an answer, Interrupted after a signal. A reply to a
+    question is stored before the next request for this question is sent; other requests are in flight meanwhile.
     """
     store = Store(out.with_name(out.name + ".partial.jsonl"), read_only=options.dry_run)
     try:
@@ -53,9 +53,10 @@ def ask_questions(
     unanswered = [question.row for question in unique.values() if client.needs_answer(question)]
     if client.shutdown.reason or unanswered:
         error = Interrupted if isinstance(client.shutdown.reason, Interrupted) else WorkError
-        problem = client.shutdown.reason or f"{len(unanswered)} rows got no answer ({', '.join(unanswered[:5])} …)"
+        examples = ", ".join(unanswered[:5]) + ", …" * (len(unanswered) > 5)
+        problem = client.shutdown.reason or f"{len(unanswered)} rows got no answer ({examples})"
         lost = f" except for {len(store.unwritten):,} records that could not be written" if store.unwritten else ""
-        raise error(f"{problem}; the replies are in {store.path}{lost}, the same command continues from there")
+        raise error(f"{problem}; the replies are in {store.path}{lost}. The same command continues from there")
     unparsed = [store.records(key) for key in unique if question_state(store.records(key)) == "unparsed"]
     if len(unparsed) > 0.05 * len(unique):
         examples = describe_unparsed(unparsed)

@@ -134,7 +134,7 @@ class BatchRunner:
         files = [name for name in (batch.get("output_file_id"), batch.get("error_file_id")) if name]
         if batch.get("status") == "failed" or not files:
             self.path.unlink()
-            reason = self.client.credentials.sanitize(str(batch.get("errors") or "without a reason"))
+            reason = self.client.credentials.sanitize(str(batch.get("errors") or "the server gave no reason"))
             raise WorkError(f"the batch {batch.get('status')}: {reason}")
         missing = {key: Question(key, row, [], prompt=[0] * tokens) for key, (row, tokens) in state["rows"].items()}
         missing |= {key: question for key, question in self.questions.items() if key in missing}

@@ -40,7 +40,7 @@ class ApiOptions:
 
 def add_api_arguments(parser: argparse.ArgumentParser, sampling: bool = True) -> None:
     """Add a flag for each field of ApiOptions; without `sampling`, no --api-model, --max-tokens and --temperature."""
-    group, default = parser.add_argument_group("API (OPENAI_API_KEY and OPENAI_BASE_URL are honoured)"), ApiOptions()
+    group, default = parser.add_argument_group("API (OPENAI_API_KEY and OPENAI_BASE_URL are honored)"), ApiOptions()
 
     def add(flag: str, kind: type, metavar: str, text: str) -> None:
         value = default.model if flag == "--api-model" else getattr(default, flag[2:].replace("-", "_"))

@@ -42,9 +42,9 @@ class Saver:
         save_training(self.folder, f"{progress.stage:03}-{progress.step:08}", self.ranks, self.state)
         self.last_saved = time.monotonic()
 
-    def stop_requested(self) -> bool:
-        """Whether any rank received a signal. A measurement, around which the weights may be exchanged for others, ends
-        early then; the next safe point saves."""
+    def any_rank_asked_to_stop(self) -> bool:
+        """Whether any rank received a signal; every rank must call it. A measurement, around which the weights may be
+        exchanged for others, ends early then; the next safe point saves."""
         return bool(all_reduce([self.stop.asked])[0])
 
     def stop_point(self) -> None:

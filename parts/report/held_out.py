@@ -37,7 +37,7 @@ def describe_change(stages: list[str], losses: list[float]) -> str:
     change = f"{'improved' if end < start else 'not improved'}, {start:.2f} -> {end:.2f}"
     if f"{best:.2f}" == f"{end:.2f}" or best == start:
         return f"{change}."
-    return f"{change}; partly forgotten again, as it was {best:.2f} after {stages[losses.index(best)]}."
+    return f"{change}; partly forgotten: it was {best:.2f} after {stages[losses.index(best)]}."
 
 
 def print_answers_command(out: Path, model: Path) -> None:

@@ -281,12 +281,12 @@ def log_loss(z: np.ndarray, points: np.ndarray) -> float:
 
 
 def fit_logistic(x: np.ndarray, points: np.ndarray, strength: float, theta: np.ndarray) -> np.ndarray:
-    """The theta (K,) that minimises |theta|_1 + strength x log-loss, by Newton steps. Each step minimises the quadratic
+    """The theta (K,) that minimizes |theta|_1 + strength x log-loss, by Newton steps. Each step minimizes the quadratic
     model exactly, trying every choice of signs (so K must be small: columns may be nearly collinear), and is then
-    shortened until the cost falls."""
+    shortened until the objective falls."""
     choices = sorted(product((-1, 0, 1), repeat=len(theta)), key=lambda signs: signs.count(0))
 
-    def cost(t: np.ndarray) -> float:
+    def objective(t: np.ndarray) -> float:
         return float(np.abs(t).sum() + strength * log_loss(x @ t, points))
 
     for _ in range(200):
@@ -304,8 +304,8 @@ def fit_logistic(x: np.ndarray, points: np.ndarray, strength: float, theta: np.n
                 new, best = t, value
                 if all(signs):
                     break  # the other choices cannot be better
-        step, before = 1.0, cost(theta)
-        while step > 1e-8 and cost(theta + step * (new - theta)) > before:
+        step, before = 1.0, objective(theta)
+        while step > 1e-8 and objective(theta + step * (new - theta)) > before:
             step /= 2
         change, theta = step * (new - theta), theta + step * (new - theta)
         if abs(change).max() < 1e-9:

@@ -151,7 +151,7 @@ class BPETokenizer:
             _, i, left, right = heapq.heappop(heap)
             j = after[i]
             if parts[i] != left or j == len(parts) or parts[j] != right:
-                continue  # one of the two has been merged with its other neighbour
+                continue  # one of the two has been merged with its other neighbor
             parts[i], parts[j] = left + right, ""
             after[i] = k = after[j]
             if k < len(parts):

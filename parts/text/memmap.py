@@ -11,7 +11,7 @@ import numpy as np
 
 from parts.files import atomic_path
 
-BLOCK = 2**24  # bytes per read
+READ_BYTES = 2**24  # bytes per read
 
 
 class StringArray:
@@ -58,7 +58,7 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict] | None:
             header_crc, header_json = line.split(b" ", 1)
             header = json.loads(header_json)
             body_crc = 0
-            while block := f.read(BLOCK):
+            while block := f.read(READ_BYTES):
                 body_crc = zlib.crc32(block, body_crc)
             if int(header_crc, 16) != zlib.crc32(header_json.rstrip(b"\n")) or body_crc != header["crc"]:
                 return None

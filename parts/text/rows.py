@@ -192,7 +192,7 @@ def check_characters(raw) -> None:
     try:
         json.dumps(raw, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InputError("an unpaired surrogate, which is not a character") from None
+        raise InputError("contains an unpaired surrogate (invalid Unicode)") from None
 
 
 def finite_number(value, name: str) -> float:

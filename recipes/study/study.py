@@ -462,7 +462,7 @@ def check_settings(args: argparse.Namespace) -> dict:
     before = read_json_object(kept) if kept.exists() else about
     changed = [k for part in ("settings", "hashes") for k, v in about[part].items() if before[part].get(k) != v]
     if changed or before["hashes"].keys() != about["hashes"].keys():
-        raise InputError(f"{args.out} holds a study with other {', '.join(changed) or 'files'}: another --out")
+        raise InputError(f"{args.out} contains a study with other {', '.join(changed) or 'files'}: give another --out")
     if before["code"] != about["code"]:
         print(f"{args.out}: the code changed since this study began; what is done stays", file=sys.stderr)
     atomic_write(kept, json.dumps(about, indent=1))
@@ -540,7 +540,7 @@ def run(args: argparse.Namespace) -> None:
     inputs = [*args.scored, args.prompts, args.model, *(path for path in (args.validation, args.tasks) if path)]
     check_output_paths([args.out], inputs, folders=True)
     if (args.out / "data").exists() and not (args.out / "study.json").exists():
-        raise InputError(f"{args.out} holds data that are not a study's: another --out")
+        raise InputError(f"{args.out} contains data that are not a study's: give another --out")
     study_data = read_study_data(args)
     prompts, validation, held_out = read_test_prompts(args)
     check_leaks(study_data, prompts, validation)
@@ -566,54 +566,55 @@ def make_study_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         formatter_class=HelpFormatter,
-        epilog="What stands behind -- goes to train.py.",
+        epilog="Arguments after -- are passed to train.py.",
     )
     add = parser.add_argument
     add("--model", type=Path, default=DEMO / "model", metavar="DIR", help="HF folder from which every arm starts")
-    add("--scored", type=Path, nargs="+", metavar="F", help="rows with a score of difficulty (default: the demo's)")
-    add("--score-key", default="score", help="the key of the score")
+    add("--scored", type=Path, nargs="+", metavar="F", help="rows with a difficulty score (default: the demo's)")
+    add("--score-key", default="score", help="the field with the score")
     add("--bounds", type=float, nargs="+", default=[1.5, 3.5], metavar="X", help="scores at which a new stage begins")
-    add("--equal", type=positive_int, metavar="K", help="K stages of equal size instead")
-    rows_help = "so many of them, from every stage its share (default: all; for the demo 240)"
+    add("--equal", type=positive_int, metavar="K", help="K stages of equal size, instead of --bounds")
+    rows_help = "number of rows of --scored to use, in proportion from each stage (default: all; for the demo 240)"
     add("--rows", type=positive_int, metavar="N", help=rows_help)
-    add("--also", nargs="*", metavar="KEY", help="other keys of --scored to make stages by (for the demo: true)")
-    prompts_help = "that test; with the right answer as `expected`, and perhaps a `score`"
+    add("--also", nargs="*", metavar="KEY", help="other fields of --scored to make stages from (for the demo: true)")
+    prompts_help = "test prompts, with the right answer as `expected` and optionally a `score`"
     add("--prompts", type=Path, default=DEMO / "prompts.jsonl", metavar="F", help=prompts_help)
-    add("--validation", type=Path, metavar="F", help="that choose the rate (default: a third of --prompts)")
-    add("--judge", choices=["exact", "api", "loss"], default="exact", help="of an answer: is it as expected; against "
-        "one-off's, by an LLM; the loss of the answer expected")  # fmt: skip
-    add("--api-model", metavar="M", help="the judge (default: judge.py's)")
-    judge_help = "more of judge.py compare, which is called for each arm, seed and stage: --judge-flags='--canaries'"
+    add("--validation", type=Path, metavar="F", help="prompts to choose the rate by (default: a third of --prompts)")
+    judge_help = (
+        "measure of an answer. exact: equal to the expected one; api: an LLM compares it with one-off's; "
+        "loss: the loss of the expected answer"
+    )
+    add("--judge", choices=["exact", "api", "loss"], default="exact", help=judge_help)
+    add("--api-model", metavar="M", help="the model that judges (default: that of judge.py)")
+    judge_help = "more flags of judge.py compare, which runs for each arm, seed and stage: --judge-flags='--canaries'"
     add("--judge-flags", type=shlex.split, default=[], metavar="'…'", help=judge_help)
     add("--ifd", action="store_true", help="with --judge loss: also measure the IFD of the prompts' expected answers")
-    tasks_help = (
-        "also count right answers to these tasks, say recipes/study/tasks.jsonl (measured after the last stage)"
-    )
+    tasks_help = "also count right answers to these tasks after the last stage, for example recipes/study/tasks.jsonl"
     add("--tasks", type=Path, metavar="F", help=tasks_help)
-    evaluations_help = "held-out losses in the course of a tested run; 0: none, which saves their time"
+    evaluations_help = "number of held-out measurements during a tested run; 0: none, which is faster"
     add("--evaluations", type=nonneg_int, default=8, metavar="N", help=evaluations_help)
-    add("--arms", nargs="+", metavar="ARM", help="only these, and one-off (default: all)")
-    grid_help = "rates of which each arm gets its best (needed; for the demo four from 1.25e-4 to 1e-3)"
+    add("--arms", nargs="+", metavar="ARM", help="the arms to run, in addition to one-off (default: all)")
+    grid_help = "learning rates, of which each arm uses its best (required; for the demo four from 1.25e-4 to 1e-3)"
     add("--lr-grid", type=positive_float, nargs="+", metavar="X", help=grid_help)
-    add("--seeds", type=positive_int, metavar="N", help="runs of each arm that are tested (default: 5; for the demo 6)")
+    add("--seeds", type=positive_int, metavar="N", help="tested runs of each arm (default: 5; for the demo 6)")
     add("--epochs", type=positive_int, default=2, metavar="N", help="passes over a stage")
     add("--batch-size", type=positive_int, metavar="N", help="documents in a step (default: 16; for the demo 4)")
-    add("--max-new-tokens", type=positive_int, default=96, metavar="N", help="longest answer")
-    add("--jobs", type=positive_int, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
-    add("--nproc-per-node", type=positive_int, default=1, metavar="N", help="ranks of a run, by torchrun")
-    add("--out", type=Path, metavar="DIR", help="(default: out/study, out/study-quick)")
+    add("--max-new-tokens", type=positive_int, default=96, metavar="N", help="longest answer, in tokens")
+    add("--jobs", type=positive_int, metavar="N", help="concurrent runs (default: one per GPU, or per core)")
+    add("--nproc-per-node", type=positive_int, default=1, metavar="N", help="ranks per run, started by torchrun")
+    add("--out", type=Path, metavar="DIR", help="output folder (default: out/study; with --quick out/study-quick)")
     add("--quick", action="store_true", help="six arms, two rates, two seeds, 200 prompts")
     add("--dry-run", action="store_true", help="print the plan and stop")
     power_help = (
-        "print what a study with --seeds and --arms (default: PILOT's) can detect, and stop: from the spread in "
+        "print the difference that a study with --seeds and --arms (default: PILOT's) can detect, and stop; PILOT is "
     )
     add("--power", type=Path, metavar="PILOT", help=power_help + "the --out folder of a study of two or more seeds")
-    difference_help = "for --power: differences to detect, in points or hundredths of a loss"
+    difference_help = "with --power: the differences to detect, in percentage points or hundredths of a loss"
     add(
         "--table",
         type=Path,
         metavar="RESULTS",
-        help="print the tables of a results.json again, from its runs, and stop",
+        help="compute the tables again from the runs in a results.json, print them and stop",
     )
     add("--difference", type=positive_float, nargs="+", default=[2.0, 5.0, 10.0], metavar="D", help=difference_help)
     add("--debug", action="store_true", help="show tracebacks")

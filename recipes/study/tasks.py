@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
     except (ValueError, TypeError, KeyError) as e:
         raise InputError(f"{args.answers}: not answers of generate.py ({type(e).__name__}: {e})") from None
     if not counts:
-        raise InputError(f"{args.answers}: holds no answer to a task of {TASKS}: give it to generate.py as --prompts")
+        raise InputError(
+            f"{args.answers}: contains no answer to a task of {TASKS}: give it to generate.py as --prompts"
+        )
     print_table(
         ("tasks", "right", "of", "%"),
         [(name, str(right), str(n), f"{100 * right / n:.0f}") for name, (right, n) in counts.items()],
