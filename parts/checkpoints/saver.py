@@ -50,7 +50,7 @@ class Saver:
     def stop_point(self) -> None:
         """A point where the run may stop and nothing is saved: shortly after `save`, while the weights may be exchanged
         for others. Raises Interrupted if any rank received a signal."""
-        if self.stop_requested():
+        if self.any_rank_asked_to_stop():
             raise Interrupted(self.interruption())
 
     def safe_point(self, after_step: bool = False) -> None:
