@@ -16,7 +16,7 @@ import generate
 import judge
 import score
 import train
-from recipes.study import measure, study
+from recipes.study import measure, prepare_alpaca, study
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
@@ -133,6 +133,10 @@ TABLES = re.findall(r"<!-- tables of (\S+) -->\n(.*?)\n?<!-- end of tables -->",
 def test_the_tables_of_a_study_are_computed_from_its_results(results, tables, capsys):
     assert study.main(["--table", str(ROOT / results)]) == 0
     assert capsys.readouterr().out.strip() == tables.strip()
+    printed = rf"`--power {results} ([^`]*)` prints:\n\n<!-- power of {results} -->\n```\n(.*?)```"
+    flags, power = re.search(printed, TEXT["docs/study.md"], re.DOTALL).groups()
+    assert study.main(["--power", str(ROOT / results), *flags.split()]) == 0
+    assert capsys.readouterr().out.strip() == power.strip()
 
 
 # ---------------------------------------------------------------- flags
@@ -147,7 +151,8 @@ def help_of(module, *command):
 @pytest.fixture(scope="module")
 def flags():
     found = {"train.py": help_of(train), "generate.py": help_of(generate)}
-    found["recipes/study/study.py"], found["recipes/study/measure.py"] = help_of(study), help_of(measure)
+    for program in (study, measure, prepare_alpaca):
+        found[f"{program.__name__.replace('.', '/')}.py"] = help_of(program)
     found |= {f"score.py {c}": help_of(score, c) for c in ("difficulty", "ifd", "stages", "select")}
     return found | {f"judge.py {c}": help_of(judge, c) for c in ("compare", "report", "audit")}
 

@@ -427,7 +427,9 @@ def test_an_llm_judges_every_arm_against_one_off_with_the_same_seed_and_is_asked
     assert records[0]["wins"] == [[None, 1.0]]
 
 
-def test_ifd_and_tasks_are_measured_after_the_last_stage_as_the_programs_measure_them(folder, capsys):
+def test_ifd_and_tasks_are_measured_as_the_programs_do_and_runs_are_taken_from_results(
+    folder, tmp_path, capsys, monkeypatch
+):
     task = {"instruction": "say a", "accepted": ["a"]}
     (folder / "tasks.jsonl").write_text(json.dumps(task) + "\n" + json.dumps(task | {"instruction": "say b"}) + "\n")
     more = ["--ifd", "--tasks", str(folder / "tasks.jsonl"), "--evaluations", "0", "--judge", "loss", "--seeds", "2"]
@@ -450,6 +452,21 @@ def test_ifd_and_tasks_are_measured_after_the_last_stage_as_the_programs_measure
     assert "| loss |" not in said  # no held-out losses were measured
     assert study.main(["--power", str(out)]) == 0
     assert "\nIFD" in (power := capsys.readouterr().out) and "\ntasks right, %" in power
+    # Another folder takes the runs of results.json, and only what is missing is run.
+    saved = tmp_path / "saved.json"
+    saved.write_bytes((out / "results.json").read_bytes())
+    ran, run_job = [], study.run_job
+    monkeypatch.setattr(study, "run_job", lambda args, *rest: ran.append(rest[2].name) or run_job(args, *rest))
+    other = [a.replace(str(out), str(folder / "other")) for a in asked]
+    other[other.index("phased")] = "random stages"
+    assert study.main([*other[: other.index("--")], "--runs-from", str(saved), *TRAIN]) == 0
+    assert sorted(ran) == ["random-stages-0.001-0", "random-stages-0.001-1"]
+    again = json.loads((folder / "other" / "results.json").read_text())
+    assert [r for r in again["runs"] if r["arm"] == "one-off"] == [r for r in results["runs"] if r["arm"] == "one-off"]
+    saved.write_text(json.dumps(results | {"hashes": results["hashes"] | {"--prompts": "other"}}))
+    capsys.readouterr()
+    assert study.main([*other[: other.index("--")], "--runs-from", str(saved), *TRAIN]) == 2
+    assert "of a study with other --prompts" in capsys.readouterr().err
     (folder / "tasks.jsonl").write_text('{"instruction": "say a", "accepted": "a"}\n')
     assert study.main([a.replace(str(out), str(folder / "new")) for a in asked]) == 2
     assert "tasks.jsonl:1: a task is" in capsys.readouterr().err

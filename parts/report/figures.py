@@ -72,7 +72,7 @@ def subplots(xlabel: str | None, ylabel: str, width: float = 5.5, height: float 
     return figure, axes
 
 
-def image(figure, kind: str, dpi: int = 120) -> bytes:
+def figure_bytes(figure, kind: str, dpi: int = 120) -> bytes:
     """The figure as "svg" or "png"."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
@@ -86,7 +86,7 @@ def plot_histogram(scores: np.ndarray, name: str, groups: list[np.ndarray], path
         labels = [f"s{k}" for k in range(1, len(groups) + 1)]
         axes.hist([scores[g] for g in groups], histogram(scores)[1], stacked=True, label=labels, rwidth=0.9)
         axes.legend()
-        atomic_write(path, image(figure, "png", 150))
+        atomic_write(path, figure_bytes(figure, "png", 150))
     print(f"-> {path}")
 
 
@@ -118,7 +118,7 @@ def report_figures(
             "losses": draw_losses(losses) if losses else None,
             "forgetting": draw_eval_matrix(held_out) if any(stages for _, stages, _ in held_out) else None,
         }
-        return {name: {kind: image(f, kind) for kind in kinds} for name, f in figures.items() if f}
+        return {name: {kind: figure_bytes(f, kind) for kind in kinds} for name, f in figures.items() if f}
 
 
 def win_rates_and_errors(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:

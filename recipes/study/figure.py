@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from parts.report.figures import image, settings
+from parts.report.figures import figure_bytes, settings
 from recipes.study.analysis import MEASURED, PAPER, order_name, orders_of
 
 CURVES = ("one-off", "phased", "random stages", "stage 3 only", "phased, replay 0.1")
@@ -30,7 +30,7 @@ def draw(table: dict[str, dict], results: dict) -> bytes:
         for axes in (stages, orders, groups, curves, rates):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
-        return image(figure, "png", 110)
+        return figure_bytes(figure, "png", 110)
 
 
 def linestyle(arm: str) -> str:

@@ -455,14 +455,30 @@ def describe_settings(args: argparse.Namespace) -> dict:
     return {"settings": given, "hashes": hashes, "code": code.hexdigest()[:16]}
 
 
+def changed_settings(before: dict, about: dict) -> str:
+    """The settings and files in which two studies differ, as text; empty if they are the same."""
+    keys = [(part, key) for part in ("settings", "hashes") for key in {**before.get(part, {}), **about[part]}]
+    return ", ".join(key for part, key in keys if before.get(part, {}).get(key) != about[part].get(key))
+
+
+def import_runs(args: argparse.Namespace, about: dict) -> None:
+    """Write the runs of --runs-from to out/results, so that they are not repeated. Raises InputError."""
+    results = read_json_object(args.runs_from)
+    if changed := changed_settings(results, about):
+        raise InputError(f"{args.runs_from} is of a study with other {changed}: its runs cannot be used")
+    for record in [*results.get("tuning", []), *results.get("runs", [])]:
+        path = args.out / "results" / f"{Job(record['arm'], record['lr'], record['seed']).name}.json"
+        if not path.exists():
+            atomic_write(path, json.dumps(record))
+
+
 def check_settings(args: argparse.Namespace) -> dict:
     """Write study.json with the settings and hashes, and return them. Raises InputError if the folder holds a study
     with other ones."""
     about, kept = describe_settings(args), args.out / "study.json"
     before = read_json_object(kept) if kept.exists() else about
-    changed = [k for part in ("settings", "hashes") for k, v in about[part].items() if before[part].get(k) != v]
-    if changed or before["hashes"].keys() != about["hashes"].keys():
-        raise InputError(f"{args.out} contains a study with other {', '.join(changed) or 'files'}: give another --out")
+    if changed := changed_settings(before, about):
+        raise InputError(f"{args.out} contains a study with other {changed}: give another --out")
     if before["code"] != about["code"]:
         print(f"{args.out}: the code changed since this study began; what is done stays", file=sys.stderr)
     atomic_write(kept, json.dumps(about, indent=1))
@@ -514,17 +530,18 @@ def run_study(
         return
     if wants_ifd(arms):
         measure_ifd(args, study_data)
-    rates = {arm: {args.lr_grid[0]: None} for arm in arms}
+    rates, tuning = {arm: {args.lr_grid[0]: None} for arm in arms}, []
     if len(args.lr_grid) > 1:
         grid = [Job(arm, lr, GRID_SEED) for arm in arms for lr in args.lr_grid]
-        rates = choose_rates(run_jobs(args, study_data, arms, grid, "rates"), args.judge)
+        tuning = run_jobs(args, study_data, arms, grid, "rates")
+        rates = choose_rates(tuning, args.judge)
     jobs = [Job(arm, next(iter(rates[arm])), seed) for seed in range(args.seeds) for arm in arms]
     records = run_jobs(args, study_data, arms, jobs, "seeds")
     if args.judge == "api":
         judge_by_api(args, records)
     ceiling = measure_ceiling(args, prompts)
     results = about | {"command": shlex.join(sys.argv), "plan": plan, "judge": args.judge, "rates": rates}
-    results |= {"tokens": times["base"].pop("tokens"), "base": times["base"], "ceiling": ceiling}
+    results |= {"tokens": times["base"].pop("tokens"), "base": times["base"], "ceiling": ceiling, "tuning": tuning}
     write_results(args.out, records, prompts, results)
 
 
@@ -559,6 +576,8 @@ def run(args: argparse.Namespace) -> None:
         with lock_folder(args.out):
             about = check_settings(args)
             write_data(args.out, {"prompts": prompts, "validation": validation, **held_out})
+            if args.runs_from:
+                import_runs(args, about)
             run_study(args, study_data, {arm: known[arm] for arm in dict.fromkeys(wanted)}, prompts, about)
 
 
@@ -604,6 +623,8 @@ def make_study_parser() -> argparse.ArgumentParser:
     add("--nproc-per-node", type=positive_int, default=1, metavar="N", help="ranks per run, started by torchrun")
     add("--out", type=Path, metavar="DIR", help="output folder (default: out/study; with --quick out/study-quick)")
     add("--quick", action="store_true", help="six arms, two rates, two seeds, 200 prompts")
+    runs_help = "results.json of a study with the same settings and files: take its runs (--judge loss only)"
+    add("--runs-from", type=Path, metavar="RESULTS", help=runs_help)
     add("--dry-run", action="store_true", help="print the plan and stop")
     power_help = (
         "print the difference that a study with --seeds and --arms (default: PILOT's) can detect, and stop; PILOT is "
@@ -645,8 +666,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.rows = args.rows or 240
     args.also = args.also or []
     args.batch_size = args.batch_size or (4 if is_demo else 16)
-    if args.ifd and args.judge != "loss":
-        parser.error("--ifd needs --judge loss")
+    if (args.ifd or args.runs_from) and args.judge != "loss":
+        parser.error("--ifd and --runs-from need --judge loss")
     args.most_prompts = 200 if args.quick else None
     args.seeds = args.seeds or (2 if args.quick else 6 if is_demo else 5)
     if args.power and args.seeds < 2:
