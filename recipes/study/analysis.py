@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.study.intervals import estimate, holm
-from recipes.study.measures import compare_measures, measures_rows, other_measures
+from recipes.study.measures import compare_measures, measures_rows, other_measures, runs_by_arm
 
 MEASURED = {"exact": "exact answers, %", "loss": "loss of the answers", "api": "points against one-off, %"}
 PAPER = {  # win rate against one-off above 50 %, by the order of the stages (Phased IFT, figure 3 and table 3)
@@ -50,11 +50,7 @@ def summarize(results: dict) -> dict[str, dict]:
     """
     names, group, judge = results["groups"], np.array(results["group"]), results["judge"]
     rates = {arm: {float(rate): mean for rate, mean in of.items()} for arm, of in results["rates"].items()}
-    hard, by_arm = hard_weights(names, group), {}
-    for r in sorted(results["runs"], key=lambda r: r["seed"]):
-        by_arm.setdefault(r["arm"], []).append(r)
-    if len({tuple(r["seed"] for r in mine) for mine in by_arm.values()}) > 1:
-        raise ValueError("the arms have different seeds")
+    hard, by_arm = hard_weights(names, group), runs_by_arm(results["runs"])
     key = "wins" if judge == "api" else "values"
     values = {
         arm: np.array([r[key] for r in mine], float).transpose(1, 0, 2) for arm, mine in by_arm.items()

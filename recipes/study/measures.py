@@ -9,6 +9,17 @@ from recipes.study.intervals import estimate, holm
 TASKS = "tasks right, %"
 
 
+def runs_by_arm(runs: list[dict]) -> dict[str, list[dict]]:
+    """The runs of each arm, by rising seed. Raises ValueError if the arms have different seeds: each is compared with
+    one-off seed by seed."""
+    by_arm: dict[str, list[dict]] = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        by_arm.setdefault(run["arm"], []).append(run)
+    if len({tuple(run["seed"] for run in mine) for mine in by_arm.values()}) > 1:
+        raise ValueError("the arms have different seeds")
+    return by_arm
+
+
 def other_measures(runs: list[dict], results: dict) -> dict[str, dict[str, np.ndarray]]:
     """measure -> arm -> (seeds, prompts) after the last stage, as values whose plain mean is the measure.
 
@@ -16,13 +27,8 @@ def other_measures(runs: list[dict], results: dict) -> dict[str, dict[str, np.nd
     prompts, and the loss per token. With --ifd: the mean IFD. With --tasks: the share of right answers.
     `results` are those of results.json: `judge`, `groups` and `group` of the prompts, `tokens` of their answers.
     """
-    by_arm: dict[str, list[dict]] = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
-        by_arm.setdefault(run["arm"], []).append(run)
-    if len({tuple(run["seed"] for run in mine) for mine in by_arm.values()}) > 1:
-        raise ValueError("the arms have different seeds")
     found: dict[str, dict[str, np.ndarray]] = {}
-    for arm, mine in by_arm.items():
+    for arm, mine in runs_by_arm(runs).items():
         if results["judge"] == "loss":
             values, group = np.array([run["values"][-1] for run in mine], float), np.array(results["group"])
             found.setdefault("loss per row", {})[arm] = values
