@@ -69,6 +69,7 @@ from parts.distributed import (
     is_first_rank,
     rendezvous,
     reshard,
+    resolve_dtype,
 )
 from parts.files import atomic_write, read_json_object, recover_folder, sha256
 from parts.flops import Flops, peak_flops, training_flops
@@ -531,7 +532,8 @@ def prepare(args: argparse.Namespace, config: Config) -> tuple[list[Stage], dict
     model = build_meta_model(config, weights, compute_dtype(args.dtype))
     stages, held_out, hashes = validate(args, model)
     documents = [*(stage.documents for stage in stages), *held_out.values()]
-    run = describe_run(vars(args), {"torch": torch.__version__, "numpy": np.__version__}, hashes)
+    arguments = vars(args) | {"dtype": resolve_dtype(args.dtype)}  # "auto" may mean another dtype where a run resumes
+    run = describe_run(arguments, {"torch": torch.__version__, "numpy": np.__version__}, hashes)
     run["skipped_rows"] = [line for d in documents for line in d.bad]
     defaults = vars(parse_args(["--stages", *args.stages, "--lr", "5e-4"]))
     before = check_same_run(args.out / "run.json", run, options.RESUMABLE_ARGS, defaults)

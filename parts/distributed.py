@@ -202,15 +202,20 @@ def check_shared(file: Path) -> None:
         raise InputError(f"{file.parent} is not the same folder for {missing} ranks: --out must be shared by all nodes")
 
 
+def resolve_dtype(choice: str) -> str:
+    """ "bf16" or "fp32" for a choice of these or "auto": bf16 if this machine's device computes in it."""
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return "bf16" if has_bf16 else "fp32"
+
+
 def compute_dtype(choice: str) -> torch.dtype:
-    """The dtype for "bf16", "fp32" or "auto": bf16 if this machine's device computes in it."""
-    if choice == "auto":
-        if torch.cuda.is_available():
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return torch.bfloat16 if choice == "bf16" else torch.float32
+    """The dtype for "bf16", "fp32" or "auto"."""
+    return torch.bfloat16 if resolve_dtype(choice) == "bf16" else torch.float32
 
 
 def tune_malloc() -> None:

@@ -121,7 +121,7 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
 
 
 def test_every_measure_is_compared_with_one_off_and_corrected_for_the_number_of_arms():
-    """Loss per row, in each group and per token, IFD and tasks: means and differences computed here in another way."""
+    """Loss per row and per token, IFD, all in each group too, and tasks: computed here in another way."""
     rng, arms = np.random.default_rng(0), ("one-off", "A", "B")
     tokens, group = rng.integers(1, 50, 12), np.array([0, 1] * 6)
     runs = [
@@ -132,18 +132,17 @@ def test_every_measure_is_compared_with_one_off_and_corrected_for_the_number_of_
     results = {"judge": "loss", "groups": ["easy", "hard"], "group": group.tolist(), "tokens": tokens.tolist()}
     found = measures.other_measures(runs, results)
     compared = measures.compare_measures(found)
-    assert list(found) == ["loss per row", "easy: loss per row", "hard: loss per row", "loss per token", "IFD",
-                           "tasks right, %"]  # fmt: skip
+    kinds = ("loss per row", "loss per token", "IFD")
+    assert list(found) == [*(part + kind for kind in kinds for part in ("", "easy: ", "hard: ")), "tasks right, %"]
 
     def mean(arm, seed, measure):
         (run,) = [run for run in runs if (run["arm"], run["seed"]) == (arm, seed)]
-        losses = np.array(run["values"][-1])
-        return {
-            "loss per row": losses.mean(), "easy: loss per row": losses[group == 0].mean(),
-            "hard: loss per row": losses[group == 1].mean(),
-            "loss per token": (losses * tokens).sum() / tokens.sum(),
-            "IFD": np.mean(run["ifd"]), "tasks right, %": np.mean(run["tasks"]),
-        }[measure]  # fmt: skip
+        if measure == "tasks right, %":
+            return np.mean(run["tasks"])
+        part, _, kind = measure.rpartition(": ")
+        of = {"": group >= 0, "easy": group == 0, "hard": group == 1}[part]
+        values = np.array(run["ifd"] if kind == "IFD" else run["values"][-1])[of]
+        return np.average(values, weights=tokens[of] if kind == "loss per token" else None)
 
     for name, rows in compared.items():
         for arm in arms:
@@ -155,11 +154,14 @@ def test_every_measure_is_compared_with_one_off_and_corrected_for_the_number_of_
             assert rows[arm]["low"] <= rows[arm]["difference"] <= rows[arm]["high"]
             p.append(rows[arm]["p"])
         assert [rows[arm]["p_holm"] for arm in ("A", "B")] == pytest.approx(intervals.holm(p))
-    text = list(measures.measures_rows(compared, {"IFD": 0.25}))
-    assert [row[0] for row in text[1:]] == ["*the model before: mean*", "one-off: mean", "A", "B"]
-    assert text[1][1:] == ["–"] * 4 + ["0.2500", "–"]
+    everything, easy, hard = measures.measures_tables(compared, {"hard: IFD": 0.25})
+    assert everything[0] == ["difference from one-off", *kinds, "tasks right, %"]
+    assert hard[0] == ["difference from one-off, hard", *kinds] and hard[1][1:] == ["–", "–", "0.2500"]
+    for table in (everything, easy, hard):
+        assert [row[0] for row in table[1:]] == ["*the model before: mean*", "one-off: mean", "A", "B"]
+    assert easy[3][3].startswith(f"{compared['easy: IFD']['A']['difference']:+.4f} (")
     shown = 100 * compared["tasks right, %"]["A"]["difference"]
-    assert text[3][-1].startswith(f"{shown:+.1f} (") and ", p " in text[3][-1]
+    assert everything[3][-1].startswith(f"{shown:+.1f} (") and ", p " in everything[3][-1]
 
 
 def test_published_scores_are_matched_by_instruction_and_input_and_no_row_is_used_twice(tmp_path, capsys):
@@ -444,7 +446,7 @@ def test_ifd_and_tasks_are_measured_as_the_programs_do_and_runs_are_taken_from_r
     # score.py ifd of the same rows gives the same values for the model before.
     rows = [{"messages": [*p["messages"], {"role": "assistant", "content": p["expected"]}]} for p in prompts]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_forked(score.main, "ifd", "rows.jsonl", "--model", "m", "--out", "ifd.jsonl", cwd=folder)
+    run_forked(score.main, "ifd", "rows.jsonl", "--model", "m", "--out", "ifd.jsonl", *TRAIN[1:], cwd=folder)
     ifd = [row["ifd"] for row in study.read_jsonl(folder / "ifd.jsonl")]
     assert results["base"]["ifd"] == pytest.approx(ifd, rel=1e-4)
     said = (out / "table.md").read_text()
@@ -467,6 +469,10 @@ def test_ifd_and_tasks_are_measured_as_the_programs_do_and_runs_are_taken_from_r
     capsys.readouterr()
     assert study.main([*other[: other.index("--")], "--runs-from", str(saved), *TRAIN]) == 2
     assert "of a study with other --prompts" in capsys.readouterr().err
+    settings = results["settings"] | {"dtype": {"bf16": "fp32", "fp32": "bf16"}[results["settings"]["dtype"]]}
+    saved.write_text(json.dumps(results | {"settings": settings}))  # measured where "auto" means another dtype
+    assert study.main([*other[: other.index("--")], "--runs-from", str(saved), *TRAIN]) == 2
+    assert "of a study with other dtype" in capsys.readouterr().err
     (folder / "tasks.jsonl").write_text('{"instruction": "say a", "accepted": "a"}\n')
     assert study.main([a.replace(str(out), str(folder / "new")) for a in asked]) == 2
     assert "tasks.jsonl:1: a task is" in capsys.readouterr().err

@@ -422,6 +422,15 @@ def test_resuming_with_other_arguments_or_data_is_an_error(bench, reference, tmp
         (bench / "s1.jsonl").write_text(rows)
 
 
+def test_a_run_does_not_resume_with_another_dtype_where_auto_means_another(bench, tmp_path):
+    go(bench, tmp_path / "o", "--dtype", "auto", stages=("s1",))
+    was = json.loads((tmp_path / "o" / "run.json").read_text())["arguments"]["dtype"]
+    other = {"bf16": "fp32", "fp32": "bf16"}[was]
+    assert "all stages done" in go(bench, tmp_path / "o", "--dtype", was, stages=("s1",)).stdout
+    done = go(bench, tmp_path / "o", "--dtype", other, stages=("s1",), code=2)
+    assert f"--dtype was '{was}', is '{other}'" in done.stderr
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 

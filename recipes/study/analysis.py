@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.study.intervals import estimate, holm
-from recipes.study.measures import compare_measures, measures_rows, other_measures, runs_by_arm
+from recipes.study.measures import compare_measures, measures_tables, other_measures, runs_by_arm
 
 MEASURED = {"exact": "exact answers, %", "loss": "loss of the answers", "api": "points against one-off, %"}
 PAPER = {  # win rate against one-off above 50 %, by the order of the stages (Phased IFT, figure 3 and table 3)
@@ -132,9 +132,8 @@ def markdown(table: dict[str, dict], results: dict) -> str:
     rows, stages = arms_rows(table, results, number), len(results["plan"]["stages"])
     tables = [markdown_table(rows), orders_table(table, stages), stages_table(table, results["groups"], number)]
     compared = compare_measures(other_measures(results["runs"], results))
-    if compared:
-        base = {name: float(np.nanmean(of["base"])) for name, of in base_measures(results).items()}
-        tables.append(markdown_table(list(measures_rows(compared, base))))
+    base = {name: float(np.nanmean(of["base"])) for name, of in base_measures(results).items()}
+    tables += map(markdown_table, measures_tables(compared, base))
     parts = [caption(table, results), *tables, held_out_table(table)]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 

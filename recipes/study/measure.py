@@ -81,7 +81,7 @@ class Measured:
 def measure(args: argparse.Namespace, folder: Path, prompts: list[Prompt], stated: list[str], extras: bool) -> Measured:
     """Measure the model of an HF folder: --what, and with `extras` also --ifd and --tasks."""
     device, most = torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.max_new_tokens
-    model, tokenizer = load_model(folder, compute_dtype("auto"), device), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, compute_dtype(args.dtype), device), load_tokenizer(folder)
     template = choose_template(folder, tokenizer, args.template)[0]
     stop = set(stop_ids(TEMPLATES[template], tokenizer))
 
@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--tasks", type=Path, metavar="F", help="tasks with `accepted` answers: also how many the last model gets right"
     )
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if the device supports it")
     add("--template", choices=TEMPLATES, help="(default: as the model folder's own chat template, else phased)")
     add(
         "--json",

@@ -23,23 +23,27 @@ def runs_by_arm(runs: list[dict]) -> dict[str, list[dict]]:
 def other_measures(runs: list[dict], results: dict) -> dict[str, dict[str, np.ndarray]]:
     """measure -> arm -> (seeds, prompts) after the last stage, as values whose plain mean is the measure.
 
-    With --judge loss: the loss per row (the mean of the rows' mean losses), the same in each of two or three groups of
-    prompts, and the loss per token. With --ifd: the mean IFD. With --tasks: the share of right answers.
-    `results` are those of results.json: `judge`, `groups` and `group` of the prompts, `tokens` of their answers.
+    With --judge loss: the loss per row (the mean of the rows' mean losses) and the loss per token. With --ifd: the mean
+    IFD. Each of all prompts, and of each group of prompts if there are two or three. With --tasks: the share of right
+    answers. `results` are those of results.json: `judge`, `groups` and `group` of the prompts, `tokens` of their
+    expected answers.
     """
     found: dict[str, dict[str, np.ndarray]] = {}
     for arm, mine in runs_by_arm(runs).items():
+        group, names = np.array(results["group"]), results["groups"] if 1 < len(results["groups"]) <= 3 else ()
+        parts = {"": np.full(len(group), True)} | {f"{name}: ": group == k for k, name in enumerate(names)}
         if results["judge"] == "loss":
-            values, group = np.array([run["values"][-1] for run in mine], float), np.array(results["group"])
-            found.setdefault("loss per row", {})[arm] = values
-            for k, name in enumerate(results["groups"] if 1 < len(results["groups"]) <= 3 else ()):
-                found.setdefault(f"{name}: loss per row", {})[arm] = values[:, group == k]
-            if results.get("tokens"):
-                weights = np.array(results["tokens"], float)
-                found.setdefault("loss per token", {})[arm] = values * (weights / weights.mean())
-        for key, name in (("ifd", "IFD"), ("tasks", TASKS)):
-            if all(run.get(key) for run in mine):
-                found.setdefault(name, {})[arm] = np.array([run[key] for run in mine], float)
+            values = np.array([run["values"][-1] for run in mine], float)
+            for part, of in parts.items():
+                found.setdefault(f"{part}loss per row", {})[arm] = values[:, of]
+            for part, of in parts.items() if results.get("tokens") else ():
+                weights = np.array(results["tokens"], float)[of]
+                found.setdefault(f"{part}loss per token", {})[arm] = values[:, of] * (weights / weights.mean())
+        if all(run.get("ifd") for run in mine):
+            for part, of in parts.items():
+                found.setdefault(f"{part}IFD", {})[arm] = np.array([run["ifd"] for run in mine], float)[:, of]
+        if all(run.get("tasks") for run in mine):
+            found.setdefault(TASKS, {})[arm] = np.array([run["tasks"] for run in mine], float)
     return found
 
 
@@ -62,15 +66,18 @@ def compare_measures(measures: dict[str, dict[str, np.ndarray]]) -> dict[str, di
     return compared
 
 
-def measures_rows(compared: dict[str, dict[str, dict]], base: dict[str, float]) -> Iterable[list[str]]:
-    """The cells of the table: the mean of the model before and of one-off, each arm's difference from one-off, its
-    95 % interval and its corrected p."""
-    yield ["difference from one-off", *compared]
-    yield ["*the model before: mean*", *(number(name, base.get(name)) for name in compared)]
-    yield ["one-off: mean", *(number(name, rows["one-off"]["mean"]) for name, rows in compared.items())]
-    for arm in next(iter(compared.values()), {}):
-        if arm != "one-off":
-            yield [arm, *(difference_cell(name, rows[arm]) for name, rows in compared.items())]
+def measures_tables(compared: dict[str, dict[str, dict]], base: dict[str, float]) -> Iterable[list[list[str]]]:
+    """The cells of a table for all prompts and of one for each group: the mean of the model before and of one-off, each
+    arm's difference from one-off, its 95 % interval and its corrected p."""
+    for part in dict.fromkeys(name.rpartition(": ")[0] for name in compared):
+        found = {name: rows for name, rows in compared.items() if name.rpartition(": ")[0] == part}
+        arms = [arm for arm in next(iter(found.values())) if arm != "one-off"]
+        yield [
+            ["difference from one-off" + (part and f", {part}"), *(name.rpartition(": ")[2] for name in found)],
+            ["*the model before: mean*", *(number(name, base.get(name)) for name in found)],
+            ["one-off: mean", *(number(name, rows["one-off"]["mean"]) for name, rows in found.items())],
+            *([arm, *(difference_cell(name, rows[arm]) for name, rows in found.items())] for arm in arms),
+        ]
 
 
 def number(name: str, value: float | None, sign: str = "") -> str:

@@ -53,6 +53,7 @@ from parts.cli import (
     run_program,
     set_parent_death_signal,
 )
+from parts.distributed import resolve_dtype
 from parts.files import atomic_write, check_output_paths, json_values, read_json_object, read_text, sha256, write_lines
 from parts.options import RESUMABLE_ARGS, make_parser
 from parts.text.rows import messages_of
@@ -262,7 +263,8 @@ def measure(args: argparse.Namespace, models: list[Path], prompts: str, name: st
     path = args.out / "runs" / f"{name}.measured.json"
     what = {"exact": "exact", "loss": "loss", "api": "answers" if prompts == "prompts" else "loss"}[args.judge]
     file = args.out / "data" / f"{prompts}.jsonl"
-    how = ["--prompts", file, "--what", what, "--max-new-tokens", args.max_new_tokens, "--template", args.template]
+    how = ["--prompts", file, "--what", what, "--max-new-tokens", args.max_new_tokens]
+    how += ["--template", args.template, "--dtype", args.dtype]
     if prompts == "prompts":
         how += ["--ifd"] * args.ifd + (["--tasks", args.tasks] if args.tasks else [])
     call([HERE / "measure.py", *models, *how, "--json", path], ROOT, device)
@@ -443,7 +445,7 @@ def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
 def describe_settings(args: argparse.Namespace) -> dict:
     """What must be equal to continue a study: settings and hashes of data, model and code."""
     keys = "score_key bounds equal rows epochs batch_size lr_grid judge most_prompts max_new_tokens trained api_model"
-    keys += " ifd evaluations"
+    keys += " ifd evaluations dtype"
     files = {f"--scored {k}, {path.name}": path for k, path in enumerate(args.scored, 1)}
     files |= {"--prompts": args.prompts} | ({"--validation": args.validation} if args.validation else {})
     files |= {"--tasks": args.tasks} if args.tasks else {}
@@ -502,7 +504,7 @@ def measure_ifd(args: argparse.Namespace, study_data: StudyData) -> None:
     data = args.out / "data"
     if not (data / "ifd.jsonl").exists():
         write_lines(data / "all.jsonl", [study_data.rows[i] for i in study_data.everything])
-        how = ["--template", args.template, "--max-len", args.max_len]
+        how = ["--template", args.template, "--max-len", args.max_len, "--dtype", args.dtype]
         call([ROOT / "score.py", "ifd", "all.jsonl", "--model", args.model, "--out", "ifd.jsonl", *how], data)
     found = {i: row["ifd"] for i, row in zip(study_data.everything, read_jsonl(data / "ifd.jsonl"), strict=True)}
     study_data.by["IFD"] = restage_by([found.get(i) for i in range(len(study_data.rows))], study_data.stages)
@@ -516,6 +518,7 @@ def measure_ceiling(args: argparse.Namespace, prompts: list[dict]) -> list | Non
     path = args.out / "ceiling.json"
     if not path.exists():
         how = ["--what", "told", "--prompts", args.out / "data" / "prompts.jsonl", "--template", args.template]
+        how += ["--dtype", args.dtype]
         call([HERE / "measure.py", args.model, *how, "--max-new-tokens", args.max_new_tokens, "--json", path], ROOT)
     return json.loads(path.read_text())[0]["values"]
 
@@ -653,7 +656,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = {k: v for k, v in vars(of_train.parse_args(args.train)).items() if v is not None}
     for key in given.keys() & STUDY_FLAGS:
         parser.error(f"--{key.replace('_', '-')} belongs to the study, not behind --")
-    args.trained = {key: value for key, value in sorted(given.items()) if key not in RESUMABLE_ARGS}
+    args.trained = {k: v for k, v in sorted(given.items()) if k not in RESUMABLE_ARGS and k != "dtype"}
+    args.dtype = resolve_dtype(given.get("dtype", "auto"))  # of training and of measurements
     args.template, args.max_len = given.get("template"), given.get("max_len", defaults["max_len"])
     if args.lr_grid is None:
         if not is_demo:
