@@ -12,8 +12,8 @@ import argparse
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from parts.distributed import DistributedEnv, broadcast, compute_dtype, init_dis
 from parts.diversity import pick_diverse, tf_idf
 from parts.files import check_output_paths, write_lines
 from parts.report.figures import plot_histogram, print_histogram
+from parts.selection import Score, Selection, SelectionOptions, choose_rows, plan_scoring
 from parts.text.rows import Row, each_row, finite_number, messages_of, read_good_rows
 from parts.text.templates import TEMPLATES, choose_template
 from parts.text.tokenizers import load_tokenizer
@@ -255,17 +256,6 @@ def measure_ifd(
     return scores
 
 
-@dataclass
-class Score:
-    """A score that rows are selected by, and the rule for its values. All code about a score is here."""
-
-    key: str  # of the field in files
-    name: str  # in messages
-    measure: Callable[..., Tensor]  # as `measure_ifd`: of each document; zero or above, NaN where there is none
-    worth: Callable[[np.ndarray], np.ndarray]  # higher is chosen first; below zero only when no others are left
-    worthless: str = ""  # in words: the values whose worth is below zero
-
-
 def ifd_worth(ifd: np.ndarray) -> np.ndarray:
     """IterIT, section 3: higher is better, but at 1 or above the prompt does not help, and the row is worthless."""
     return np.where(ifd < 1, ifd, -ifd)
@@ -368,32 +358,6 @@ def content_key(context: bytes, documents: Documents, d: int) -> str:
 # ---------------------------------------------------------------- IterIT: selection before every epoch
 
 
-@dataclass(frozen=True)
-class SelectionOptions:
-    """Options of train.py --select."""
-
-    select: str  # none, iterit or static
-    ratio: float  # of the stage's rows below 1, a count from 1 on
-    update_ratio: float  # rows scored again before a later epoch, as a multiple of the rows per epoch
-    score_type: str  # both: by SELECTION_SCORE times diversity; ifd: by SELECTION_SCORE alone, whichever it is
-    diversity_decay: float  # decay of the weights of terms in rows chosen already
-
-
-@dataclass
-class Selection:
-    """Scores and selection of a stage's documents; part of a run's saved state."""
-
-    epoch: int = -1  # the epoch of `chosen`
-    chosen: list[int] = field(default_factory=list)  # best first
-    scores: list[float] = field(default_factory=list)  # (D,) the latest score of each document; NaN: none
-    scoring_epoch: int = -1  # the epoch for which …
-    candidates: list[int] = field(default_factory=list)  # … these are scored …
-    n_scored: int = 0  # … and the number of them scored so far
-
-    def candidate_scores(self) -> np.ndarray:
-        return np.array(self.scores, np.float32)[self.candidates]
-
-
 def read_precomputed_scores(scored: dict[Path, Documents]) -> dict[str, float]:
     """The scores in files of `score.py ifd`, keyed by the content of the tokenized rows; NaN for rows without a score.
     Raises InputError for a score that is negative or not finite."""
@@ -414,33 +378,6 @@ def match_precomputed_scores(documents: Documents, given: dict[str, float], sour
     missing = [where for where, key in zip(documents.source, keys) if key not in given]
     raise_if_any(missing, f"of {len(documents)} rows of {source} are not in --scores")
     return [given[key] if possible else math.nan for key, possible in zip(keys, data.has_prompt_and_answer(documents))]
-
-
-def choose_rows(worth: np.ndarray, answers: list[str] | None, count: int, decay: float = 0.1) -> np.ndarray:
-    """Select at most `count` rows as IterIT does, best first (int64): by `worth` (N,) times diversity of the `answers`,
-    or without answers by worth alone.
-
-    TF-IDF and diversity use the rows with worth >= 0 only. If these are fewer than `count`, rows with negative worth
-    follow, highest first. Rows whose worth is NaN are never chosen.
-    """
-    good, others = np.flatnonzero(worth >= 0), np.flatnonzero(worth < 0)
-    if answers is None or not len(good):
-        best = np.argsort(-worth[good], kind="stable")
-    else:
-        best = pick_diverse(worth[good].astype(np.float64), tf_idf(answers[i] for i in good), count, decay)
-    return np.concatenate([good[best], others[np.argsort(-worth[others], kind="stable")]])[:count].astype(np.int64)
-
-
-def plan_scoring(selection: Selection, usable: np.ndarray, epoch: int, max_count: int) -> None:
-    """Set the documents to score for `epoch`. Before the first epoch: all `usable` ones (none if scores are given).
-    Before a later one: at most `max_count`, first those chosen last, then the others by their latest score."""
-    candidates, given = usable, epoch == 0 and bool(selection.scores)
-    if epoch > 0:
-        known = np.array(selection.scores, np.float32)
-        ranked = choose_rows(SELECTION_SCORE.worth(known), None, len(known)).tolist()
-        candidates = np.array(list(dict.fromkeys([*selection.chosen, *ranked]))[:max_count])
-    selection.scoring_epoch, selection.candidates = epoch, candidates.tolist()
-    selection.n_scored = len(candidates) if given else 0
 
 
 def score_candidates(
@@ -492,38 +429,15 @@ def select_epoch_rows(
     """
     if selection.scoring_epoch != epoch:
         usable = np.flatnonzero(data.has_prompt_and_answer(documents))
-        plan_scoring(selection, usable, epoch, max_count=round(options.update_ratio * count))
+        plan_scoring(selection, usable, epoch, round(options.update_ratio * count), SELECTION_SCORE)
     for _ in score_candidates(selection, model, documents, ranks, micro_batch_tokens):
         yield selection.n_scored, len(selection.candidates)
     choose_candidates(selection, options, documents, tokenizer, epoch, count)
 
 
-def describe_selection(selection: Selection) -> str:
-    """A summary line: how many of the candidates were chosen, and their range of scores."""
-    values = np.array(selection.scores)[selection.chosen]
-    worthless = int((SELECTION_SCORE.worth(values) < 0).sum())
-    chosen = f"{len(values):,} of {len(selection.candidates):,} chosen"
-    note = f"; {worthless:,} of them at {SELECTION_SCORE.worthless}, since no better rows were left"
-    return f"{chosen}, {SELECTION_SCORE.name} {values.min():.3f} to {values.max():.3f}{note if worthless else ''}"
-
-
 def decode_answer(documents: Documents, d: int, tokenizer) -> str:
     row = slice(documents.offsets[d], documents.offsets[d + 1])
     return tokenizer.decode(documents.tokens[row][documents.loss_mask[row]].tolist())
-
-
-def write_selection(path: Path, documents: Documents, selection: Selection) -> None:
-    """Write one line per scored document: the chosen ones, best first, then the others by score."""
-    chosen, candidates = set(selection.chosen), np.array(selection.candidates)
-    worth = SELECTION_SCORE.worth(selection.candidate_scores())
-    worth = np.nan_to_num(worth, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    ranked = candidates[choose_rows(worth, None, len(candidates))].tolist()
-    lines = []
-    for rank, d in enumerate(dict.fromkeys([*selection.chosen, *ranked]), 1):
-        value = selection.scores[d] if math.isfinite(selection.scores[d]) else None
-        origin = {"id": documents.ids[d], "where": documents.source[d]}
-        lines.append(origin | {SELECTION_SCORE.key: value, "rank": rank, "chosen": d in chosen})
-    write_lines(path, lines)
 
 
 def select_command(args: argparse.Namespace) -> None:

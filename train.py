@@ -79,9 +79,9 @@ from parts.optimizer import clip_gradients, learning_rate, make_optimizer
 from parts.options import Computation, Optimization, Output, Weights
 from parts.report.held_out import print_answers_command, write_eval_matrix
 from parts.run_plan import print_memory_plans, print_plan
+from parts.selection import Selection, SelectionOptions, describe_selection, write_selection
 from parts.text.templates import TEMPLATES, chat_template, choose_template, stop_ids
 from parts.text.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_files
-from score import Selection, SelectionOptions
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -331,9 +331,10 @@ def select_rows(run: Run, stage: Stage, epoch: int, options: SelectionOptions) -
     row = {"stage": stage.name, "epoch": epoch + 1, "scored": scored, "chosen": len(selection.chosen)}
     run.log.write(row | {"seconds": round(seconds, 4)})
     if run.ranks.rank == 0:
-        score.write_selection(run.output.out / stage.name / f"selection-epoch{epoch}.jsonl", stage.own, selection)
+        path = run.output.out / stage.name / f"selection-epoch{epoch}.jsonl"
+        write_selection(path, stage.own.ids, stage.own.source, selection, score.SELECTION_SCORE)
     at = f"{stage.name}, epoch {epoch + 1}: {scored:,} rows scored in {seconds:.1f} s"
-    run.log.info(f"{at}, {score.describe_selection(selection)}")
+    run.log.info(f"{at}, {describe_selection(selection, score.SELECTION_SCORE)}")
 
 
 def evaluate_if_due(run: Run, stage: Stage) -> None:
