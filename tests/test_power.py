@@ -151,9 +151,9 @@ def test_a_smaller_difference_needs_no_fewer_seeds_or_prompts_and_more_prompts_n
 # ---------------------------------------------------------------- the command
 
 
-def write_results(folder, judge="exact", seeds=2, arms=3, prompts=40):
+def write_results(folder, judge="exact", seeds=2, arms=("phased", "one-off", "random stages"), prompts=40):
     rng, runs = np.random.default_rng(0), []
-    for k, arm in enumerate(["phased", "one-off", "random stages"][:arms]):
+    for k, arm in enumerate(arms):
         for seed in range(seeds):
             values = (
                 (rng.random(prompts) < 0.4 + 0.2 * seed * (k % 2)).tolist() if judge == "exact" else rng.random(prompts)
@@ -205,7 +205,12 @@ def test_the_table_says_seeds_prompts_and_what_is_impossible(tmp_path, capsys):
 
 
 def test_a_pilot_that_says_nothing_is_refused(tmp_path, capsys):
-    for given_up, words in (({"seeds": 1}, "1 seeds"), ({"arms": 1}, "1 arms"), ({"prompts": 1}, "1 prompts")):
+    for given_up, words in (
+        ({"seeds": 1}, "1 seeds"),
+        ({"arms": ["one-off"]}, "1 arms"),
+        ({"prompts": 1}, "1 prompts"),
+        ({"arms": ["phased", "random stages"]}, "KeyError: 'one-off'"),
+    ):
         write_results(tmp_path, **given_up)
         assert study.main(["--power", str(tmp_path)]) == 2
         assert words in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import time
@@ -71,6 +72,8 @@ def test_prompts_that_all_say_the_same_are_no_certainty_and_one_seed_has_no_p_va
     assert intervals.estimate(np.full((2, 3), np.nan), limits) | {"n": 0, "mean": None} == {
         "n": 0, "mean": None, "low": None, "high": None, "p": None
     }  # fmt: skip
+    infinite = intervals.estimate(np.array([[0.1, np.inf], [0.2, 0.3]]))  # an interval without end, and no p value
+    assert infinite == {"n": 2, "mean": np.inf, "low": -np.inf, "high": np.inf, "p": None}
     assert intervals.holm([0.02, None, 0.01]) == [pytest.approx(0.04), None, pytest.approx(0.03)]
 
 
@@ -94,7 +97,8 @@ def test_arms_judged_on_different_prompts_are_told_apart_and_compared_on_the_com
     assert "different prompts" in said and "all have 4" in said and "1 degrees" in said
     rows = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in said.splitlines() if " | " in line}
     assert [rows[f"| {arm}"][-2] for arm in "ABC"] == ["8", "4", "0"] and rows["| C"][-3] == "–"
-    assert rows["| A"][-1].startswith("+50.0") and rows["| B"][-1].startswith("+50.0")
+    assert rows["| A"][-1].startswith("+50.0") and rows["| B"][-1].startswith("+50.0") and rows["| one-off"][-1] == "–"
+    assert "best rate" not in said  # there is one
     json.dumps(table, allow_nan=False)
     if results_files.can_draw():
         figure.draw(table, results)
@@ -104,6 +108,16 @@ def test_arms_judged_on_different_prompts_are_told_apart_and_compared_on_the_com
     alone = results | {"runs": [r for r in records if r["seed"] == 0]}
     table = analysis.summarize(alone)
     assert "no p values" in analysis.markdown(table, alone) and table["A"]["p_holm"] is None
+
+
+def test_the_model_before_any_training_has_no_value_in_a_group_without_prompts():
+    names, group = analysis.group_prompts([{"score": score} for score in (1, 2, 3)])
+    run = {"arm": "one-off", "seed": 0, "lr": 1e-3, "steps": 9, "rows": 9, "matrix": {}, "curve": {}}
+    results = {"groups": names, "group": group.tolist(), "judge": "exact", "rates": {"one-off": {"0.001": None}}}
+    results |= {"runs": [run | {"values": [[True, False, True]]}], "base": {"values": [True, False, True]}}
+    results |= {"plan": {"stages": [1]}, "ceiling": None}
+    said = analysis.markdown(analysis.summarize(results), results)
+    assert "| *the model before* |  | 100 | 0 | – | 100 | – | 67 |" in said
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.5))
@@ -272,6 +286,49 @@ def test_without_arguments_it_is_of_the_demo_and_calls_programs_that_exist():
         assert path.exists(), path
     assert args.out.parent.parent == study.ROOT and (study.ROOT / "train.py").exists()
     assert (measure.DEMO / "prompts.jsonl").exists()
+
+
+def test_a_rate_at_which_training_diverges_is_never_the_best():
+    def choose(*losses):
+        records = [{"arm": "phased", "lr": 10.0**-k, "values": [[loss]]} for k, loss in enumerate(losses, 1)]
+        return study.choose_rates(records, "loss")["phased"]
+
+    assert choose(math.nan, 2.0, 1.0) == {0.001: 1.0, 0.01: 2.0, 0.1: None}
+    assert list(choose(3.0, math.inf, 1.0, math.nan, 2.0))[:3] == [0.001, 1e-05, 0.1]
+    if results_files.can_draw():
+        from matplotlib.figure import Figure
+
+        for rates, shown in ((choose(math.nan, 2.0, 1.0), [2]), (choose(math.nan), [])):
+            axes = Figure().subplots()
+            figure.draw_rates(axes, {"phased": {"validation": rates}}, "loss")
+            assert [len(line.get_xdata()) for line in axes.lines] == shown and axes.axison == bool(shown)
+    exact = [{"arm": "phased", "lr": lr, "values": [[lr > 1, True]]} for lr in (1.0, 2.0)]
+    assert study.choose_rates(exact, "exact") == {"phased": {2.0: 1.0, 1.0: 0.5}}
+    assert study.parse_args(["--lr-grid", "1e-3", "1e-4", "0.001"]).lr_grid == [1e-3, 1e-4]  # a run is done once
+
+
+def test_results_that_are_missing_or_damaged_or_of_other_code_are_reported(tmp_path, capsys, monkeypatch):
+    about = {"settings": {}, "hashes": {}, "code": "new"}
+    args = argparse.Namespace(out=tmp_path / "out", runs_from=tmp_path)
+    for flag in ("--table", "--power"):
+        assert study.main([flag, str(tmp_path)]) == 2
+        assert "results.json: does not exist" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"results\.json: does not exist"):
+        study.import_runs(args, about)
+    (tmp_path / "results.json").write_text(json.dumps(about | {"runs": [{"arm": "phased", "seed": 0}]}))
+    with pytest.raises(InputError, match=r"not the results of a study \(KeyError: 'lr'"):
+        study.import_runs(args, about)
+    run = {"arm": "phased", "seed": 0, "lr": 1e-3}
+    (tmp_path / "results.json").write_text(json.dumps(about | {"runs": [run]}))
+    study.import_runs(args, about)
+    assert json.loads((args.out / "results" / "phased-0.001-0.json").read_text()) == run
+    assert not capsys.readouterr().err
+    study.import_runs(args, about | {"code": "newer"})
+    assert "other code" in capsys.readouterr().err
+    for code, noted in (("new", False), ("newer", True), ("newer", True)):
+        monkeypatch.setattr(study, "describe_settings", lambda args, code=code: about | {"code": code})
+        assert study.check_settings(args)["code"] == code
+        assert ("the code changed" in capsys.readouterr().err) == noted
 
 
 def test_a_program_runs_in_its_folder_on_its_ranks_and_its_last_words_are_kept(tmp_path):

@@ -164,8 +164,8 @@ def arms_rows(table: dict[str, dict], results: dict, number: Callable) -> list[l
     for name, values in (("*the model before*", results["base"]["values"]), ("*known as text*", results["ceiling"])):
         if values:
             values, hard = np.array(values, float), hard_weights(names, group)
-            cells = [number(values[group == k].mean()) for k in range(len(names))]
-            cells += [number(values.mean()), "–" if hard is None else number(np.average(values, weights=hard))]
+            cells = [number(mean_of_known(values[group == k])) for k in range(len(names))]
+            cells += [number(mean_of_known(values)), "–" if hard is None else number(np.average(values, weights=hard))]
             rows.append([name, "", *cells, "", "", "", "", f"{len(group):,}", *[""] * differ])
     for arm, r in table.items():
         row = [arm, f"{r['lr']:g}" + "†" * r["at_edge"], *(number(g["mean"]) for g in r["groups"])]
@@ -173,12 +173,13 @@ def arms_rows(table: dict[str, dict], results: dict, number: Callable) -> list[l
         row.append("–" if r["hard"] is None else number(r["hard"]["mean"]))
         losses = r["matrix"].get("losses", {}).values()
         row.append(f"{np.mean([of[-1] for of in losses]):.3f}" if losses else "–")
+        common = format_interval(r["win_rate_common"])
         if arm == "one-off":
-            row += ["–"] * 3
+            row, common = [*row, *["–"] * 3], "–"
         else:
             row.append("–" if r["difference"] is None else format_interval(r["difference"], scale))
             row += [format_interval(r["win_rate"]), "–" if r["p_holm"] is None else f"{r['p_holm']:.2g}"]
-        rows.append([*row, f"{r['all']['n']:,}", *[format_interval(r["win_rate_common"])] * differ])
+        rows.append([*row, f"{r['all']['n']:,}", *[common] * differ])
     shown = [k for k, column in enumerate(zip(*rows[1:])) if header[k : k + 1] not in (["hard"], ["loss"])
              or set(column) - {"–", ""}]  # fmt: skip
     return [[row[k] for k in shown] for row in rows]
@@ -202,7 +203,8 @@ def caption(table: dict[str, dict], results: dict) -> str:
         common = max(r["win_rate_common"]["n"] for r in table.values())
         text += ". **The arms rest on different prompts**, those with a verdict in every seed: "
         text += f"all have {common:,} of them"
-    text += ". Each arm at its best rate on other prompts"
+    if any(len(r["validation"]) > 1 for r in table.values()):
+        text += ". Each arm at its best rate on other prompts"
     if any(r["at_edge"] for r in table.values()):
         text += " († the best is the grid's edge: better ones may lie beyond it)"
     if results["groups"][0] == "fifth 1":

@@ -114,10 +114,12 @@ def draw_curves(axes, table: dict[str, dict]) -> None:
 def draw_rates(axes, table: dict[str, dict], judge: str) -> None:
     """The measure on validation prompts that chose the rate of each arm."""
     for arm in RATES:
-        if arm in table and None not in table[arm]["validation"].values():
-            rates = sorted(table[arm]["validation"].items())
+        measured = table[arm]["validation"].items() if arm in table else ()
+        if rates := sorted(item for item in measured if item[1] is not None):
             scaled = [y * (100 if judge == "exact" else 1) for _, y in rates]
             axes.plot([x for x, _ in rates], scaled, marker="o", label=arm, linestyle=linestyle(arm))
+    if not axes.lines:  # a grid of one rate
+        return axes.set_axis_off()
     axes.set(title="Learning rates", xlabel="peak learning rate", xscale="log")
     axes.minorticks_off()
     tried = sorted({rate for r in table.values() for rate in r["validation"]})

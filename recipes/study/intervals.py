@@ -35,6 +35,7 @@ def estimate(
     degrees of freedom, as in Welch's test where it must hold its level (Satterthwaite's estimate of them does not with
     two or three seeds). Where values have `limits`, one prompt at each is added to the variance over prompts, so that
     equal values are not taken for certainty. Prompts without a value (NaN) in some seed are left out; `n` are left.
+    An infinite value makes the interval infinite.
 
     One seed says nothing about others: the interval is over prompts alone, and there is no p value; nor is there one
     without any variance. Without a prompt the mean and the interval are None as well.
@@ -46,6 +47,8 @@ def estimate(
         return {"n": 0, "mean": None, "low": None, "high": None, "p": None}
     if weights is not None:
         values = values * (weights[there] * n / weights[there].sum())
+    if np.isinf(values).any():
+        return {"n": n, "mean": float(values.mean()), "low": -math.inf, "high": math.inf, "p": None}
     mean, of_seed, of_prompt = float(values.mean()), values.mean(1), values.mean(0)
     padded = np.append(of_prompt, limits or ()) - mean
     by_prompts = float((padded**2).sum()) / max(1, len(padded) - 1) / n

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import InputError, print_table
-from parts.files import read_json_object
 from recipes.study.analysis import MEASURED, score_wins
 from recipes.study.intervals import t_quantile
-from recipes.study.measures import limits_of, other_measures
+from recipes.study.measures import limits_of, other_measures, runs_by_arm
+from recipes.study.results import open_results
 
 POWER, LEVEL = 0.8, 0.05
 COUNTS = {"seeds": range(2, 10**4 + 1), "prompts": range(2, 10**7 + 1)}  # searched for the smallest that is enough
@@ -111,18 +111,13 @@ def detectable(spread: Spread, seeds: int, prompts: float, level: float = LEVEL)
 
 def read_pilot(path: Path) -> dict[str, Spread]:
     """The spread of each measure in a results.json. Raises InputError."""
-    path, runs = path / "results.json" if path.is_dir() else path, {}
-    try:
-        results = read_json_object(path)
-        for r in sorted(results["runs"], key=lambda r: (r["arm"] != "one-off", r["seed"])):
-            runs.setdefault(r["arm"], []).append(r)
-        judge = results["judge"]
+    with open_results(path) as results:
+        runs, judge = runs_by_arm(results["runs"]), results["judge"]
+        runs = {"one-off": runs.pop("one-off")} | runs
         values = np.array([[r["wins" if judge == "api" else "values"][-1] for r in of] for of in runs.values()], float)
-        values = values[:, :, ~np.isnan(values).any(axis=(0, 1))]  # the prompts that count in every run
+        values = values[:, :, np.isfinite(values).all(axis=(0, 1))]  # the prompts that count in every run
         others = other_measures(results["runs"], results)
         losses = held_out_losses(runs)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{path}: not the results of a study ({type(e).__name__}: {e})") from None
     if min(values.shape) < 2:
         found = "{} arms, {} seeds and {} prompts with values in every run".format(*values.shape)
         raise InputError(f"{path}: {found}; a pilot needs two of each: --seeds 2")
@@ -132,7 +127,7 @@ def read_pilot(path: Path) -> dict[str, Spread]:
     for name, arms in others.items():
         if name != "loss per row":  # it is the loss of the answers
             each = np.array(list(arms.values()))
-            each = each[:, :, ~np.isnan(each).any(axis=(0, 1))]
+            each = each[:, :, np.isfinite(each).all(axis=(0, 1))]
             measures[name] = spread_of(each, math.inf if limits_of(name) is None else limits_of(name)[1])
     return measures if losses is None else measures | {"held-out loss": spread_of(losses)}
 

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -88,11 +90,23 @@ def write_results(out: Path, records: list[dict], prompts: list[dict], results: 
     print(f"-> {files}" + ("" if can_draw() else " (no figure: it needs matplotlib)"))
 
 
-def print_saved_tables(path: Path) -> None:
-    """Compute the tables again from a results.json. Raises InputError."""
+@contextmanager
+def open_results(path: Path) -> Iterator[dict]:
+    """A context manager that yields what a results.json, or the one in the folder `path`, contains. Raises InputError
+    if there is none, or if the block fails because it is not as a study writes it."""
     path = path / "results.json" if path.is_dir() else path
+    if not path.exists():
+        raise InputError(f"{path}: does not exist")
     results = read_json_object(path)
     try:
-        print(markdown(summarize(results), results), end="")
+        yield results
+    except InputError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not the results of a study ({type(e).__name__}: {e})") from None
+
+
+def print_saved_tables(path: Path) -> None:
+    """Compute the tables again from a results.json. Raises InputError."""
+    with open_results(path) as results:
+        print(markdown(summarize(results), results), end="")

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -72,7 +73,7 @@ from recipes.study.arms import (
     restage_by,
 )
 from recipes.study.power import print_power
-from recipes.study.results import answer_files, file_name, print_saved_tables, write_results
+from recipes.study.results import answer_files, file_name, open_results, print_saved_tables, write_results
 from recipes.study.tasks import read_tasks
 from score import read_score
 
@@ -412,12 +413,17 @@ def print_plan(plan: dict, arms: dict[str, Arm]) -> None:
 # ---------------------------------------------------------------- all of it
 
 
-def choose_rates(records: list[dict], judge: str) -> dict[str, dict[float, float]]:
-    """arm -> rate -> mean on the validation prompts, the best rate first."""
-    found: dict[str, dict[float, float]] = {}
+def choose_rates(records: list[dict], judge: str) -> dict[str, dict[float, float | None]]:
+    """arm -> rate -> mean on the validation prompts, the best rate first; a mean that is not finite is None."""
+    found: dict[str, dict[float, float | None]] = {}
     for r in records:
-        found.setdefault(r["arm"], {})[r["lr"]] = float(np.mean(r["values"][-1]))
-    return {arm: dict(sorted(of.items(), key=lambda x: x[1], reverse=judge == "exact")) for arm, of in found.items()}
+        mean = float(np.mean(r["values"][-1]))
+        found.setdefault(r["arm"], {})[r["lr"]] = mean if math.isfinite(mean) else None
+    sign = -1 if judge == "exact" else 1
+    return {
+        arm: dict(sorted(of.items(), key=lambda item: (item[1] is None, sign * (item[1] or 0.0))))
+        for arm, of in found.items()
+    }
 
 
 def judge_by_api(args: argparse.Namespace, records: list[dict]) -> None:
@@ -465,25 +471,27 @@ def changed_settings(before: dict, about: dict) -> str:
 
 def import_runs(args: argparse.Namespace, about: dict) -> None:
     """Write the runs of --runs-from to out/results, so that they are not repeated. Raises InputError."""
-    results = read_json_object(args.runs_from)
-    if changed := changed_settings(results, about):
-        raise InputError(f"{args.runs_from} is of a study with other {changed}: its runs cannot be used")
-    for record in [*results.get("tuning", []), *results.get("runs", [])]:
-        path = args.out / "results" / f"{Job(record['arm'], record['lr'], record['seed']).name}.json"
-        if not path.exists():
-            atomic_write(path, json.dumps(record))
+    with open_results(args.runs_from) as results:
+        if changed := changed_settings(results, about):
+            raise InputError(f"{args.runs_from} is of a study with other {changed}: its runs cannot be used")
+        if results["code"] != about["code"]:
+            print(f"{args.runs_from}: its runs were made by other code", file=sys.stderr)
+        for record in [*results.get("tuning", []), *results["runs"]]:
+            path = args.out / "results" / f"{Job(record['arm'], record['lr'], record['seed']).name}.json"
+            if not path.exists():
+                atomic_write(path, json.dumps(record))
 
 
 def check_settings(args: argparse.Namespace) -> dict:
-    """Write study.json with the settings and hashes, and return them. Raises InputError if the folder holds a study
-    with other ones."""
+    """Write study.json with the settings and hashes, unless it exists, and return them. Raises InputError if the folder
+    contains a study with other ones."""
     about, kept = describe_settings(args), args.out / "study.json"
-    before = read_json_object(kept) if kept.exists() else about
+    before = read_json_object(kept) or about
     if changed := changed_settings(before, about):
         raise InputError(f"{args.out} contains a study with other {changed}: give another --out")
     if before["code"] != about["code"]:
         print(f"{args.out}: the code changed since this study began; what is done stays", file=sys.stderr)
-    atomic_write(kept, json.dumps(about, indent=1))
+    atomic_write(kept, json.dumps(before, indent=1))
     return about
 
 
@@ -632,7 +640,8 @@ def make_study_parser() -> argparse.ArgumentParser:
     power_help = (
         "print the difference that a study with --seeds and --arms (default: PILOT's) can detect, and stop; PILOT is "
     )
-    add("--power", type=Path, metavar="PILOT", help=power_help + "the --out folder of a study of two or more seeds")
+    power_help += "the results.json of a study of two or more seeds, or its folder"
+    add("--power", type=Path, metavar="PILOT", help=power_help)
     difference_help = "with --power: the differences to detect, in percentage points or hundredths of a loss"
     add(
         "--table",
@@ -668,7 +677,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.also = ["true"] if args.also is None else args.also
         args.validation = args.validation or DEMO / "validation.jsonl"
         args.rows = args.rows or 240
-    args.also = args.also or []
+    args.lr_grid, args.also = list(dict.fromkeys(args.lr_grid)), args.also or []
     args.batch_size = args.batch_size or (4 if is_demo else 16)
     if (args.ifd or args.runs_from) and args.judge != "loss":
         parser.error("--ifd and --runs-from need --judge loss")
