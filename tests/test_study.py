@@ -21,7 +21,7 @@ import judge
 import score
 import train
 from parts.cli import InputError, WorkError
-from recipes.study import analysis, figure, intervals, measure, measures, prepare_alpaca, study
+from recipes.study import analysis, figure, intervals, measure, measures, prepare_alpaca, runs, study
 from recipes.study import results as results_files
 from recipes.study.arms import StudyData, choose_subset_size, hold_back_rows, make_arms
 
@@ -117,7 +117,7 @@ def test_the_model_before_any_training_has_no_value_in_a_group_without_prompts()
     results |= {"runs": [run | {"values": [[True, False, True]]}], "base": {"values": [True, False, True]}}
     results |= {"plan": {"stages": [1]}, "ceiling": None}
     said = analysis.markdown(analysis.summarize(results), results)
-    assert "| *the model before* |  | 100 | 0 | – | 100 | – | 67 |" in said
+    assert "| *before training* |  | 100 | 0 | – | 100 | – | 67 |" in said
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.5))
@@ -172,7 +172,7 @@ def test_every_measure_is_compared_with_one_off_and_corrected_for_the_number_of_
     assert everything[0] == ["difference from one-off", *kinds, "tasks right, %"]
     assert hard[0] == ["difference from one-off, hard", *kinds] and hard[1][1:] == ["–", "–", "0.2500"]
     for table in (everything, easy, hard):
-        assert [row[0] for row in table[1:]] == ["*the model before: mean*", "one-off: mean", "A", "B"]
+        assert [row[0] for row in table[1:]] == ["*before training: mean*", "one-off: mean", "A", "B"]
     assert easy[3][3].startswith(f"{compared['easy: IFD']['A']['difference']:+.4f} (")
     shown = 100 * compared["tasks right, %"]["A"]["difference"]
     assert everything[3][-1].startswith(f"{shown:+.1f} (") and ", p " in everything[3][-1]
@@ -192,7 +192,7 @@ def test_published_scores_are_matched_by_instruction_and_input_and_no_row_is_use
     assert prepare_alpaca.main([*files, "--out", str(tmp_path / "out"), *sizes]) == 0
     used = []
     for name, counts in (("scored", (10, 8)), ("prompts", (6, 4)), ("validation", (4, 2))):
-        written = study.read_jsonl(tmp_path / "out" / f"{name}.jsonl")
+        written = runs.read_jsonl(tmp_path / "out" / f"{name}.jsonl")
         marks = [row.get("hard", row.get("dataset") == "3.5 or above") for row in written]
         assert (marks.count(0), marks.count(1)) == counts
         for row, mark in zip(written, marks):
@@ -340,12 +340,12 @@ def test_a_program_runs_in_its_folder_on_its_ranks_and_its_last_words_are_kept(t
         "pathlib.Path(name).write_text(os.environ.get('CUDA_VISIBLE_DEVICES', '') + ' '.join(sys.argv[1:]))\n"
         "sys.exit('it failed' if sys.argv[1:] == ['fail'] else 0)\n"
     )
-    study.call([program, "a", 1], tmp_path / "here", device="3")
+    runs.run_python([program, "a", 1], tmp_path / "here", device="3")
     assert (tmp_path / "here" / "rank").read_text() == "3a 1"
-    study.call([program, "b"], tmp_path / "here", ranks=2)
+    runs.run_python([program, "b"], tmp_path / "here", ranks=2)
     assert [(tmp_path / "here" / f"rank{k}").read_text() for k in (0, 1)] == ["b", "b"]
     with pytest.raises(WorkError, match=r"program\.py fail ended with 1:\nit failed"):
-        study.call([program, "fail"], tmp_path / "here")
+        runs.run_python([program, "fail"], tmp_path / "here")
 
 
 class AtOnce(Executor):
@@ -390,8 +390,8 @@ def folder(bench, tmp_path, monkeypatch):
         run_forked(main, *command[1:], cwd=cwd)
         return time.monotonic() - started
 
-    monkeypatch.setattr(study, "call", call)
-    monkeypatch.setattr(study, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(runs, "run_python", call)
+    monkeypatch.setattr(runs, "ThreadPoolExecutor", AtOnce)
     return tmp_path
 
 
@@ -413,13 +413,13 @@ def test_a_study_of_another_model_chooses_rates_tests_fresh_seeds_and_says_how_s
     said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
     assert "3 arms, 2 rates, 2 seeds: 12 runs of 8 steps" in said and (out / "table.md").read_text() in said
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG" and "<script" in (out / "report.html").read_text()
-    runs = [json.loads(path.read_text()) for path in (out / "results").glob("*.json")]
-    assert len(runs) == 12 and {r["steps"] for r in runs} == {8}
+    records = [json.loads(path.read_text()) for path in (out / "results").glob("*.json")]
+    assert len(records) == 12 and {r["steps"] for r in records} == {8}
     # The rate is the best on validation, and validation prompts are not tested.
     for arm in ("one-off", "phased", "stage 3 only"):
-        tuned = {r["lr"]: np.mean(r["values"][-1]) for r in runs if r["arm"] == arm and r["seed"] == study.GRID_SEED}
+        tuned = {r["lr"]: np.mean(r["values"][-1]) for r in records if r["arm"] == arm and r["seed"] == runs.GRID_SEED}
         assert results["table"][arm]["lr"] == min(tuned, key=tuned.get)
-    ids = [{row["id"] for row in study.read_jsonl(out / "data" / f)} for f in ("prompts.jsonl", "validation.jsonl")]
+    ids = [{row["id"] for row in runs.read_jsonl(out / "data" / f)} for f in ("prompts.jsonl", "validation.jsonl")]
     assert not ids[0] & ids[1] and len(ids[0]) + len(ids[1]) == 20
     # Table, intervals and correction, computed anew from the runs.
     last = {arm: np.array([r["values"][-1] for r in results["runs"] if r["arm"] == arm]) for arm in results["table"]}
@@ -453,7 +453,7 @@ def test_an_llm_judges_every_arm_against_one_off_with_the_same_seed_and_is_asked
     api, tmp_path, monkeypatch
 ):
     """The server finds the answer with the greater quality better, whichever stands first."""
-    monkeypatch.setattr(study, "call", lambda command, cwd: run(judge, api(judge=0), *command[1:]))
+    monkeypatch.setattr(runs, "run_python", lambda command, cwd: run(judge, api(judge=0), *command[1:]))
     for folder in ("data", "answers", "verdicts"):
         (tmp_path / folder).mkdir()
     prompts = [
@@ -464,11 +464,11 @@ def test_an_llm_judges_every_arm_against_one_off_with_the_same_seed_and_is_asked
              ("phased", 1): [1, 2, 3, 4, 5, 9]}  # fmt: skip
     for (arm, seed), qualities in given.items():
         texts = [f"of {arm} {seed}: quality={q}" for q in qualities]
-        study.write_answers(tmp_path, study.Job(arm, 1e-3, seed), 1, texts)
+        runs.write_answers(tmp_path, runs.Job(arm, 1e-3, seed), 1, texts)
     args = argparse.Namespace(out=tmp_path, api_model="gpt-4-0613", judge_flags=["--canaries"])
     for _ in range(2):
         records = [{"arm": arm, "seed": seed} for arm, seed in given]
-        study.judge_by_api(args, records)
+        runs.judge_by_api(args, records)
         assert [r["wins"][0] for r in records] == [
             [0.5] * 6, [1.0, 0.0, 0.5, 1.0, 0.0, 1.0], [0.5] * 6, [0.0, 0.0, 0.0, 0.0, 0.0, 0.5]
         ]  # fmt: skip
@@ -480,9 +480,9 @@ def test_an_llm_judges_every_arm_against_one_off_with_the_same_seed_and_is_asked
         Path(command[command.index("--out") + 1]).write_text("".join(verdicts))
         raise WorkError("1 refused")
 
-    monkeypatch.setattr(study, "call", some_refused)
+    monkeypatch.setattr(runs, "run_python", some_refused)
     records = [{"arm": "phased", "seed": 0}]
-    study.judge_by_api(args, records)
+    runs.judge_by_api(args, records)
     assert records[0]["wins"] == [[None, 1.0]]
 
 
@@ -496,7 +496,7 @@ def test_ifd_and_tasks_are_measured_as_the_programs_do_and_runs_are_taken_from_r
     assert study.main(asked) == 0, capsys.readouterr().err
     out = folder / "out"
     results = json.loads((out / "results.json").read_text())
-    prompts = study.read_jsonl(out / "data" / "prompts.jsonl")
+    prompts = runs.read_jsonl(out / "data" / "prompts.jsonl")
     assert len(results["tokens"]) == len(results["base"]["ifd"]) == len(prompts) and len(results["base"]["tasks"]) == 2
     for r in results["runs"]:
         assert len(r["ifd"]) == len(prompts) and len(r["tasks"]) == 2 and r["matrix"] == {} and r["curve"] == {}
@@ -504,7 +504,7 @@ def test_ifd_and_tasks_are_measured_as_the_programs_do_and_runs_are_taken_from_r
     rows = [{"messages": [*p["messages"], {"role": "assistant", "content": p["expected"]}]} for p in prompts]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_forked(score.main, "ifd", "rows.jsonl", "--model", "m", "--out", "ifd.jsonl", *TRAIN[1:], cwd=folder)
-    ifd = [row["ifd"] for row in study.read_jsonl(folder / "ifd.jsonl")]
+    ifd = [row["ifd"] for row in runs.read_jsonl(folder / "ifd.jsonl")]
     assert results["base"]["ifd"] == pytest.approx(ifd, rel=1e-4)
     said = (out / "table.md").read_text()
     assert "| difference from one-off | loss per row | loss per token | IFD | tasks right, % |" in said
@@ -514,8 +514,8 @@ def test_ifd_and_tasks_are_measured_as_the_programs_do_and_runs_are_taken_from_r
     # Another folder takes the runs of results.json, and only what is missing is run.
     saved = tmp_path / "saved.json"
     saved.write_bytes((out / "results.json").read_bytes())
-    ran, run_job = [], study.run_job
-    monkeypatch.setattr(study, "run_job", lambda args, *rest: ran.append(rest[2].name) or run_job(args, *rest))
+    ran, run_job = [], runs.run_job
+    monkeypatch.setattr(runs, "run_job", lambda args, *rest: ran.append(rest[2].name) or run_job(args, *rest))
     other = [a.replace(str(out), str(folder / "other")) for a in asked]
     other[other.index("phased")] = "random stages"
     assert study.main([*other[: other.index("--")], "--runs-from", str(saved), *TRAIN]) == 0
@@ -613,7 +613,7 @@ def test_a_plan_alone_leaves_nothing_behind_and_says_what_whole_batches_make_of_
 def test_runs_side_by_side_have_their_own_gpus_of_those_that_may_be_used():
     def devices(gpus, ranks, jobs):
         args = argparse.Namespace(gpus=gpus, nproc_per_node=ranks)
-        return [study.device_of(args, k) for k in range(jobs)]
+        return [runs.device_of(args, k) for k in range(jobs)]
 
     assert devices(["4", "5", "6", "7"], 2, 2) == ["4,5", "6,7"]
     assert devices(["5"], 1, 3) == ["5", "5", "5"] and devices(["GPU-a", "GPU-b"], 1, 2) == ["GPU-a", "GPU-b"]

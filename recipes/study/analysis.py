@@ -161,7 +161,7 @@ def arms_rows(table: dict[str, dict], results: dict, number: Callable) -> list[l
         "p (Holm)",
     ]
     rows = [[*header, "prompts", *["the same on the common prompts"] * differ]]
-    for name, values in (("*the model before*", results["base"]["values"]), ("*known as text*", results["ceiling"])):
+    for name, values in (("*before training*", results["base"]["values"]), ("*known as text*", results["ceiling"])):
         if values:
             values, hard = np.array(values, float), hard_weights(names, group)
             cells = [number(mean_of_known(values[group == k])) for k in range(len(names))]
@@ -193,7 +193,7 @@ def prompts_differ(table: dict[str, dict]) -> bool:
 
 def caption(table: dict[str, dict], results: dict) -> str:
     seeds, steps = len(table["one-off"]["seeds"]), table["one-off"]["steps"]
-    text = f"{steps:,} steps an arm, {seeds} seed{'s' * (seeds > 1)}, {len(results['group']):,} prompts; in brackets "
+    text = f"{steps:,} steps per arm, {seeds} seed{'s' * (seeds > 1)}, {len(results['group']):,} prompts; in brackets "
     if seeds > 1:
         text += f"95 % intervals over seeds and prompts (Student's t with {seeds - 1} degrees of freedom, so few seeds "
         text += f"make them wide); p corrected for {len(table) - 1} comparisons"

@@ -67,14 +67,14 @@ def compare_measures(measures: dict[str, dict[str, np.ndarray]]) -> dict[str, di
 
 
 def measures_tables(compared: dict[str, dict[str, dict]], base: dict[str, float]) -> Iterable[list[list[str]]]:
-    """The cells of a table for all prompts and of one for each group: the mean of the model before and of one-off, each
+    """The cells of a table for all prompts and of one for each group: the means before training and of one-off, each
     arm's difference from one-off, its 95 % interval and its corrected p."""
     for part in dict.fromkeys(name.rpartition(": ")[0] for name in compared):
         found = {name: rows for name, rows in compared.items() if name.rpartition(": ")[0] == part}
         arms = [arm for arm in next(iter(found.values())) if arm != "one-off"]
         yield [
             ["difference from one-off" + (part and f", {part}"), *(name.rpartition(": ")[2] for name in found)],
-            ["*the model before: mean*", *(number(name, base.get(name)) for name in found)],
+            ["*before training: mean*", *(number(name, base.get(name)) for name in found)],
             ["one-off: mean", *(number(name, rows["one-off"]["mean"]) for name, rows in found.items())],
             *([arm, *(difference_cell(name, rows[arm]) for name, rows in found.items())] for arm in arms),
         ]
