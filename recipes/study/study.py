@@ -209,7 +209,8 @@ def run_study(
         runs.judge_by_api(args, records)
     ceiling = runs.measure_ceiling(args, prompts)
     results = about | {"command": shlex.join(sys.argv), "plan": plan, "judge": args.judge, "rates": rates}
-    results |= {"tokens": times["base"].pop("tokens"), "base": times["base"], "ceiling": ceiling, "tuning": tuning}
+    base = {key: value for key, value in times["base"].items() if key not in ("answers", "tokens")}
+    results |= {"tokens": times["base"]["tokens"], "base": base, "ceiling": ceiling, "tuning": tuning}
     write_results(args.out, records, prompts, results)
 
 
