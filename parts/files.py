@@ -94,10 +94,11 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark. Raises InputError."""
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The UTF-8 text of a file, without a byte order mark. Raises InputError; with errors="surrogateescape" other bytes
+    become unpaired surrogates instead."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig", errors)
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
