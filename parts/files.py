@@ -106,6 +106,12 @@ def read_text(path: Path, errors: str = "strict") -> str:
         raise InputError(f"{path}:{line}: not UTF-8 text (byte {e.object[e.start]:#04x})") from None
 
 
+def stage_advice(folder: Path) -> str:
+    """Which folder was meant, if `folder` is not a model but the output of train.py; else ""."""
+    stages = ", ".join(sorted(f"{path.parent}" for path in folder.glob("stage*/config.json")))
+    return f". The models of this run are {stages}" if stages else ""
+
+
 def read_json_object(path: Path) -> dict:
     """A JSON object from a file; {} if there is no file. Raises InputError."""
     if not path.exists():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 import data
+from parts.checkpoints.config import read_config
 from parts.cli import InputError
 from parts.files import sha256
 from parts.text import bpe, templates
@@ -343,6 +344,13 @@ def test_a_tokenizer_json_that_would_tokenize_differently_is_refused(spec, word,
 def test_the_tokenizer_is_chosen_by_the_files_of_the_folder(shared, tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
         load_tokenizer(tmp_path)
+    run = tmp_path / "run"
+    for k in (1, 2):
+        (run / f"stage{k}").mkdir(parents=True)
+        (run / f"stage{k}" / "config.json").write_text("{}")
+    for read in (load_tokenizer, read_config):
+        with pytest.raises(InputError, match=re.escape(f"The models of this run are {run}/stage1, {run}/stage2")):
+            read(run)
     ranks = (shared / "tokenizers" / "llama3.tiktoken").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(ranks)  # Meta ships the ranks under this name
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, 128008, 128009]}))
