@@ -137,7 +137,7 @@ def check_leaks(study_data: StudyData, prompts: list[dict], validation: list[dic
     """Raises InputError if a test or validation prompt is among the training rows, or is both."""
 
     def text(messages: list[dict]) -> str:
-        return "\n".join(m["content"] for m in messages)
+        return " ".join(" ".join(m["content"] for m in messages).split())  # white space makes no other question
 
     test, chose = ({text(row["messages"]): f"{row['dataset']} {row['id']}" for row in x} for x in (prompts, validation))
     trained = set()
