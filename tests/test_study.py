@@ -499,6 +499,7 @@ def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
     of_train = {"--lr=1": "--lr", "--optimizer-state=reset": "--optimizer-state", "--sel=static": "--select",
                 "--replay=0": "--replay"}  # fmt: skip
     errors = {("--lr-grid", "1e-3", "--", flag): f"{name} belongs to the study" for flag, name in of_train.items()}
+    errors[("--lr-grid", "1e-3", "--max-len", "64")] = "--max-len 64 (flags of train.py go after --)"
     for more, words in ({(): "--lr-grid must be given"} | errors).items():
         with pytest.raises(SystemExit):
             study.main(arguments(folder, *more))

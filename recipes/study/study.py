@@ -645,7 +645,9 @@ def make_study_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv, parser = sys.argv[1:] if argv is None else argv, make_study_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
+    args, unknown = parser.parse_known_args(argv[:cut])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (flags of train.py go after --)")
     args.train, is_demo = argv[cut + 1 :], args.model.resolve() == DEMO / "model"
     of_train = make_parser(list(TEMPLATES), DEMO)
     defaults = vars(of_train.parse_args([]))
