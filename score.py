@@ -171,7 +171,7 @@ def describe_stage(name: str, rows: list[Row], scores: np.ndarray) -> tuple[str,
     """A row of the table of stages."""
     tokens = sum(len(turn.text.encode()) for row in rows for turn in row.turns) // 4
     answer_length = np.mean([len(answer_text(row)) for row in rows])
-    score_range = f"{scores.min():g} to {scores.max():g}"
+    score_range = f"{scores.min():.3g} to {scores.max():.3g}"
     return name, f"{len(rows):,}", f"{tokens:,}", score_range, f"{scores.mean():.2f}", f"{answer_length:,.0f}"
 
 

@@ -94,15 +94,22 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark. Raises InputError."""
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The UTF-8 text of a file, without a byte order mark. Raises InputError; with errors="surrogateescape" other bytes
+    become unpaired surrogates instead."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig", errors)
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         line = 1 + e.object[: e.start].count(b"\n")
         raise InputError(f"{path}:{line}: not UTF-8 text (byte {e.object[e.start]:#04x})") from None
+
+
+def stage_advice(folder: Path) -> str:
+    """Which folder was meant, if `folder` is not a model but the output of train.py; else ""."""
+    stages = ", ".join(sorted(f"{path.parent}" for path in folder.glob("stage*/config.json")))
+    return f". The models of this run are {stages}" if stages else ""
 
 
 def read_json_object(path: Path) -> dict:

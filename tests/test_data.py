@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 import data
+from parts.checkpoints.config import read_config
 from parts.cli import InputError
 from parts.files import sha256
 from parts.text import bpe, templates
@@ -23,6 +24,7 @@ from parts.text.bpe import BPETokenizer, read_tiktoken
 from parts.text.pre_tokenization import LLAMA3_PATTERN, compile_pattern
 from parts.text.rows import Turn, read_rows
 from parts.text.templates import TEMPLATES, render
+from parts.text.testsets import read_prompts
 from parts.text.tokenizers import SentencePieceTokenizer, load_tokenizer
 
 relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -342,6 +344,13 @@ def test_a_tokenizer_json_that_would_tokenize_differently_is_refused(spec, word,
 def test_the_tokenizer_is_chosen_by_the_files_of_the_folder(shared, tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
         load_tokenizer(tmp_path)
+    run = tmp_path / "run"
+    for k in (1, 2):
+        (run / f"stage{k}").mkdir(parents=True)
+        (run / f"stage{k}" / "config.json").write_text("{}")
+    for read in (load_tokenizer, read_config):
+        with pytest.raises(InputError, match=re.escape(f"The models of this run are {run}/stage1, {run}/stage2")):
+            read(run)
     ranks = (shared / "tokenizers" / "llama3.tiktoken").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(ranks)  # Meta ships the ranks under this name
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, 128008, 128009]}))
@@ -491,6 +500,7 @@ def test_the_input_is_appended_to_the_instruction_and_text_is_one_turn(tmp_path)
         ("3", "JSON object"),
         ("null", "JSON object"),
         ("{}", "no known row format"),
+        ('{"instruction": "q", "input": ""}', "instruction without an output"),
         ('{"data": "q"}', "list"),
         ('{"data": []}', "turns must"),
         ('{"data": ["q"]}', "turns must"),
@@ -526,9 +536,33 @@ def test_mixed_formats_and_broken_arrays_are_errors_with_a_line(tmp_path):
     path.write_text('[\n{"text": "a"},\n{"text": "b"}\n{"text": "c"}]')
     rows, bad = read_rows(path)
     assert len(rows) == 2 and bad[0].startswith(f"{path}:4: ") and "comma" in bad[0]
-    path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(InputError, match=":2: not UTF-8"):
+
+
+def test_a_byte_that_is_not_utf8_spoils_its_row_only_and_another_encoding_the_file(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n{"text": "b"}\n')
+    rows, bad = read_rows(path)
+    assert len(rows) == 2 and bad == [f"{path}:2: not UTF-8 text (byte 0xe9)"]
+    path.write_bytes('{"text": "a"}'.encode("utf-16"))
+    with pytest.raises(InputError, match=":1: not UTF-8"):
         read_rows(path)
+
+
+def test_a_table_is_one_error_that_names_the_file(tmp_path):
+    path = tmp_path / "f.csv"
+    path.write_text("instruction,output\nq,a\n")
+    for read in (read_rows, read_prompts):
+        with pytest.raises(InputError, match=r"f\.csv: \.csv files cannot be read: convert it to JSONL"):
+            read(path)
+
+
+def test_the_conversion_in_the_docs_makes_one_file_of_a_table_and_a_chat(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text('instruction,input,output\n"Say, twice:","a\nb",c\nq,,\n')
+    (tmp_path / "chat.jsonl").write_text(json.dumps(GOOD_ROWS["messages"]) + "\n")
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.DOTALL)[1], {})
+    rows, bad = read_rows(tmp_path / "rows.jsonl")
+    assert len(rows) == 2 and not bad and rows[0].turns[0].text == "Say, twice:\na\nb"
 
 
 values = st.recursive(

@@ -294,7 +294,7 @@ def test_figures_are_drawn_as_png_and_svg(tmp_path):
     make_verdicts(tmp_path / "v.jsonl", 20)
     scored, metrics = tmp_path / "scored.jsonl", tmp_path / "metrics.jsonl"
     write_lines(scored, [{"id": i, "score": f"{1 + i % 5}\n", "data": ["q", "a"]} for i in range(20)])
-    rows = [{"global_step": i, "loss": 1.0 / i} for i in range(1, 9)]
+    rows = [{"global_step": i, "loss": 1.0 / i} for i in range(1, 6)]
     for stage, easy, hard in (("start", 2.5, 3.125), ("stage1", 1.25, 2.0), ("stage2", 1.75, 0.875)):
         step = {"stage": stage, "global_step": 8}
         rows += [step | {"eval": "easy", "eval_loss": easy}, step | {"eval": "hard", "eval_loss": hard}]
@@ -304,6 +304,8 @@ def test_figures_are_drawn_as_png_and_svg(tmp_path):
         assert (tmp_path / "p" / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and f"{name}.svg" in done.stdout
     matrix = (tmp_path / "p" / "forgetting.svg").read_text()
     assert all(f">{x}<" in matrix for x in ("easy", "hard", "stage2", "2.500", "1.750", "0.875"))
+    losses = (tmp_path / "p" / "losses.svg").read_text()
+    assert ">2<" in losses and ">2.0<" not in losses  # a step is a whole number
     stages = (tmp_path / "p" / "stages.svg").read_text()
     assert ">random<" in stages and ">a<" in stages and "stroke-dasharray" in stages
     done = report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--metrics", scored, expect=2)
@@ -344,6 +346,18 @@ def browser():
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield browser
     browser.quit()
+
+
+def test_no_figure_of_the_page_is_enlarged(browser, tmp_path):
+    pytest.importorskip("matplotlib")
+    make_verdicts(tmp_path / "v.jsonl", 6, ["a"], evil=False)
+    row = {"stage": "start", "global_step": 1, "eval": "one", "eval_loss": 2.5}
+    write_lines(tmp_path / "metrics.jsonl", [row, {"global_step": 1, "loss": 2.0}])
+    report(tmp_path / "v.jsonl", "--html", tmp_path / "r.html", "--metrics", tmp_path / "metrics.jsonl")
+    browser.get((tmp_path / "r.html").as_uri())
+    sizes = "return [...document.images].map(i => [i.clientHeight, i.naturalHeight])"
+    heights = browser.execute_script(sizes)
+    assert len(heights) >= 3 and all(0 < shown <= natural for shown, natural in heights), heights
 
 
 def test_the_page_filters_and_pages_without_running_data_or_loading_resources(browser, tmp_path):

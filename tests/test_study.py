@@ -204,7 +204,7 @@ def test_published_scores_are_matched_by_instruction_and_input_and_no_row_is_use
             used.append(number)
     assert len(used) == len(set(used)) == 34
     assert prepare_alpaca.main([*files, "--out", str(tmp_path / "out"), "--train", "10", "9", *sizes[3:]]) == 2
-    assert "only 14 rows are 3.5 or above, but 15 are requested" in capsys.readouterr().err
+    assert "only 14 rows are 3.5 or above, but 15 are requested: --train 9, --prompts" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- arms
@@ -537,15 +537,20 @@ def test_ifd_and_tasks_are_measured_as_the_programs_do_and_runs_are_taken_from_r
 
 def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
     (folder / "data").mkdir()
+    spaced = [json.loads(line) for line in (folder / "more.jsonl").read_text().splitlines()]
+    for row in spaced:
+        row["instruction"] += " \n"
+    study.write_lines(folder / "spaced.jsonl", spaced)
     for more, words in (
         (("--lr-grid", "1e-3", "--arms", "phasd"), "phasd"),
-        (("--lr-grid", "1e-3", "--bounds", "1.5", "4.5"), "stage 3"),
+        (("--lr-grid", "1e-3", "--bounds", "1.5", "4.5"), "less than a batch of 8: --batch-size, --rows, --bounds"),
         (("--lr-grid", "1e-3", "--score-key", "ifd"), "rows have no ifd"),
         (("--lr-grid", "1e-3", "--also", "ifd"), "no row has it"),
         (("--lr-grid", "1e-3", "--also", "IFD"), "is measured anyway"),
         (("--lr-grid", "1e-3", "--also", "score", "Score"), "no row has it"),
         (("--lr-grid", "1e-3", "--validation", str(folder / "prompts.jsonl")), "also choose the rate"),
         (("--lr-grid", "1e-3", "--prompts", str(folder / "more.jsonl")), "rows that train are prompts that test"),
+        (("--lr-grid", "1e-3", "--prompts", str(folder / "spaced.jsonl")), "rows that train are prompts that test"),
         (("--lr-grid", "1e-3", "--validation", str(folder / "more.jsonl")), "rows that train are prompts that choose"),
         (("--lr-grid", "1e-3", "--bounds", "3", "2"), "--bounds must be in increasing order"),
         (("--lr-grid", "1e-3", "--out", str(folder)), "data that are not a study's"),
@@ -557,6 +562,7 @@ def test_bad_arguments_are_said_before_anything_runs(folder, capsys):
     of_train = {"--lr=1": "--lr", "--optimizer-state=reset": "--optimizer-state", "--sel=static": "--select",
                 "--replay=0": "--replay"}  # fmt: skip
     errors = {("--lr-grid", "1e-3", "--", flag): f"{name} belongs to the study" for flag, name in of_train.items()}
+    errors[("--lr-grid", "1e-3", "--max-len", "64")] = "--max-len 64 (flags of train.py go after --)"
     for more, words in ({(): "--lr-grid must be given"} | errors).items():
         with pytest.raises(SystemExit):
             study.main(arguments(folder, *more))

@@ -645,7 +645,7 @@ def test_resuming_with_changed_inputs_is_an_error(bench, tmp_path):
     arguments = training(tmp_path / "o", *more, stages=("many",))
     Forked(interrupted(train, "batch_gradients", 3, signal.SIGKILL), arguments, tmp_path).wait()
     (tmp_path / "many" / "2.jsonl").rename(tmp_path / "gone.jsonl")
-    assert "2.jsonl is gone" in run_forked(train.main, *arguments, cwd=tmp_path, expect=2).stderr
+    assert "2.jsonl was used and is not given now" in run_forked(train.main, *arguments, cwd=tmp_path, expect=2).stderr
     (tmp_path / "gone.jsonl").rename(tmp_path / "many" / "2.jsonl")
     (tmp_path / "m" / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     assert "tokenizer_config.json is new" in run_forked(train.main, *arguments, cwd=tmp_path, expect=2).stderr

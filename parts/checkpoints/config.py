@@ -5,7 +5,7 @@ from pathlib import Path
 
 from parts.checkpoints.weights import tensors_differ
 from parts.cli import InputError
-from parts.files import read_json_object
+from parts.files import read_json_object, stage_advice
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ def read_config(folder: str | Path) -> Config:
     """Read and check `folder`/config.json. Raises InputError, naming every key that cannot be used."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise InputError(f"{path} not found: --model must be a Hugging Face folder with config.json")
+        advice = stage_advice(path.parent)
+        raise InputError(f"{path} not found: --model must be a Hugging Face folder with config.json{advice}")
     raw = read_json_object(path)
     try:
         config = parse_config(raw)

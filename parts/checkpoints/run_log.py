@@ -50,7 +50,7 @@ def check_same_run(path: Path, run: dict, resumable: set[str], defaults: dict) -
     old_hashes, new_hashes = before.get("hashes", {}), run["hashes"]
     changed = [f for f in new_hashes if old_hashes.get(f) != new_hashes[f]]
     differs += [f"{f} has changed" if f in old_hashes else f"{f} is new" for f in changed]
-    differs += [f"{f} is gone" for f in old_hashes if f not in new_hashes]
+    differs += [f"{f} was used and is not given now" for f in old_hashes if f not in new_hashes]
     if differs:
         raise InputError(
             format_list(f"{path.parent} contains a run with other settings:", differs)

@@ -191,6 +191,7 @@ def draw_losses(losses: list[tuple[str, list[int], list[float]]]):
     figure, axes = subplots("step", "loss")
     for name, steps, values in losses:
         axes.plot(steps, values, linewidth=0.9, label=name)
+    axes.locator_params("x", integer=True)
     axes.legend()
     return figure
 

@@ -191,7 +191,10 @@ def check_characters(raw) -> None:
     """Raise InputError if a string in a value read from JSON cannot be written again as UTF-8."""
     try:
         json.dumps(raw, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
+    except UnicodeEncodeError as e:
+        code = ord(e.object[e.start])
+        if 0xDC80 <= code <= 0xDCFF:  # what read_text makes of a byte that is not UTF-8
+            raise InputError(f"not UTF-8 text (byte {code - 0xDC00:#04x})") from None
         raise InputError("contains an unpaired surrogate (invalid Unicode)") from None
 
 
@@ -210,20 +213,27 @@ def parse_row(raw, form: str | None, where: str) -> tuple[Row, str]:
     """A checked Row and its format; `form` is the file's format if known already. Raises InputError."""
     if not isinstance(raw, dict):
         raise InputError(f"a row must be a JSON object, this is {json.dumps(raw)[:40]}")
+    check_characters(raw)
     formats = [name for name, keys in FORMATS.items() if all(key in raw for key in keys)]
     if not formats:
-        raise InputError(f"no known row format; its keys are {', '.join(raw)[:80] or 'none'}")
+        what = "an instruction without an output" if "instruction" in raw else "no known row format"
+        raise InputError(f"{what}; its keys are {', '.join(raw)[:80] or 'none'}")
     if form and form not in formats:
-        raise InputError(f"a row of the format '{formats[0]}' in a file of the format '{form}'")
+        raise InputError(f"a row of the format '{formats[0]}' in a file of the format '{form}': give it another file")
     chat_formats = [name for name in formats if name != "text"]
     if len(chat_formats) > 1:
         raise InputError(f"a row of two formats, {' and '.join(chat_formats)}: remove the fields of one")
     form = form or formats[0]
     turns = row_turns(raw, form)
     check_turns(turns)
-    check_characters(raw)
     score = None if raw.get("score") is None else finite_number(raw["score"], "score")
     return Row(where if raw.get("id") is None else str(raw["id"]), turns, score, where, raw), form
+
+
+def check_file_type(path: Path) -> None:
+    """Raise InputError for a table or an archive, each line of which would be an error, or a prompt."""
+    if path.suffix.lower() in (".csv", ".tsv", ".xlsx", ".parquet", ".arrow", ".gz", ".zst", ".zip"):
+        raise InputError(f"{path}: {path.suffix} files cannot be read: convert it to JSONL, UTF-8 (docs/data.md)")
 
 
 def each_row(path: str | Path) -> Iterator[tuple[str, object, Row | None, str]]:
@@ -231,8 +241,12 @@ def each_row(path: str | Path) -> Iterator[tuple[str, object, Row | None, str]]:
 
     Raises InputError when the file itself cannot be read.
     """
+    check_file_type(Path(path))
+    text = read_text(Path(path), errors="surrogateescape")
+    if "\udc80" <= text[:1] <= "\udcff":
+        read_text(Path(path))  # raises: UTF-16 or binary from the first byte on
     form = None
-    for line, value in json_values(read_text(Path(path))):
+    for line, value in json_values(text):
         where = f"{path}:{line}"
         try:
             if isinstance(value, InputError):

@@ -11,6 +11,7 @@ from parts.text.rows import (
     Turn,
     check_characters,
     check_fields,
+    check_file_type,
     check_turns,
     field_text,
     row_turns,
@@ -80,6 +81,7 @@ def user_turns(raw: dict, text) -> list[Turn]:
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a JSON or JSONL file, or of a plain text file with one per line. Raises InputError listing all bad
     rows."""
+    check_file_type(path)
     text = read_text(path)
     if text.lstrip()[:1] in ("{", "["):
         values = list(json_values(text))

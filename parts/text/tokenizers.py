@@ -12,7 +12,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from parts.cli import InputError
-from parts.files import atomic_write, read_json_object
+from parts.files import atomic_write, read_json_object, stage_advice
 from parts.text.bpe import (
     AddedTokens,
     BPETokenizer,
@@ -163,7 +163,10 @@ def load_tokenizer(folder: str | Path) -> SentencePieceTokenizer | BPETokenizer:
     elif (folder / "tokenizer.json").exists():
         tokenizer = read_tokenizer_json(folder / "tokenizer.json", declared)
     else:
-        raise InputError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json nor *.tiktoken")
+        raise InputError(
+            f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json nor *.tiktoken"
+            + stage_advice(folder)
+        )
 
     def ids(value, key) -> list[int]:
         """The existing ids for a token's text, an {"content": text} object, an id or a list of ids."""

@@ -51,7 +51,7 @@ def read_study_data(args: argparse.Namespace) -> StudyData:
         batches = min(round(share * len(group) / args.batch_size), len(group) // args.batch_size)
         if not batches:  # whole batches, so that every arm has the same steps
             raise InputError(f"stage {k} has {share * len(group):.0f} rows, less than a batch of {args.batch_size}: "
-                             "--batch-size, --rows")  # fmt: skip
+                             "--batch-size, --rows, --bounds")  # fmt: skip
         stages.append(np.sort(np.random.default_rng(k).permutation(group)[: batches * args.batch_size]))
     by = {}
     for key in args.also:

@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> None:
     for k, group in enumerate(groups):
         wanted = {"scored": args.train[k], "prompts": args.prompts[k], "validation": args.validation[k]}
         if sum(wanted.values()) > len(group):
-            raise InputError(f"only {len(group):,} rows are {NAMES[k]}, but {sum(wanted.values()):,} are requested")
+            raise InputError(
+                f"only {len(group):,} rows are {NAMES[k]}, but {sum(wanted.values()):,} are requested: "
+                f"--train {args.train[k]}, --prompts {args.prompts[k]}, --validation {args.validation[k]}"
+            )
         rows = iter(np.random.default_rng(k).permutation(len(group)))
         for name, count in wanted.items():
             parts[name] += [(k, group[next(rows)]) for _ in range(count)]

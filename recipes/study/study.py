@@ -101,7 +101,7 @@ def check_leaks(study_data: StudyData, prompts: list[dict], validation: list[dic
     """Raises InputError if a test or validation prompt is among the training rows, or is both."""
 
     def text(messages: list[dict]) -> str:
-        return "\n".join(m["content"] for m in messages)
+        return " ".join(" ".join(m["content"] for m in messages).split())  # white space makes no other question
 
     test, chose = ({text(row["messages"]): f"{row['dataset']} {row['id']}" for row in x} for x in (prompts, validation))
     trained = set()
@@ -315,7 +315,9 @@ def make_study_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv, parser = sys.argv[1:] if argv is None else argv, make_study_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
+    args, unknown = parser.parse_known_args(argv[:cut])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (flags of train.py go after --)")
     args.train, is_demo = argv[cut + 1 :], args.model.resolve() == DEMO / "model"
     of_train = make_parser(list(TEMPLATES), DEMO)
     defaults = vars(of_train.parse_args([]))
