@@ -241,7 +241,9 @@ def test_forgetting_is_described_in_words():
     assert describe_change(stages, [3.0, 0.5, 0.503]) == "improved, 3.00 -> 0.50."
     forgotten = "improved, 3.00 -> 0.60; partly forgotten: it was 0.50 after stage1."
     assert describe_change(stages, [3.0, 0.5, 0.6]) == forgotten
-    assert describe_change(stages, [3.0, 3.5, 3.25]) == "not improved, 3.00 -> 3.25."
+    assert describe_change(stages, [3.0, 3.5, 3.25]) == "worse, 3.00 -> 3.25."
+    assert describe_change(stages, [1.85, 1.83, 1.84]) == "hardly changed, 1.85 -> 1.84."
+    assert "; partly forgotten: it was 1.50 after stage1" in describe_change(stages, [1.85, 1.5, 1.85])
 
 
 def test_held_out_rows_have_the_difficulty_of_their_file():

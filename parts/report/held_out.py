@@ -32,10 +32,12 @@ def write_eval_matrix(out: Path) -> None:
 
 
 def describe_change(stages: list[str], losses: list[float]) -> str:
-    """In words, how the loss of an evaluation set changed from the first of the stages, "start", to the last."""
+    """In words, how the loss of an evaluation set changed from the first of the stages, "start", to the last. A change
+    of less than 1 % is not called one."""
     start, best, end = losses[0], min(losses), losses[-1]
-    change = f"{'improved' if end < start else 'not improved'}, {start:.2f} -> {end:.2f}"
-    if f"{best:.2f}" == f"{end:.2f}" or best == start:
+    word = "improved" if end < 0.99 * start else "worse" if end > 1.01 * start else "hardly changed"
+    change = f"{word}, {start:.2f} -> {end:.2f}"
+    if end <= 1.01 * best or best > 0.99 * start:
         return f"{change}."
     return f"{change}; partly forgotten: it was {best:.2f} after {stages[losses.index(best)]}."
 
