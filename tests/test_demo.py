@@ -192,7 +192,7 @@ def test_no_held_out_prompt_has_a_near_duplicate_in_the_training_rows():
 
 def share(folder, prompts, told, what):
     """The shares of right answers: of the easiest fifth, of the hardest fifth, and of all."""
-    args = argparse.Namespace(what=what, max_new_tokens=96, template=None, ifd=False, tasks=None)
+    args = argparse.Namespace(what=what, max_new_tokens=96, template=None, dtype="auto", ifd=False, tasks=None)
     right = np.array(measure.measure(args, folder, prompts, told, extras=False).values)
     fifth = np.array([p.dataset for p in prompts])
     return [right[fifth == f"fifth {k}"].mean() for k in (1, 5)] + [right.mean()]
