@@ -203,7 +203,7 @@ def check_shared(file: Path) -> None:
 
 
 def resolve_dtype(choice: str) -> str:
-    """ "bf16" or "fp32" for a choice of these or "auto": bf16 if this machine's device computes in it."""
+    """The choice itself, "bf16" or "fp32". For "auto": "bf16" if this machine's device computes in it, else "fp32"."""
     if choice != "auto":
         return choice
     if torch.cuda.is_available():
